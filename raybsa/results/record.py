@@ -1,0 +1,82 @@
+"""Record: the answer to a TrialSpec. One instance is one Parquet row; the fields' order is the columns' order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one trial measured. Times are milliseconds, sizes bytes; None means not measured.
+
+    ``quality_goal`` is ``"min"`` or ``"max"``. ``dense_*`` are torch SDPA's on the same shapes, measured in the same
+    run on the same device; the share of the ideal speed-up is ``dense / (density * own)``. ``error_*`` are relative
+    errors (max abs difference / max abs reference) against the float64 reference.
+    """
+
+    trial_id: str
+    run_id: str
+    job: str
+    created_at: str
+    status: str
+    error: str | None
+    spec: str
+    spec_hash: str
+    seed: int
+
+    task: str
+    variant: str
+    pattern: str
+    block_size: int
+    density: float | None
+    seq_len: int
+    train_len: int | None
+    batch: int
+    num_heads: int
+    head_dim: int
+    causal: bool
+    dtype: str
+    backend: str
+
+    quality_name: str | None = None
+    quality_goal: str | None = None
+    quality: float | None = None
+    train_seconds: float | None = None
+
+    forward_ms_p20: float | None = None
+    forward_ms_p50: float | None = None
+    forward_ms_p80: float | None = None
+    forward_backward_ms_p20: float | None = None
+    forward_backward_ms_p50: float | None = None
+    forward_backward_ms_p80: float | None = None
+    dense_forward_ms_p50: float | None = None
+    dense_forward_backward_ms_p50: float | None = None
+    peak_bytes: int | None = None
+    dense_peak_bytes: int | None = None
+    wire_bytes: int = 0
+    error_forward: float | None = None
+    error_gradient: float | None = None
+    failures_survived: int = 0
+
+    device: str = ""
+    device_name: str = ""
+    num_threads: int | None = None
+    torch_version: str = ""
+    ray_version: str = ""
+    python_version: str = ""
+    raybsa_version: str = ""
+    git_commit: str = ""
+    schema_version: int = SCHEMA_VERSION
+
+
+@dataclass(frozen=True)
+class SeriesPoint:
+    """One point of a curve or timeline: a row of the long table beside the records."""
+
+    trial_id: str
+    name: str
+    step: int
+    rank: int
+    value: float

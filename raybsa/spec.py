@@ -1,0 +1,149 @@
+"""Specs: the questions the platform asks, as plain data. Frozen, comparable, JSON-able, with a stable hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class PatternSpec:
+    """A pattern rule as data; ``raybsa.patterns.build`` makes the rule, ``rule.spec`` goes back.
+
+    Args:
+        name: a family of ``raybsa.patterns.catalog``, or a user's own ``"module:Class"``.
+        params: the rule's parameters, JSON values. Composed rules hold their parts as dicts under ``"parts"``.
+    """
+
+    name: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"a pattern's name must be a non-empty string, got {self.name!r}")
+        object.__setattr__(self, "params", json.loads(canonical_json(dict(self.params))))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "params": json.loads(canonical_json(self.params))}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PatternSpec:
+        unknown = set(data) - {"name", "params"}
+        if unknown or "name" not in data:
+            raise ValueError(f"a pattern dict has the keys 'name' and 'params', got {sorted(data)}")
+        return cls(data["name"], data.get("params") or {})
+
+    def __hash__(self) -> int:
+        return hash(canonical_json(self.to_dict()))
+
+
+def canonical_json(value: Any) -> str:
+    """One text for one value: sorted keys, no spaces, tuples as lists. Raises TypeError for what JSON cannot hold."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def stable_hash(value: Any) -> str:
+    """16 hex digits that stay the same across processes and machines."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What a model attends with: the arguments of ``raybsa.create_block_sparse_attention``, as data.
+
+    Args:
+        variant: ``"base"``, … as the factory names them, or ``"dense"``: torch's own SDPA, the baseline.
+        pattern: the rule; None only for the dense baseline.
+        density: share of the allowed blocks to keep, in (0, 1]; None keeps what the rule gives by itself.
+        block_size: tokens of a block.
+        backend: as in ``block_sparse_attention``.
+    """
+
+    variant: str = "base"
+    pattern: PatternSpec | None = None
+    density: float | None = None
+    block_size: int = 64
+    backend: str = "auto"
+
+    def to_dict(self) -> dict[str, Any]:
+        data = asdict(self)
+        data["pattern"] = None if self.pattern is None else self.pattern.to_dict()
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> AttentionSpec:
+        values = _known(cls, data)
+        if values.get("pattern") is not None:
+            values["pattern"] = PatternSpec.from_dict(values["pattern"])
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class TrialSpec:
+    """One question: how good and how fast is this attention on this task at this size?
+
+    Args:
+        task: ``"byte_lm"``, ``"recall"`` (quality and speed) or ``"speed"`` (one attention call, no training).
+        attention: one for all layers, or one a layer.
+        seq_len: tokens at which speed and memory are measured.
+        train_len: tokens at which quality is trained and evaluated; may be shorter than ``seq_len``.
+        task_params: what only this task knows (``text``, ``distance``, …), JSON values.
+    """
+
+    task: str
+    attention: tuple[AttentionSpec, ...]
+    seq_len: int = 2048
+    train_len: int = 512
+    train_steps: int = 200
+    learning_rate: float = 3e-3
+    batch: int = 1
+    num_layers: int = 2
+    num_heads: int = 4
+    num_kv_heads: int | None = None
+    head_dim: int = 32
+    causal: bool = True
+    dtype: str = "float32"
+    seed: int = 0
+    task_params: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "attention", tuple(self.attention))
+        object.__setattr__(self, "task_params", json.loads(canonical_json(dict(self.task_params))))
+        if len(self.attention) not in (1, self.num_layers):
+            raise ValueError(
+                f"attention must name one spec or one a layer ({self.num_layers}), got {len(self.attention)}"
+            )
+
+    def layer(self, index: int) -> AttentionSpec:
+        """The attention of layer ``index``."""
+        return self.attention[index % len(self.attention)]
+
+    def to_dict(self) -> dict[str, Any]:
+        data = asdict(self)
+        data["attention"] = [spec.to_dict() for spec in self.attention]
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TrialSpec:
+        values = _known(cls, data)
+        values["attention"] = tuple(AttentionSpec.from_dict(spec) for spec in values["attention"])
+        return cls(**values)
+
+    def __hash__(self) -> int:
+        return hash(canonical_json(self.to_dict()))
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits, the same wherever the same question is asked."""
+        return stable_hash(self.to_dict())
+
+
+def _known(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
+    names = {f.name for f in fields(cls)}
+    unknown = set(data) - names
+    if unknown:
+        raise ValueError(f"{cls.__name__} knows {sorted(names)}, got also {sorted(unknown)}")
+    return dict(data)
