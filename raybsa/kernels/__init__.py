@@ -1,0 +1,1 @@
+"""Block-sparse attention: one call, several backends that give the same numbers."""

@@ -1,0 +1,117 @@
+"""block_sparse_attention: the one call; it checks the arguments and picks a backend that can serve them."""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from raybsa.kernels import blocked, flex, reference
+from raybsa.kernels.call import AttentionCall, check_call
+from raybsa.layout import BlockLayout
+
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "blocked": blocked, "flex": flex}
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    *,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    segment_ids: tuple[Tensor, Tensor] | None = None,
+    block_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    deterministic: bool | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The true softmax attention over the kept blocks of each row, with exact gradients.
+
+    A row with nothing to attend gives output 0, lse -inf and zero gradients. Under ``torch.autocast`` q, k and v are
+    cast to its dtype, as SDPA does.
+
+    Args:
+        q: (B, H, Sq, D) float16, bfloat16, float32 or float64.
+        k: (B, Hkv, Skv, D) with H a multiple of Hkv: query head h reads KV head ``h // (H // Hkv)``.
+        v: (B, Hkv, Skv, D).
+        layout: which KV blocks each query block attends, for Sq and Skv tokens, on q's device.
+        scale: factor on the scores; None means ``1 / sqrt(D)``.
+        attn_mask: broadcastable to (B, H, Sq, Skv), never expanded; bool (True = attend) or added to the scores.
+        segment_ids: int tensors (B, Sq) and (B, Skv); tokens of different segments do not see each other.
+        block_bias: (nnz,) added to the scores of its block, in the layout's storage order; differentiable.
+        dropout_p: share of the attention weights to drop, in [0, 1); the rest is scaled by ``1 / (1 - dropout_p)``.
+        seed: what dropout is drawn from (``raybsa.counter``), by global positions; None draws one from torch's default
+            CPU generator.
+        deterministic: True asks for bit-equal repeats; None follows ``torch.use_deterministic_algorithms``.
+        return_lse: also return lse (B, H, Sq), natural log, float32 (float64 for float64 inputs), differentiable.
+        backend: ``"auto"`` or a name in ``BACKENDS``.
+
+    Returns:
+        out (B, H, Sq, D) in q's dtype, or (out, lse).
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit together.
+        NotImplementedError: the named backend cannot serve this call; the message says why.
+    """
+    q, k, v = _tensors(q, k, v)
+    call = AttentionCall(
+        q,
+        k,
+        v,
+        layout,
+        1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale),
+        attn_mask,
+        segment_ids,
+        block_bias,
+        float(dropout_p),
+        _seed(seed, dropout_p),
+        torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic,
+    )
+    check_call(call)
+    module = BACKENDS[choose_backend(call)] if backend == "auto" else _named(backend, call)
+    with torch.autocast(q.device.type, enabled=False):
+        out, lse = module.run(call, return_lse)
+    return (out, lse) if return_lse else out
+
+
+def choose_backend(call: AttentionCall) -> str:
+    """The backend that ``auto`` takes: FlexAttention on CUDA where it can serve the call, else blocked."""
+    if call.q.device.type == "cuda" and flex.why_not(call) is None:
+        return "flex"
+    return "blocked"
+
+
+def _named(name: str, call: AttentionCall) -> ModuleType:
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {name!r}")
+    reason = BACKENDS[name].why_not(call)
+    if reason is not None:
+        able = [other for other, module in BACKENDS.items() if module.why_not(call) is None]
+        raise NotImplementedError(f"backend {name!r} cannot serve this call: {reason}; {able} can")
+    return BACKENDS[name]
+
+
+def _tensors(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v, checked to be 4-D tensors and cast as autocast asks."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor) or tensor.dim() != 4:
+            came = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be a tensor (batch, heads, tokens, head_dim), got {came}")
+    kind = q.device.type
+    if not torch.is_autocast_enabled(kind):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(kind)
+    cast = [x.to(dtype) if x.dtype in (torch.float16, torch.bfloat16, torch.float32) else x for x in (q, k, v)]
+    return cast[0], cast[1], cast[2]
+
+
+def _seed(seed: int | None, dropout_p: float) -> int:
+    if seed is not None:
+        return int(seed)
+    return int(torch.randint(2**31 - 1, ())) if dropout_p else 0

@@ -1,0 +1,1 @@
+from raybsa.kernels.reference import run, why_not  # noqa: F401

@@ -1,0 +1,127 @@
+"""AttentionCall: the checked arguments of one ``block_sparse_attention``, as every backend receives them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raybsa.layout import BlockLayout
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """One call whose arguments fit together.
+
+    q is (B, H, Sq, D), k and v are (B, Hkv, Skv, D); the rest is as ``block_sparse_attention`` documents it, with
+    ``scale``, ``seed`` and ``deterministic`` decided. Sq and Skv are the layout's tokens at hand.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    layout: BlockLayout
+    scale: float
+    attn_mask: Tensor | None
+    segment_ids: tuple[Tensor, Tensor] | None
+    block_bias: Tensor | None
+    dropout_p: float
+    seed: int
+    deterministic: bool
+
+    @property
+    def queries_per_kv(self) -> int:
+        """Query heads that share one KV head."""
+        return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def needs_grad(self) -> bool:
+        tensors = (self.q, self.k, self.v, self.attn_mask, self.block_bias)
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Scores, softmax and lse are float64 for float64 inputs and float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_call(call: AttentionCall) -> None:
+    """Raises TypeError or ValueError that names what was wanted and what came."""
+    _check_types(call)
+    _check_shapes(call)
+    _check_masks(call)
+    if not 0.0 <= call.dropout_p < 1.0:
+        raise ValueError(f"dropout_p must lie in [0, 1), got {call.dropout_p}")
+
+
+def _check_types(call: AttentionCall) -> None:
+    for name, tensor in (("q", call.q), ("k", call.k), ("v", call.v)):
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name} must be one of {[str(d) for d in DTYPES]}, got {tensor.dtype}")
+        if tensor.dtype != call.q.dtype or tensor.device != call.q.device:
+            raise ValueError(
+                f"q, k and v must share dtype and device, got {call.q.dtype} on {call.q.device} "
+                f"and {name} {tensor.dtype} on {tensor.device}"
+            )
+    if not isinstance(call.layout, BlockLayout):
+        raise TypeError(f"layout must be a BlockLayout, got {type(call.layout).__name__}")
+    if call.layout.device != call.q.device:
+        raise ValueError(f"the layout is on {call.layout.device}, q on {call.q.device}: use layout.to(q.device)")
+
+
+def _check_shapes(call: AttentionCall) -> None:
+    (batch, heads, q_tokens, head_dim), layout = call.q.shape, call.layout
+    kv_heads = call.k.shape[1]
+    if call.k.shape != (batch, kv_heads, call.k.shape[2], head_dim) or call.v.shape != call.k.shape:
+        raise ValueError(
+            f"k and v must be ({batch}, kv_heads, kv_tokens, {head_dim}) to fit q {tuple(call.q.shape)}, "
+            f"got {tuple(call.k.shape)} and {tuple(call.v.shape)}"
+        )
+    if kv_heads < 1 or heads % kv_heads or not batch or not head_dim:
+        raise ValueError(
+            f"q's heads must be a multiple of the KV heads and no size may be 0, got q {tuple(call.q.shape)}, "
+            f"k {tuple(call.k.shape)}"
+        )
+    if (layout.q_tokens, layout.kv_tokens) != (q_tokens, call.k.shape[2]):
+        raise ValueError(
+            f"the layout is for {layout.q_tokens} query and {layout.kv_tokens} key tokens, "
+            f"got q with {q_tokens} and k with {call.k.shape[2]}"
+        )
+    if layout.num_groups not in (1, heads, batch * heads):
+        raise ValueError(
+            f"the layout must have 1, {heads} (heads) or {batch * heads} (batch * heads) groups, "
+            f"got {layout.num_groups}; a layout per KV head becomes one per head by layout.repeat_heads"
+        )
+
+
+def _check_masks(call: AttentionCall) -> None:
+    batch, heads, q_tokens, _ = call.q.shape
+    kv_tokens, mask, bias = call.k.shape[2], call.attn_mask, call.block_bias
+    if mask is not None:
+        full = (batch, heads, q_tokens, kv_tokens)
+        fits = mask.dim() <= 4 and all(
+            have in (1, want) for have, want in zip(mask.shape[::-1], full[::-1], strict=False)
+        )
+        if not fits:
+            raise ValueError(f"attn_mask must broadcast to {full}, got {tuple(mask.shape)}")
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise TypeError(f"attn_mask must be bool (True = attend) or floating point, got {mask.dtype}")
+        if mask.device != call.q.device:
+            raise ValueError(f"attn_mask is on {mask.device}, q on {call.q.device}")
+    if bias is not None and (bias.shape != (call.layout.nnz_blocks,) or bias.device != call.q.device):
+        raise ValueError(
+            f"block_bias must be ({call.layout.nnz_blocks},) on {call.q.device}, one a kept block, "
+            f"got {tuple(bias.shape)} on {bias.device}"
+        )
+    if bias is not None and not bias.is_floating_point():
+        raise TypeError(f"block_bias must be floating point, got {bias.dtype}")
+    if call.segment_ids is not None:
+        for name, ids, tokens in zip(("query", "key"), call.segment_ids, (q_tokens, kv_tokens), strict=True):
+            if ids.shape != (batch, tokens) or ids.is_floating_point() or ids.device != call.q.device:
+                raise ValueError(
+                    f"segment_ids must be a pair of int tensors ({batch}, {q_tokens}) and ({batch}, {kv_tokens}) "
+                    f"on {call.q.device}, got {ids.dtype} {tuple(ids.shape)} on {ids.device} for the {name} side"
+                )
