@@ -11,6 +11,8 @@ SCHEMA_VERSION = 1
 class Record:
     """What one trial measured. Times are milliseconds, sizes bytes; None means not measured.
 
+    ``status`` is ``"ok"`` or ``"failed"`` (``error`` then says why); ``created_at`` is UTC, ISO 8601. ``peak_bytes`` is
+    what forward and backward need beyond their inputs.
     ``quality_goal`` is ``"min"`` or ``"max"``. ``dense_*`` are torch SDPA's on the same shapes, measured in the same
     run on the same device; the share of the ideal speed-up is ``dense / (density * own)``. ``error_*`` are relative
     errors (max abs difference / max abs reference) against the float64 reference.
@@ -80,3 +82,31 @@ class SeriesPoint:
     step: int
     rank: int
     value: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a worker sends up: the fields of a Record that only it can know, and the curves of the trial."""
+
+    density: float | None
+    pattern: str
+    quality_name: str | None = None
+    quality_goal: str | None = None
+    quality: float | None = None
+    train_seconds: float | None = None
+    forward_ms_p20: float | None = None
+    forward_ms_p50: float | None = None
+    forward_ms_p80: float | None = None
+    forward_backward_ms_p20: float | None = None
+    forward_backward_ms_p50: float | None = None
+    forward_backward_ms_p80: float | None = None
+    dense_forward_ms_p50: float | None = None
+    dense_forward_backward_ms_p50: float | None = None
+    peak_bytes: int | None = None
+    dense_peak_bytes: int | None = None
+    device: str = ""
+    device_name: str = ""
+    num_threads: int | None = None
+    torch_version: str = ""
+    python_version: str = ""
+    curves: tuple[tuple[str, int, float], ...] = ()
