@@ -50,6 +50,10 @@ def stable_hash(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:16]
 
 
+DENSE = "dense"
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
 @dataclass(frozen=True)
 class AttentionSpec:
     """What a model attends with: the arguments of ``raybsa.create_block_sparse_attention``, as data.
@@ -58,8 +62,12 @@ class AttentionSpec:
         variant: ``"base"``, … as the factory names them, or ``"dense"``: torch's own SDPA, the baseline.
         pattern: the rule; None only for the dense baseline.
         density: share of the allowed blocks to keep, in (0, 1]; None keeps what the rule gives by itself.
-        block_size: tokens of a block.
+        block_size: tokens of a block, a power of two.
         backend: as in ``block_sparse_attention``.
+
+    Raises:
+        ValueError: a dense baseline with a pattern or density, another variant without a pattern, a density outside
+            (0, 1], or a block size that is not a positive power of two.
     """
 
     variant: str = "base"
@@ -67,6 +75,19 @@ class AttentionSpec:
     density: float | None = None
     block_size: int = 64
     backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.variant == DENSE and (self.pattern is not None or self.density is not None):
+            raise ValueError(f"the dense baseline takes no pattern and no density, got {self.pattern}, {self.density}")
+        if self.variant != DENSE and not isinstance(self.pattern, PatternSpec):
+            raise ValueError(f"variant {self.variant!r} needs a PatternSpec, got {self.pattern!r}")
+        if self.density is not None:
+            if not 0 < self.density <= 1:
+                raise ValueError(f"density must lie in (0, 1], got {self.density!r}")
+            object.__setattr__(self, "density", float(self.density))
+        _require_positive("block_size", self.block_size)
+        if self.block_size & (self.block_size - 1):
+            raise ValueError(f"block_size must be a power of two, got {self.block_size}")
 
     def to_dict(self) -> dict[str, Any]:
         data = asdict(self)
@@ -90,7 +111,13 @@ class TrialSpec:
         attention: one for all layers, or one a layer.
         seq_len: tokens at which speed and memory are measured.
         train_len: tokens at which quality is trained and evaluated; may be shorter than ``seq_len``.
+        batch: sequences of the timed call; how many a training step takes is the task's own parameter.
+        dtype: ``"float32"``, ``"float64"``, ``"bfloat16"`` or ``"float16"``.
         task_params: what only this task knows (``text``, ``distance``, …), JSON values.
+
+    Raises:
+        ValueError: a size that is not a positive integer, heads that do not divide, an unknown dtype, or a number of
+            attentions that is neither 1 nor ``num_layers``.
     """
 
     task: str
@@ -112,6 +139,17 @@ class TrialSpec:
     def __post_init__(self) -> None:
         object.__setattr__(self, "attention", tuple(self.attention))
         object.__setattr__(self, "task_params", json.loads(canonical_json(dict(self.task_params))))
+        object.__setattr__(self, "learning_rate", float(self.learning_rate))
+        for name in ("seq_len", "train_len", "train_steps", "batch", "num_layers", "num_heads", "head_dim"):
+            _require_positive(name, getattr(self, name))
+        if self.num_kv_heads is not None:
+            _require_positive("num_kv_heads", self.num_kv_heads)
+            if self.num_heads % self.num_kv_heads:
+                raise ValueError(
+                    f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}"
+                )
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {list(DTYPES)}, got {self.dtype!r}")
         if len(self.attention) not in (1, self.num_layers):
             raise ValueError(
                 f"attention must name one spec or one a layer ({self.num_layers}), got {len(self.attention)}"
@@ -129,6 +167,8 @@ class TrialSpec:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TrialSpec:
         values = _known(cls, data)
+        if "attention" not in values:
+            raise ValueError(f"a trial dict names its 'attention', got {sorted(data)}")
         values["attention"] = tuple(AttentionSpec.from_dict(spec) for spec in values["attention"])
         return cls(**values)
 
@@ -139,6 +179,11 @@ class TrialSpec:
     def digest(self) -> str:
         """16 hex digits, the same wherever the same question is asked."""
         return stable_hash(self.to_dict())
+
+
+def _require_positive(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
 def _known(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
