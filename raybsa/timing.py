@@ -1,0 +1,192 @@
+"""How long a call takes and how much memory it needs, measured while no neighbour computes on the same device.
+
+Times are quantiles of single calls after a warm-up, never a mean. On CUDA they come from events with the L2 cache
+flushed before each call (as ``triton.testing.do_bench`` does), on the CPU from ``time.perf_counter``. Peak memory comes
+from a separate, untimed call: on CUDA from the allocator's own high-water mark, on the CPU from every allocation and
+release that ``torch.profiler`` sees in PyTorch's CPU allocator, which includes what operators use inside.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_FLUSH_BYTES = 256 << 20
+_MIN_REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    """Milliseconds of one call: the 20th, 50th and 80th percentile of ``repeats`` calls."""
+
+    p20: float
+    p50: float
+    p80: float
+    repeats: int
+
+
+def measure(
+    call: Callable[[], object],
+    device: torch.device | str,
+    *,
+    warmup: int = 2,
+    repeats: int = 20,
+    budget_s: float = 2.0,
+) -> Quantiles:
+    """Times ``call``. Hold ``DeviceLock(device).exclusive()`` around it where neighbours may compute.
+
+    Args:
+        call: what to time; it computes on ``device``.
+        warmup: untimed calls first (compilation, caches), then one more that estimates the duration.
+        repeats: timed calls; fewer (but at least 5) where the estimate says that they would take over ``budget_s``.
+    """
+    timed = _timed_cuda if torch.device(device).type == "cuda" else _timed_cpu
+    for _ in range(warmup):
+        call()
+    (estimate,) = timed(call, 1)
+    affordable = int(budget_s * 1e3 / max(estimate, 1e-6))
+    times = torch.tensor(timed(call, min(repeats, max(_MIN_REPEATS, affordable))), dtype=torch.float64)
+    p20, p50, p80 = torch.quantile(times, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+    return Quantiles(p20, p50, p80, len(times))
+
+
+def forward_call(attend: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], Tensor]:
+    """The forward alone, as inference runs it: without autograd."""
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return attend(*inputs)
+
+    return call
+
+
+def forward_backward_call(attend: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+    """Forward, then the gradients of all ``inputs`` for a gradient of ones. Nothing accumulates between calls."""
+    leaves = tuple(tensor.detach().requires_grad_() for tensor in inputs)
+
+    def call() -> object:
+        out = attend(*leaves)
+        return torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    return call
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device | str) -> int:
+    """The most bytes of tensors that ``call`` holds at once, its result included, beyond what was there before."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return _peak_bytes_cpu(call)
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+class DeviceLock:
+    """One lock a device and host, between processes: computing shares it, timing has it alone.
+
+    Two ``flock`` files: whoever wants in first passes the *gate*. A waiting timer keeps the gate, so those who compute
+    in short slices (``with lock.shared()`` around a few steps) let it in after their slice and cannot starve it. The
+    kernel drops both locks when their holder dies.
+
+    Args:
+        device: ``"cpu"`` or a CUDA device, which is known by its UUID, whatever its number is in this process.
+        folder: where the lock files lie; by default the system's temporary folder, so that all of a host meet.
+    """
+
+    def __init__(self, device: torch.device | str, folder: str | None = None) -> None:
+        name = re.sub(r"[^A-Za-z0-9.-]", "_", f"raybsa-{socket.gethostname()}-{_identity(torch.device(device))}")
+        self._path = os.path.join(folder or tempfile.gettempdir(), name)
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """While this process computes. Others may compute too, none may be timing."""
+        with _locked(f"{self._path}.lock", fcntl.LOCK_SH, gate=f"{self._path}.gate", keep_gate=False):
+            yield
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """While this process times. Waits for the slices under way, then nobody else holds the device."""
+        with _locked(f"{self._path}.lock", fcntl.LOCK_EX, gate=f"{self._path}.gate", keep_gate=True):
+            yield
+
+
+# ---- for ourselves -------------------------------------------------------------------------------------------------
+
+
+def _timed_cpu(call: Callable[[], object], repeats: int) -> list[float]:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def _timed_cuda(call: Callable[[], object], repeats: int) -> list[float]:
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    pairs = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(repeats)]
+    for start, end in pairs:
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in pairs]
+
+
+def _peak_bytes_cpu(call: Callable[[], object]) -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler else prints two lines at every use
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with tempfile.TemporaryDirectory() as folder:
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+            result = call()
+        del result
+        path = os.path.join(folder, "trace.json")
+        profile.export_chrome_trace(path)
+        with open(path, encoding="utf-8") as file:
+            events = json.load(file)["traceEvents"]
+    held = peak = 0
+    for event in sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"]):
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    return peak
+
+
+def _identity(device: torch.device) -> str:
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else device.type
+
+
+@contextmanager
+def _locked(path: str, kind: int, *, gate: str, keep_gate: bool) -> Iterator[None]:
+    gate_file, lock_file = _open(gate), _open(path)
+    try:
+        fcntl.flock(gate_file, fcntl.LOCK_EX)
+        fcntl.flock(lock_file, kind)
+        if not keep_gate:
+            fcntl.flock(gate_file, fcntl.LOCK_UN)
+        yield
+    finally:
+        os.close(lock_file)
+        os.close(gate_file)
+
+
+def _open(path: str) -> int:
+    """A descriptor to lock, also where another user made the file: ``flock`` needs no right to write."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
