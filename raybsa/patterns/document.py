@@ -1,0 +1,57 @@
+"""Document: tokens see their own document in a packed sequence, as when training on packed documents; see Krell et al.
+2021, arXiv:2107.02027."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from raybsa.patterns.grid import Grid
+from raybsa.patterns.parameters import integers
+from raybsa.patterns.pattern import Pattern
+from raybsa.patterns.ranking import Slots, evenly
+
+
+@dataclass(frozen=True)
+class Document(Pattern):
+    """Tokens see one another iff they lie in one document. Blocks that two documents share are kept: give
+    ``segment_ids`` to the attention for a cut that is exact to the token.
+
+    Under a density a row keeps evenly spread blocks of its document (all of it where the budget allows), then the
+    nearest ones.
+
+    Args:
+        lengths: tokens of the documents in order; they repeat until the sequence is covered.
+    """
+
+    lengths: tuple[int, ...] = (1024,)
+    family: ClassVar[str] = "document"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lengths", integers("lengths", self.lengths))
+
+    def blocks(self, grid: Grid) -> tuple[Tensor, Tensor]:
+        return grid.token_runs(self._begin(grid.first_token), self._end(grid.last_token) - 1)
+
+    def order(self, slots: Slots) -> Tensor:
+        grid = slots.grid
+        low = self._begin(grid.first_token)[slots.row] // grid.kv_block_size
+        high = (self._end(grid.last_token)[slots.row] - 1) // grid.kv_block_size
+        return evenly(slots, low, torch.minimum(high, slots.allowed - 1))
+
+    def _begin(self, token: Tensor) -> Tensor:
+        """First token of each token's document."""
+        ends, number = self._find(token)
+        return token // ends[-1] * ends[-1] + torch.where(number > 0, ends[(number - 1).clamp(min=0)], 0)
+
+    def _end(self, token: Tensor) -> Tensor:
+        """First token after each token's document."""
+        ends, number = self._find(token)
+        return token // ends[-1] * ends[-1] + ends[number]
+
+    def _find(self, token: Tensor) -> tuple[Tensor, Tensor]:
+        ends = torch.tensor(self.lengths, dtype=torch.int64, device=token.device).cumsum(0)
+        return ends, torch.searchsorted(ends, token % ends[-1], right=True)

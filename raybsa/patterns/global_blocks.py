@@ -1,0 +1,48 @@
+"""Global blocks: some blocks see all and are seen by all. Longformer, Beltagy et al. 2020, arXiv:2004.05150."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from raybsa.patterns.budgets import global_budget, global_rows
+from raybsa.patterns.grid import Grid
+from raybsa.patterns.parameters import integer
+from raybsa.patterns.pattern import Pattern
+from raybsa.patterns.ranking import Slots, skip_diagonal
+
+
+@dataclass(frozen=True)
+class GlobalBlocks(Pattern):
+    """Query token i sees key token j iff one of them lies in the first ``num_globals`` KV blocks; each row its own too.
+
+    Under a density the number of globals is what the total budget allows; the last may be a part of one. Exact in total
+    for each head: global rows keep all.
+
+    Args:
+        num_globals: KV blocks.
+    """
+
+    num_globals: int = 1
+    family: ClassVar[str] = "global_blocks"
+
+    def __post_init__(self) -> None:
+        integer("num_globals", self.num_globals)
+
+    def blocks(self, grid: Grid) -> tuple[Tensor, Tensor]:
+        return global_blocks(grid, self.num_globals)
+
+    def order(self, slots: Slots) -> Tensor:
+        return skip_diagonal(slots, slots.rank)
+
+    def budget(self, grid: Grid, density: float) -> Tensor:
+        return global_budget(grid, density, most_globals=grid.num_kv_blocks)
+
+
+def global_blocks(grid: Grid, num_globals: int) -> tuple[Tensor, Tensor]:
+    """(n,) rows and columns of the first ``num_globals`` KV blocks and of the rows that hold a token of theirs."""
+    end = torch.where(global_rows(grid, num_globals), grid.num_kv_blocks, num_globals)
+    return grid.runs(grid.rows, torch.zeros_like(end), end - 1)

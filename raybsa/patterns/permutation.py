@@ -1,0 +1,33 @@
+"""Random choices without repeats in O(choices): a keyed permutation of 0 .. size - 1, evaluated where it is asked.
+
+Swap-or-not, Hoang, Morris and Rogaway 2012, eprint 2012/254: each round pairs every value with another (``key - value``
+modulo size) and swaps the pair or not by a hash of both, so it is a permutation for any size. 16 rounds leave a value
+where it was with a probability of 2**-16, which is enough for layouts and not for secrets.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from raybsa.counter import Stream, hash_u32
+
+_ROUNDS = 16
+
+
+def permuted(value: Tensor, row: Tensor, size: Tensor, key: Tensor) -> Tensor:
+    """The image of each value under its row's permutation, the same on every device.
+
+    Args:
+        value: (n,) int64 in 0 .. size - 1 of its row.
+        row: (n,) int64 into ``size`` and ``key``.
+        size: (rows,) int64, positive.
+        key: (rows,) int64 32-bit numbers, one a permutation.
+    """
+    sizes = size[row]
+    for turn in range(_ROUNDS):
+        keys = hash_u32(turn, Stream.LAYOUT, key)
+        other = ((keys % size)[row] - value) % sizes
+        coin = hash_u32(turn, Stream.LAYOUT, keys[row] ^ torch.maximum(value, other))
+        value = torch.where(coin % 2 == 1, other, value)
+    return value
