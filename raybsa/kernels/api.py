@@ -72,11 +72,12 @@ def block_sparse_attention(
         float(dropout_p),
         _seed(seed, dropout_p),
         torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic,
+        return_lse,
     )
     check_call(call)
     module = BACKENDS[choose_backend(call)] if backend == "auto" else _named(backend, call)
     with torch.autocast(q.device.type, enabled=False):
-        out, lse = module.run(call, return_lse)
+        out, lse = module.run(call)
     return (out, lse) if return_lse else out
 
 

@@ -1,1 +1,218 @@
-from raybsa.kernels.reference import run, why_not  # noqa: F401
+"""Block-sparse attention in plain torch operations, forward and backward, on any device; O(nnz) work.
+
+For each chunk of query-block rows: gather their KV blocks, one batched product for the scores, softmax, one product
+for the output. The backward makes the weights again (FlashAttention, 2205.14135, algorithm 4) and adds each block's dK
+and dV where it came from. Beyond inputs, outputs and gradients the workspace is bounded at any length (see
+``chunks``). 16-bit inputs are computed, and their gradients summed, in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from raybsa.kernels.call import AttentionCall, compute_dtype
+from raybsa.kernels.chunks import plan_chunks
+from raybsa.kernels.gather import TokenTable
+from raybsa.kernels.merge import merge
+from raybsa.kernels.scores import ChunkScores
+
+INF = float("inf")
+
+
+def why_not(call: AttentionCall) -> str | None:
+    """Blocked serves every call."""
+    return None
+
+
+def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    """out (B, H, Sq, D) in q's dtype, and lse (B, H, Sq) in the compute dtype if the call wants it."""
+    tensors = (call.q, call.k, call.v, call.attn_mask, call.block_bias)
+    out, lse = _Blocked.apply(*tensors, _with_tensors(call, (None,) * 5))
+    return out, lse if call.return_lse else None
+
+
+class _Blocked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor | None]:
+        *tensors, rest = args
+        out, lse = _forward(_with_tensors(rest, tensors))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, out, lse)
+        ctx.rest = rest
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        *tensors, out, lse = ctx.saved_tensors
+        with torch.autocast(out.device.type, enabled=False):
+            call = _with_tensors(ctx.rest, tensors)
+            return (*_Backward(call, ctx.needs_input_grad, out, lse, grad_out, grad_lse).run(), None)
+
+
+def _with_tensors(call: AttentionCall, tensors: Sequence[Any]) -> AttentionCall:
+    """The call with these (q, k, v, attn_mask, block_bias); autograd keeps tensors, the context keeps the rest."""
+    q, k, v, attn_mask, block_bias = tensors
+    return replace(call, q=q, k=k, v=v, attn_mask=attn_mask, block_bias=block_bias)
+
+
+def _forward(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    plan, tables, dtype = plan_chunks(call), _Tables(call), compute_dtype(call.q.dtype)
+    batch, heads, tokens, head_dim = call.q.shape
+    rows = (batch * heads * call.layout.num_q_blocks, call.layout.q_block_size)
+    split = any(not chunk.whole for chunk in plan.chunks)
+    out = call.q.new_empty(*rows, head_dim, dtype=dtype if split else call.q.dtype)
+    lse = call.q.new_full(rows, -INF, dtype=dtype) if split or call.return_lse else None
+    if not plan.covers_rows:
+        out.zero_()
+    for chunk in plan.chunks:
+        at = ChunkScores(call, chunk, plan.columns)
+        queries, keys, values = tables.take(at)
+        weights, chunk_lse = _softmax(at.scores(queries, keys), at.may_hide_rows, lse is not None)
+        chunk_out = torch.bmm(weights.mul_(at.dropout_factor()) if call.dropout_p else weights, values)
+        if lse is not None and chunk_lse is not None:
+            if chunk.first:
+                chunk_out, chunk_lse = merge(out[chunk.row], lse[chunk.row], chunk_out, chunk_lse)
+            lse.index_copy_(0, chunk.row, chunk_lse)
+        out.index_copy_(0, chunk.row, chunk_out.to(out.dtype))
+    out = out.view(batch, heads, -1, head_dim)[:, :, :tokens]
+    return out.to(call.q.dtype), None if lse is None else lse.view(batch, heads, -1)[:, :, :tokens]
+
+
+class _Tables:
+    """q, k and v as token tables in the compute dtype."""
+
+    def __init__(self, call: AttentionCall) -> None:
+        self.scale, self.dtype = call.scale, compute_dtype(call.q.dtype)
+        self.q, self.k, self.v = TokenTable.of(call.q), TokenTable.of(call.k), TokenTable.of(call.v)
+
+    def take(self, at: ChunkScores) -> tuple[Tensor, Tensor, Tensor]:
+        """Scaled queries (C, bq, D), keys and values (C, m * bk, D)."""
+        chunk, length = at.chunk, at.kv_token.shape[1]
+        index = self.k.index(chunk.batch, chunk.kv_head, at.kv_token)
+        keys = self.k.take(index, length, self.dtype)
+        if not self.k.same_rows(self.v):
+            index = self.v.index(chunk.batch, chunk.kv_head, at.kv_token)
+        values = self.v.take(index, length, self.dtype)
+        return _take_queries(self.q, at, self.dtype).mul_(self.scale), keys, values
+
+
+def _take_queries(table: TokenTable, at: ChunkScores, dtype: torch.dtype) -> Tensor:
+    """(C, bq, n) in ``dtype``."""
+    index = table.index(at.chunk.batch, at.chunk.head, at.q_token)
+    return table.take(index, at.q_token.shape[1], dtype)
+
+
+def _softmax(scores: Tensor, may_hide_rows: bool, with_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """Weights, 0 in rows that see nothing, and lse (C, bq) if wanted.
+
+    With m the largest score of a row and w the largest weight, ``w = exp(m - lse)``, so ``lse = m - log(w)``.
+    """
+    top = scores.amax(-1, keepdim=True) if may_hide_rows or with_lse else None
+    weights = torch.softmax(scores, -1)
+    lse = None if top is None or not with_lse else top - weights.amax(-1, keepdim=True).log_()
+    if may_hide_rows and top is not None:
+        blind = top == -INF
+        weights.masked_fill_(blind, 0.0)
+        lse = None if lse is None else lse.masked_fill_(blind, -INF)
+    return weights, None if lse is None else lse.squeeze(-1)
+
+
+class _Backward:
+    """Gradients of one call, summed chunk by chunk in the compute dtype."""
+
+    def __init__(
+        self,
+        call: AttentionCall,
+        wanted: tuple[bool, ...],
+        out: Tensor,
+        lse: Tensor | None,
+        grad_out: Tensor | None,
+        grad_lse: Tensor | None,
+    ) -> None:
+        layout, dtype = call.layout, compute_dtype(call.q.dtype)
+        batch, heads, _, head_dim = call.q.shape
+        self.call, self.dtype = call, dtype
+        self.tables = _Tables(call)
+        self.out, self.lse = TokenTable.of(out), None if lse is None else TokenTable.of(lse[..., None])
+        self.grad_out = TokenTable.of(torch.zeros_like(out) if grad_out is None else grad_out)
+        self.grad_lse = None if grad_lse is None else TokenTable.of(grad_lse[..., None])
+        self.grad_q = call.q.new_zeros(batch * heads * layout.num_q_blocks, layout.q_block_size, head_dim, dtype=dtype)
+        kv_shape = (batch * call.k.shape[1] * layout.num_kv_blocks, layout.kv_block_size * head_dim)
+        self.grad_k, self.grad_v = (call.k.new_zeros(kv_shape, dtype=dtype) for _ in range(2))
+        self.grad_mask, self.grad_bias = (
+            torch.zeros_like(x, dtype=dtype) if x is not None and want else None
+            for x, want in zip((call.attn_mask, call.block_bias), wanted[3:5], strict=True)
+        )
+
+    def run(self) -> tuple[Tensor | None, ...]:
+        """Gradients of q, k, v, attn_mask and block_bias, in their dtypes."""
+        plan = plan_chunks(self.call)
+        for chunk in plan.chunks:
+            self._add(ChunkScores(self.call, chunk, plan.columns))
+        call = self.call
+        return (
+            _tokens(self.grad_q, call.q),
+            _tokens(self.grad_k, call.k),
+            _tokens(self.grad_v, call.v),
+            None if self.grad_mask is None else self.grad_mask.to(call.attn_mask.dtype),  # type: ignore[union-attr]
+            None if self.grad_bias is None else self.grad_bias.to(call.block_bias.dtype),  # type: ignore[union-attr]
+        )
+
+    def _add(self, at: ChunkScores) -> None:
+        chunk = at.chunk
+        queries, keys, values = self.tables.take(at)
+        weights = self._weights(at, at.scores(queries, keys))
+        grad_out = at.without_padding(self._take(self.grad_out, at))
+        grad_weights = torch.bmm(grad_out, values.transpose(1, 2))
+        dropped = weights
+        if self.call.dropout_p:
+            factor = at.dropout_factor()
+            dropped = weights * factor
+            grad_weights *= factor
+        self._add_blocks(self.grad_v, at.flat_kv_block, torch.bmm(dropped.transpose(1, 2), grad_out))
+        grad_scores = grad_weights.sub_(self._delta(at, grad_out)).mul_(weights)
+        self._add_blocks(self.grad_k, at.flat_kv_block, torch.bmm(grad_scores.transpose(1, 2), queries))
+        self.grad_q.index_add_(0, chunk.row, torch.bmm(grad_scores, keys), alpha=self.call.scale)
+        if self.grad_bias is not None:
+            sums = grad_scores.view(len(chunk.row), -1, chunk.width, self.call.layout.kv_block_size).sum((1, 3))
+            self._add_blocks(self.grad_bias, at.slots.view(-1), sums)
+        if self.grad_mask is not None:
+            self.grad_mask.index_put_(at.mask_index, grad_scores, accumulate=True)
+
+    def _weights(self, at: ChunkScores, scores: Tensor) -> Tensor:
+        """The forward's weights: softmax where the whole row is here, else by the saved lse."""
+        if self.lse is None or at.chunk.whole:
+            return _softmax(scores, at.may_hide_rows, with_lse=False)[0]
+        lse = self._take(self.lse, at)
+        return scores.sub_(lse.masked_fill(lse == -INF, INF)).exp_()
+
+    def _delta(self, at: ChunkScores, grad_out: Tensor) -> Tensor:
+        """(C, bq, 1): what softmax's gradient takes off every weight's; lse's own gradient enters here."""
+        delta = (self._take(self.out, at) * grad_out).sum(-1, keepdim=True)
+        if self.grad_lse is not None:
+            delta -= at.without_padding(self._take(self.grad_lse, at))
+        return delta
+
+    def _take(self, table: TokenTable, at: ChunkScores) -> Tensor:
+        return _take_queries(table, at, self.dtype)
+
+    def _add_blocks(self, target: Tensor, index: Tensor, source: Tensor) -> None:
+        """``target[index] += source``, repeats summed; in a fixed order if asked for (CUDA's index_add has none)."""
+        source = source.reshape(len(index), *target.shape[1:])
+        if self.call.deterministic and target.is_cuda:
+            target.index_put_((index,), source, accumulate=True)
+        else:
+            target.index_add_(0, index, source)
+
+
+def _tokens(grad: Tensor, like: Tensor) -> Tensor:
+    """A gradient summed by padded blocks as ``like`` (B, H, S, D)."""
+    batch, heads, tokens, head_dim = like.shape
+    return grad.view(batch, heads, -1, head_dim)[:, :, :tokens].to(like.dtype)

@@ -31,6 +31,7 @@ class AttentionCall:
     dropout_p: float
     seed: int
     deterministic: bool
+    return_lse: bool
 
     @property
     def queries_per_kv(self) -> int:

@@ -1,16 +1,155 @@
-"""FlexAttention as a backend."""
+"""FlexAttention (torch.nn.attention.flex_attention) as a backend, for the calls it can serve.
+
+FlexAttention wants a list as wide as all KV blocks for every row, four times over (partial and full blocks, forward and
+transposed): num_blocks x num_blocks numbers a head. The adapter makes them from the layout without a dense mask, and
+refuses where they would pass ``LIST_BYTES``.
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
+from functools import cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
 from torch import Tensor
 
 from raybsa.kernels.call import AttentionCall
+from raybsa.layout import BlockLayout
+
+LIST_BYTES = 256 * 2**20
+BACKWARD_TILE = 128  # torch's Hopper backward tiles are (64, 128): smaller sparse blocks leave it no configuration
 
 
 def why_not(call: AttentionCall) -> str | None:
     """Why FlexAttention cannot serve this call; None where it can."""
-    return "it is not wired in yet"
+    for name, value in (
+        ("attn_mask", call.attn_mask),
+        ("segment_ids", call.segment_ids),
+        ("block_bias", call.block_bias),
+        ("dropout", call.dropout_p or None),
+    ):
+        if value is not None:
+            return f"this FlexAttention adapter takes no {name}"
+    layout, head_dim = call.layout, call.q.shape[-1]
+    if layout.q_block_ids is not None or layout.kv_block_ids is not None:
+        return "this FlexAttention adapter takes no selected layouts"
+    if call.q.dtype == torch.float64:
+        return "FlexAttention has no float64"
+    if head_dim < 16:
+        return f"FlexAttention wants head_dim >= 16, got {head_dim}"
+    if min(layout.q_block_size, layout.kv_block_size) < 16:
+        return f"FlexAttention wants blocks of 16 or more, got {layout.q_block_size} x {layout.kv_block_size}"
+    list_bytes = 4 * 4 * layout.num_groups * layout.num_q_blocks * layout.num_kv_blocks
+    if list_bytes > LIST_BYTES:
+        return f"FlexAttention's block lists would take {list_bytes >> 20} MB here, more than {LIST_BYTES >> 20}"
+    return _why_not_on_cpu(call) if call.q.device.type == "cpu" else _why_not_on_cuda(call)
 
 
-def run(call: AttentionCall, with_lse: bool) -> tuple[Tensor, Tensor]:
-    raise NotImplementedError
+def _why_not_on_cpu(call: AttentionCall) -> str | None:
+    if call.needs_grad:
+        return "FlexAttention has no backward on the CPU"
+    if call.return_lse:
+        return "FlexAttention returns no lse on the CPU"
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        return f"FlexAttention on the CPU needs a C++ compiler, and there is no {compiler!r} (install one or set CXX)"
+    return None
+
+
+def _why_not_on_cuda(call: AttentionCall) -> str | None:
+    if call.q.device.type != "cuda":
+        return f"this FlexAttention adapter runs on cpu and cuda, not on {call.q.device.type}"
+    sizes = (call.layout.q_block_size, call.layout.kv_block_size)
+    if call.needs_grad and any(size % BACKWARD_TILE for size in sizes):
+        return (
+            f"FlexAttention's backward wants blocks that are multiples of {BACKWARD_TILE}, got {sizes[0]} x {sizes[1]}"
+        )
+    return None
+
+
+def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    """out (B, H, Sq, D), and lse (B, H, Sq) float32 if the call wants it."""
+    from torch._dynamo import config
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    options = {} if call.q.device.type == "cpu" else _forward_tiles(call.layout)
+    with config.patch(recompile_limit=1024):
+        result = _compiled()(
+            call.q,
+            call.k,
+            call.v,
+            block_mask=_block_mask(call),
+            scale=call.scale,
+            enable_gqa=call.queries_per_kv > 1,
+            return_aux=AuxRequest(lse=True) if call.return_lse else None,
+            kernel_options=options,
+        )
+    return (result[0], result[1].lse) if call.return_lse else (result, None)
+
+
+def _forward_tiles(layout: BlockLayout) -> dict[str, int]:
+    """Tiles that divide the blocks: torch's own choice is 128 rows, which smaller blocks make it refuse."""
+    if layout.q_block_size % 128 == 0 and layout.kv_block_size % 128 == 0:
+        return {}
+    return {"fwd_BLOCK_M": min(64, layout.q_block_size), "fwd_BLOCK_N": min(64, layout.kv_block_size)}
+
+
+@cache
+def _compiled() -> Any:
+    """Compiled whole: past the recompile limit a full graph raises, where a partial one would go dense in eager."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
+def _causal(batch: Tensor, head: Tensor, q_index: Tensor, kv_index: Tensor) -> Tensor:
+    return kv_index <= q_index
+
+
+_MASKS: WeakKeyDictionary[BlockLayout, dict[tuple[int, int], Any]] = WeakKeyDictionary()
+
+
+def _block_mask(call: AttentionCall) -> Any:
+    masks = _MASKS.setdefault(call.layout, {})
+    key = (call.q.shape[0], call.q.shape[1])
+    if key not in masks:
+        masks[key] = _make_block_mask(call.layout, *key)
+    return masks[key]
+
+
+def _make_block_mask(layout: BlockLayout, batch: int, heads: int) -> Any:
+    from torch.nn.attention.flex_attention import BlockMask, noop_mask
+
+    groups = {1: (1, 1), heads: (1, heads)}.get(layout.num_groups, (batch, heads))
+    cut = layout.crosses_diagonal()
+    group, row, col = layout.coordinates()
+    lists: dict[str, Any] = {}
+    for name in ("kv", "full_kv", "q", "full_q"):
+        kept = ~cut if name.startswith("full") else cut
+        major, minor, *shape = (row, col, layout.num_q_blocks, layout.num_kv_blocks)
+        if name.endswith("q"):
+            major, minor, *shape = (col, row, layout.num_kv_blocks, layout.num_q_blocks)
+        counts, indices = _lists(group[kept], major[kept], minor[kept], groups, *shape)
+        lists |= {f"{name}_num_blocks": counts, f"{name}_indices": indices}
+    return BlockMask(
+        seq_lengths=(layout.q_len, layout.kv_len),
+        BLOCK_SIZE=(layout.q_block_size, layout.kv_block_size),
+        mask_mod=_causal if layout.causal else noop_mask,
+        **lists,
+    )
+
+
+def _lists(
+    group: Tensor, major: Tensor, minor: Tensor, groups: tuple[int, int], size: int, width: int
+) -> tuple[Tensor, Tensor]:
+    """FlexAttention's counts (B, H, size) and indices (B, H, size, width), int32, from block coordinates."""
+    flat = group * size + major
+    order = torch.argsort(flat, stable=True)
+    counts = torch.bincount(flat, minlength=groups[0] * groups[1] * size)
+    place = torch.arange(len(flat), device=flat.device) - (counts.cumsum(0) - counts)[flat[order]]
+    indices = torch.zeros(len(counts), width, dtype=torch.int32, device=flat.device)
+    indices[flat[order], place] = minor[order].to(torch.int32)
+    return counts.to(torch.int32).view(*groups, size), indices.view(*groups, size, width)

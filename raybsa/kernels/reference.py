@@ -17,7 +17,7 @@ def why_not(call: AttentionCall) -> str | None:
     return None
 
 
-def run(call: AttentionCall, with_lse: bool) -> tuple[Tensor, Tensor]:
+def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """out (B, H, Sq, D) in q's dtype and lse (B, H, Sq) in the compute dtype."""
     dtype = compute_dtype(call.q.dtype)
     q, k, v = (x.to(dtype) for x in (call.q, call.k, call.v))

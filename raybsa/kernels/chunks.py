@@ -1,0 +1,126 @@
+"""How the blocked backend cuts a layout into batched matrix products: rows with equally many blocks share a chunk.
+
+A chunk's working set stays near ``chunk_bytes`` (cache-sized on a CPU); a row too long for ``piece_bytes`` is split
+into pieces that are merged. Nothing here is larger than O(batch * heads * num_q_blocks + nnz).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from raybsa.kernels.call import AttentionCall, compute_dtype
+from raybsa.layout import BlockLayout
+
+CPU_CHUNK_BYTES = 10 * 2**20
+CUDA_CHUNK_BYTES = 256 * 2**20
+PIECE_BYTES = 128 * 2**20
+ROW_MULTIPLE = 4  # batched products split rows over threads
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """C query-block rows handled together. All tensors are (C,) int64.
+
+    Args:
+        row: flat row ``(b * H + h) * num_q_blocks + i``.
+        batch: b.
+        head: h.
+        kv_head: the KV head that h reads.
+        q_block: i.
+        start: offset of the first block taken in ``layout.col_indices``.
+        width: KV blocks taken of each row.
+        first: how many of each row's blocks lie before these.
+        whole: these are all the blocks of the rows.
+        cut: the places ``0 .. width - 1`` at which some row's block is cut by the diagonal or by the ragged end.
+    """
+
+    row: Tensor
+    batch: Tensor
+    head: Tensor
+    kv_head: Tensor
+    q_block: Tensor
+    start: Tensor
+    width: int
+    first: int
+    whole: bool
+    cut: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """Every kept block of every (batch, head) exactly once; the pieces of a row in ascending order.
+
+    ``columns`` (nnz,) int64 are the layout's ``col_indices``; ``covers_rows`` says that no row is empty.
+    """
+
+    chunks: tuple[Chunk, ...]
+    columns: Tensor
+    covers_rows: bool
+
+
+_PLANS: WeakKeyDictionary[BlockLayout, dict[tuple[int, ...], ChunkPlan]] = WeakKeyDictionary()
+
+
+def plan_chunks(call: AttentionCall) -> ChunkPlan:
+    """The plan of a call, kept as long as its layout lives."""
+    batch, heads, _, head_dim = call.q.shape
+    layout = call.layout
+    slot = compute_dtype(call.q.dtype).itemsize * layout.kv_block_size * (2 * layout.q_block_size + 4 * head_dim)
+    plans = _PLANS.setdefault(layout, {})
+    key = (batch, heads, call.queries_per_kv, slot)
+    if key not in plans:
+        plans[key] = _plan(layout, batch, heads, call.queries_per_kv, slot)
+    return plans[key]
+
+
+def _plan(layout: BlockLayout, batch: int, heads: int, queries_per_kv: int, slot_bytes: int) -> ChunkPlan:
+    budget = CUDA_CHUNK_BYTES if layout.device.type == "cuda" else CPU_CHUNK_BYTES
+    chunk_slots, piece_slots = max(1, budget // slot_bytes), max(1, PIECE_BYTES // slot_bytes)
+    counts = _per_head(layout.row_counts, batch, heads)
+    row = torch.argsort(counts, stable=True)
+    head = row // layout.num_q_blocks % heads
+    start = _per_head(layout.crow_indices[:, :-1], batch, heads)[row]
+    of_rows = torch.stack(
+        [row, row // (layout.num_q_blocks * heads), head, head // queries_per_kv, row % layout.num_q_blocks, start]
+    )
+    widths, sizes = (x.tolist() for x in torch.unique_consecutive(counts[row], return_counts=True))
+    is_cut = _cut_blocks(layout)
+    chunks: list[Chunk] = []
+    for width, equal in zip(widths, of_rows.split(sizes, dim=1), strict=True):
+        for first in range(0, width, piece_slots):
+            piece = min(piece_slots, width - first)
+            for part in equal.split(_rows_in_chunk(chunk_slots // piece), dim=1):
+                row, batch_, head, kv_head, q_block, start = part.unbind(0)
+                cut = _cut_places(is_cut, start + first, piece)
+                whole = piece == width
+                chunks.append(Chunk(row, batch_, head, kv_head, q_block, start + first, piece, first, whole, cut))
+    return ChunkPlan(tuple(chunks), layout.col_indices.long(), not widths or widths[0] > 0)
+
+
+def _rows_in_chunk(fitting: int) -> int:
+    return max(1, fitting - fitting % ROW_MULTIPLE if fitting > ROW_MULTIPLE else fitting)
+
+
+def _per_head(per_group: Tensor, batch: int, heads: int) -> Tensor:
+    """(G, n) -> (B * H * n,): each (batch, head)'s values from its group's."""
+    groups = per_group.shape[0]
+    shaped = per_group.view(batch if groups == batch * heads else 1, heads if groups > 1 else 1, -1)
+    return shaped.expand(batch, heads, -1).reshape(-1)
+
+
+def _cut_blocks(layout: BlockLayout) -> Tensor | None:
+    """(nnz,) bool: blocks that causality or the ragged end cuts; None if there are none."""
+    ragged = layout.kv_block_starts[layout.col_indices.long()] + layout.kv_block_size > layout.kv_len
+    is_cut = layout.crosses_diagonal() | ragged
+    return is_cut if bool(is_cut.any()) else None
+
+
+def _cut_places(is_cut: Tensor | None, starts: Tensor, width: int) -> tuple[int, ...]:
+    if is_cut is None:
+        return ()
+    places = torch.arange(width, device=starts.device)
+    return tuple(is_cut[starts[:, None] + places].any(0).nonzero()[:, 0].tolist())
