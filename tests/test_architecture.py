@@ -1,0 +1,145 @@
+"""Imports run downward: the floors of docs/design.md, read from the source, and a proof that the check can fail."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Floor of each room, bottom first; docs/design.md draws the same house.
+FLOORS = {
+    "raybsa.layout": 0,
+    "raybsa.spec": 0,
+    "raybsa.counter": 0,
+    "raybsa.comm": 1,
+    "raybsa.timing": 1,
+    "raybsa.results": 1,
+    "raybsa.patterns": 2,
+    "raybsa.kernels": 2,
+    "raybsa.gradients": 2,
+    "raybsa.ring": 3,
+    "raybsa.variants": 4,
+    "raybsa.tasks": 5,
+    "raybsa.cluster": 6,
+    "raybsa.experiments": 7,
+    "dashboards": 8,
+    "jobs": 9,
+}
+MAY_IMPORT = {
+    "ray": {"raybsa.cluster", "raybsa.experiments", "jobs"},
+    "plotly": {"dashboards"},
+    "optuna": {"raybsa.experiments"},
+    "pyarrow": {"raybsa.results", "raybsa.patterns", "dashboards"},
+}
+
+
+def room_of(module: str) -> str | None:
+    return max((room for room in FLOORS if f"{module}.".startswith(f"{room}.")), key=len, default=None)
+
+
+def imports_of(source: str, module: str, known: Iterable[str]) -> set[str]:
+    """Absolute names of all modules that a source imports, also inside functions; ``from package import module`` names
+    the module where it is ``known``, else the package."""
+    found: set[str] = set()
+    package = module.split(".")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level]) if node.level else ""
+            name = ".".join(part for part in (base, node.module) if part)
+            full = {f"{name}.{alias.name}" for alias in node.names}
+            found |= full & set(known) | ({name} if full - set(known) else set())
+    return found
+
+
+def modules() -> dict[str, str]:
+    files = [path for top in ("raybsa", "dashboards", "jobs") for path in (ROOT / top).rglob("*.py")]
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in files]
+    return {name: path.read_text() for name, path in zip(names, files, strict=True)}
+
+
+def upward(sources: dict[str, str], known: Iterable[str]) -> list[str]:
+    """Every import that climbs, enters the package's front door from below, or takes a library its floor may not."""
+    wrong = []
+    for module, source in sources.items():
+        room = room_of(module)
+        for name in sorted(imports_of(source, module, known)):
+            target, library = room_of(name), name.split(".")[0]
+            if room and target and FLOORS[target] > FLOORS[room]:
+                wrong.append(f"{module} -> {name}")
+            if room and library in MAY_IMPORT and room not in MAY_IMPORT[library]:
+                wrong.append(f"{module} -> {name} ({library} belongs to {sorted(MAY_IMPORT[library])})")
+            if room and room.startswith("raybsa.") and name == "raybsa":
+                wrong.append(f"{module} -> raybsa (its own front door)")
+    return wrong
+
+
+def circles(sources: dict[str, str]) -> list[str]:
+    graph = {
+        module: {name for name in imports_of(source, module, sources) if name in sources and name != module}
+        for module, source in sources.items()
+        if module != "raybsa"
+    }
+    found: list[str] = []
+    state: dict[str, int] = {}
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        state[module] = 1
+        for name in sorted(graph.get(module, ())):
+            if state.get(name) == 1:
+                found.append(" -> ".join((*trail[trail.index(name) :], name)) if name in trail else name)
+            elif name not in state:
+                visit(name, (*trail, name))
+        state[module] = 2
+
+    for module in sorted(graph):
+        if module not in state:
+            visit(module, (module,))
+    return found
+
+
+def test_every_module_has_a_floor() -> None:
+    homeless = [m for m in modules() if m not in ("raybsa", "dashboards", "jobs") and room_of(m) is None]
+    assert not homeless, f"no floor in FLOORS for {homeless}"
+
+
+def test_imports_only_point_down_or_sideways() -> None:
+    assert not upward(modules(), modules())
+
+
+def test_no_module_takes_part_in_an_import_circle() -> None:
+    assert not circles(modules())
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("raybsa.layout", "from raybsa.kernels.api import block_sparse_attention"),
+        ("raybsa.kernels.api", "def f():\n    import ray"),
+        ("raybsa.patterns.bigbird", "from raybsa import BlockLayout"),
+        ("raybsa.variants.base", "from ..tasks.byte_lm import ByteLM"),
+        ("raybsa.tasks.recall", "import plotly.graph_objects as go"),
+    ],
+)
+def test_the_check_sees_an_import_that_climbs(module: str, line: str) -> None:
+    assert upward({module: line}, modules())
+
+
+def test_the_check_sees_a_circle() -> None:
+    assert circles({"raybsa.layout": "import raybsa.spec", "raybsa.spec": "from raybsa import layout"})
+
+
+def test_importing_raybsa_loads_none_of_the_heavy_libraries() -> None:
+    import subprocess
+    import sys
+
+    program = (
+        "import sys, raybsa; raybsa.BlockLayout; raybsa.block_sparse_attention; raybsa.create_block_sparse_attention;"
+        "print([m for m in ('ray', 'pyarrow', 'plotly', 'optuna', 'torch._dynamo') if m in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert shown.stdout.strip() == "[]", shown.stdout
