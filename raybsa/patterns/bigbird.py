@@ -34,7 +34,7 @@ class BigBird(Pattern):
     """
 
     window: int = 128
-    num_globals: int = 2
+    num_globals: int = 1
     num_random: int = 3
     seed: int = 0
     family: ClassVar[str] = "bigbird"

@@ -23,4 +23,6 @@ class Dense(Pattern):
         return grid.runs(grid.rows, torch.zeros_like(grid.rows), grid.allowed - 1)
 
     def order(self, slots: Slots) -> Tensor:
-        return evenly(slots, torch.zeros_like(slots.row), slots.allowed - 1)
+        free = slots.budget[slots.row] - slots.width
+        hole = (slots.first, slots.last)
+        return evenly(torch.zeros_like(slots.row), slots.allowed - 1, hole, slots.rank, free)

@@ -19,8 +19,9 @@ class Dilated(Pattern):
     """Tokens see one another iff for some pair (segment length, dilation rate) they share a segment and the distance of
     their KV blocks is a multiple of the rate.
 
-    Under a density the pairs take turns, each with its nearest block in the row's segment; past the segment's ends a
-    pair goes on at its rate.
+    Under a density all segments are scaled alike, so that their natural blocks (``length / rate`` of each pair) fill
+    the largest row's budget; the rates stay. The pairs take turns, each with its nearest block in the row's segment;
+    when all segments are spent, the pairs go on past their ends at their rates.
 
     Args:
         segment_lengths: tokens.
@@ -49,7 +50,11 @@ class Dilated(Pattern):
         return torch.cat([row for row, _ in found]), torch.cat([col for _, col in found])
 
     def order(self, slots: Slots) -> Tensor:
-        return torch.stack([_pair_order(slots, segment, rate) for segment, rate in self._pairs], 1)
+        scale = slots.budget.max() / sum(segment / rate for segment, rate in self._pairs)
+        sizes = [(scale * segment).round().long().clamp(min=rate + 1) for segment, rate in self._pairs]
+        ways = [_Way(slots, size, rate) for size, rate in zip(sizes, self.dilation_rates, strict=True)]
+        spent = torch.stack([way.left + way.right for way in ways]).amax(0)
+        return torch.stack([torch.where(slots.rank < spent, way.inside(), way.beyond(spent)) for way in ways], 1)
 
 
 def _pair_blocks(grid: Grid, segment: int, rate: int) -> tuple[Tensor, Tensor]:
@@ -61,13 +66,24 @@ def _pair_blocks(grid: Grid, segment: int, rate: int) -> tuple[Tensor, Tensor]:
     return grid.runs(row, low + (unit - low) % rate, high, rate)
 
 
-def _pair_order(slots: Slots, segment: int, rate: int) -> Tensor:
-    grid, first, last = slots.grid, slots.first, slots.last
-    low = grid.first_token[slots.row] // segment * segment // grid.kv_block_size
-    high = ((grid.last_token[slots.row] // segment + 1) * segment - 1) // grid.kv_block_size
-    high = torch.minimum(high, slots.allowed - 1)
-    left, right = ((first - low) // rate).clamp(min=0), ((high - last) // rate).clamp(min=0)
-    inside = outward(first, last, low, high, slots.rank, rate)
-    edges = (first - left * rate, last + right * rate)
-    beyond = outward(*edges, torch.zeros_like(low), slots.allowed - 1, slots.rank - left - right, rate)
-    return torch.where(inside >= 0, inside, beyond)
+class _Way:
+    """A pair's way out from the diagonal in steps of its rate, through a segment of ``size`` () int64 blocks.
+
+    ``left`` and ``right``, (n,) int64, count its steps before the segment's ends.
+    """
+
+    def __init__(self, slots: Slots, size: Tensor, rate: int) -> None:
+        self.slots, self.rate = slots, rate
+        self.low = slots.first // size * size
+        self.high = torch.minimum((slots.last // size + 1) * size, slots.allowed) - 1
+        self.left, self.right = (slots.first - self.low) // rate, (self.high - slots.last) // rate
+
+    def inside(self) -> Tensor:
+        """(n,) columns in the segment, by rank."""
+        return outward(self.slots.first, self.slots.last, self.low, self.high, self.slots.rank, self.rate)
+
+    def beyond(self, spent: Tensor) -> Tensor:
+        """(n,) columns past the segment, by rank from ``spent`` on."""
+        first, last = self.slots.first - self.left * self.rate, self.slots.last + self.right * self.rate
+        ends = (torch.zeros_like(first), self.slots.allowed - 1)
+        return outward(first, last, *ends, self.slots.rank - spent, self.rate)

@@ -20,14 +20,14 @@ class Document(Pattern):
     """Tokens see one another iff they lie in one document. Blocks that two documents share are kept: give
     ``segment_ids`` to the attention for a cut that is exact to the token.
 
-    Under a density a row keeps evenly spread blocks of its document (all of it where the budget allows), then the
-    nearest ones.
+    Under a density a row keeps evenly spread blocks of its document; where the budget allows for all of it, also evenly
+    spread blocks of the rest that it may see.
 
     Args:
         lengths: tokens of the documents in order; they repeat until the sequence is covered.
     """
 
-    lengths: tuple[int, ...] = (1024,)
+    lengths: tuple[int, ...] = (1024, 512, 2048, 512)
     family: ClassVar[str] = "document"
 
     def __post_init__(self) -> None:
@@ -40,7 +40,12 @@ class Document(Pattern):
         grid = slots.grid
         low = self._begin(grid.first_token)[slots.row] // grid.kv_block_size
         high = (self._end(grid.last_token)[slots.row] - 1) // grid.kv_block_size
-        return evenly(slots, low, torch.minimum(high, slots.allowed - 1))
+        low, high = torch.minimum(low, slots.first), torch.minimum(high, slots.allowed - 1)
+        free = slots.budget[slots.row] - slots.width
+        own = evenly(low, high, (slots.first, slots.last), slots.rank, free)
+        past = high - low + 1 - slots.width
+        begin, end = torch.zeros_like(low), slots.allowed - 1
+        return torch.where(own >= 0, own, evenly(begin, end, (low, high), slots.rank - past, free - past))
 
     def _begin(self, token: Tensor) -> Tensor:
         """First token of each token's document."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from raybsa.counter import Stream, hash_u32
 
 _ROUNDS = 16
+_CHUNK = 1 << 17  # values at once, so that the rounds work in a CPU's cache
 
 
 def permuted(value: Tensor, row: Tensor, size: Tensor, key: Tensor) -> Tensor:
@@ -24,10 +25,17 @@ def permuted(value: Tensor, row: Tensor, size: Tensor, key: Tensor) -> Tensor:
         size: (rows,) int64, positive.
         key: (rows,) int64 32-bit numbers, one a permutation.
     """
+    keys = [hash_u32(turn, Stream.LAYOUT, key) for turn in range(_ROUNDS)]
+    pivots = [key % size for key in keys]
+    parts = zip(value.split(_CHUNK), row.split(_CHUNK), strict=True)
+    return torch.cat([_swapped(part, its_row, size, keys, pivots) for part, its_row in parts])
+
+
+def _swapped(value: Tensor, row: Tensor, size: Tensor, keys: list[Tensor], pivots: list[Tensor]) -> Tensor:
     sizes = size[row]
-    for turn in range(_ROUNDS):
-        keys = hash_u32(turn, Stream.LAYOUT, key)
-        other = ((keys % size)[row] - value) % sizes
-        coin = hash_u32(turn, Stream.LAYOUT, keys[row] ^ torch.maximum(value, other))
-        value = torch.where(coin % 2 == 1, other, value)
+    for turn, (key, pivot) in enumerate(zip(keys, pivots, strict=True)):
+        other = pivot[row] - value
+        other = torch.where(other < 0, other + sizes, other)
+        coin = hash_u32(turn, Stream.LAYOUT, key[row] ^ torch.maximum(value, other)) & 1
+        value = torch.where(coin.bool(), other, value)
     return value

@@ -93,12 +93,17 @@ def outward(first: Tensor, last: Tensor, low: Tensor, high: Tensor, rank: Tensor
     return torch.where((rank >= 0) & (rank < left + right), col, -1)
 
 
-def evenly(slots: Slots, low: Tensor, high: Tensor) -> Tensor:
-    """(n,): as many columns as the budget has left after the diagonal, evenly spread over ``low .. high``."""
-    free = high - low + 1 - slots.width
-    wanted = torch.minimum(slots.budget[slots.row] - slots.width, free).clamp(min=1)
-    col = skip_diagonal(slots, low + slots.rank * free // wanted)
-    return torch.where((free > 0) & (slots.rank < wanted), col, -1)
+def evenly(low: Tensor, high: Tensor, hole: tuple[Tensor, Tensor], rank: Tensor, wanted: Tensor) -> Tensor:
+    """(n,): column number ``rank`` of ``wanted`` ones, evenly spread over ``low .. high`` but for a hole inside it.
+
+    The hole runs from its first to its last column. All the columns where there are not as many as wanted; -1 before
+    the first and past the last.
+    """
+    width = hole[1] - hole[0] + 1
+    free = high - low + 1 - width
+    wanted = torch.minimum(wanted, free)
+    col = low + rank * free // wanted.clamp(min=1)
+    return torch.where((rank >= 0) & (rank < wanted), torch.where(col < hole[0], col, col + width), -1)
 
 
 def skip_diagonal(slots: Slots, col: Tensor) -> Tensor:
