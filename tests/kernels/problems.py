@@ -84,7 +84,7 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
 def outputs_and_gradients(
     inputs: list[Tensor], layout: BlockLayout, grad_out: Tensor, grad_lse: Tensor, **options: Any
 ) -> dict[str, Tensor]:
-    """out, lse (where finite) and the gradients of every floating-point input for a fixed pair of upstream gradients."""
+    """out, lse (0 where -inf) and the gradient of every floating-point input, for given upstream gradients."""
     q, k, v = (x.detach().clone().requires_grad_() for x in inputs)
     leaves = {"q": q, "k": k, "v": v}
     for name in ("attn_mask", "block_bias"):

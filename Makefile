@@ -1,0 +1,48 @@
+# `make demo` and `make test` set up what they need in .venv the first time; a second call starts at once.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO_OUT ?= $(CURDIR)/results/demo
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: help demo test test-gpu lint format benchmark clean
+
+help:
+	@echo "make demo        search patterns on real text on a local Ray cluster, then write the report (under 4 minutes)"
+	@echo "make test        run the CPU tests"
+	@echo "make test-gpu    run the tests that need a CUDA device"
+	@echo "make lint        ruff and mypy"
+	@echo "make format      let ruff rewrite the code"
+	@echo "make benchmark   the CPU speed table of the README (a quiet machine, please)"
+	@echo "make clean       remove .venv and caches; results stay"
+
+.venv/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(f"raybsa needs Python 3.11 or newer, got {sys.version.split()[0]}: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
+	@echo "Setting up .venv (once) ..."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: .venv/.ready
+	@$(BIN)/python jobs/demo.py --out $(DEMO_OUT)
+
+test: .venv/.ready
+	@$(BIN)/python -m pytest
+
+test-gpu: .venv/.ready
+	@$(BIN)/python -m pytest -m gpu
+
+lint: .venv/.ready
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: .venv/.ready
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+benchmark: .venv/.ready
+	@$(BIN)/python jobs/benchmark.py --suite cpu --out $(CURDIR)/results/benchmark
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache *.egg-info
