@@ -1,0 +1,161 @@
+"""Quality against latency: what is worth having, what is beaten, and where the dense baseline stands."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+from typing import Literal, NamedTuple
+
+import plotly.graph_objects as go
+
+from dashboards.frames import Trial
+from dashboards.theme import base_figure, colour, density_colour, log_axis
+from dashboards.wording import ratio
+from raybsa.results.pareto import FORWARD_LATENCY, LATENCY, Objective, pareto_front, quality_objective
+
+_SMALLEST, _LARGEST = 17.0, 38.0
+
+
+class Point(NamedTuple):
+    """One trial in the picture. ``rank`` counts the front from the fastest, from 1; None is off the front."""
+
+    trial: Trial
+    latency_ms: float
+    quality: float
+    rank: int | None
+    diameter: float
+
+
+class ParetoInfo(NamedTuple):
+    """``unmeasured`` trials have a quality and no latency."""
+
+    quality_name: str
+    goal: Literal["min", "max"]
+    latency: Objective
+    points: list[Point]
+    unmeasured: int
+
+    @property
+    def quality_label(self) -> str:
+        return self.quality_name.replace("_", " ")
+
+    @property
+    def latency_label(self) -> str:
+        return "forward + backward" if self.latency is LATENCY else "forward"
+
+    def speed_up(self, point: Point) -> float | None:
+        """Dense's time, measured in the point's own run, over the point's; None where dense was not measured."""
+        record = point.trial.record
+        dense = record.dense_forward_backward_ms_p50 if self.latency is LATENCY else record.dense_forward_ms_p50
+        return ratio(dense, point.latency_ms)
+
+    @property
+    def front(self) -> list[Point]:
+        """Fastest first."""
+        ranked = [point for point in self.points if point.rank is not None]
+        return sorted(ranked, key=lambda point: point.rank or 0)
+
+
+def pareto_info(trials: Sequence[Trial]) -> ParetoInfo:
+    """The front of trials that answer one question (all have a finite quality). The dense baseline takes part in it.
+
+    Latency is forward and backward together, or forward alone where no trial measured both.
+    """
+    first = trials[0].record
+    goal: Literal["min", "max"] = "max" if first.quality_goal == "max" else "min"
+    both = any(LATENCY.value(trial.record) is not None for trial in trials)
+    latency = LATENCY if both else FORWARD_LATENCY
+    timed = [trial for trial in trials if latency.value(trial.record) is not None]
+    front = pareto_front([trial.record for trial in timed], [latency, quality_objective(goal)])
+    ranks = {record.trial_id: rank for rank, record in enumerate(front, 1)}
+    diameters = _diameters([trial.record.peak_bytes for trial in timed])
+    points = [
+        Point(t, float(latency.value(t.record) or 0), float(t.record.quality or 0), ranks.get(t.id), diameter)
+        for t, diameter in zip(timed, diameters, strict=True)
+    ]
+    return ParetoInfo(first.quality_name or "quality", goal, latency, points, len(trials) - len(timed))
+
+
+def pareto_plot(info: ParetoInfo) -> go.Figure:
+    """Numbered points form the front; the area of a point is its peak memory, its colour its density."""
+    figure = base_figure(600)
+    better = "lower" if info.goal == "min" else "higher"
+    figure.update_xaxes(
+        log_axis(
+            [p.latency_ms for p in info.points],
+            f"attention {info.latency_label}, median (ms, log scale; lower is better)",
+        )
+    )
+    figure.update_yaxes(title_text=f"{escape(info.quality_label)} ({better} is better)")
+    _add_front_line(figure, info.front)
+    beaten = [p for p in info.points if p.rank is None and not p.trial.is_dense]
+    best = [p for p in info.front if not p.trial.is_dense]
+    dense = [p for p in info.points if p.trial.is_dense]
+    grey = colour("dominated")
+    _add_points(figure, "dominated", beaten, ["rgba(0,0,0,0)"] * len(beaten), [grey] * len(beaten))
+    fills = [density_colour(p.trial.density) for p in best]
+    _add_points(figure, "front", best, fills, [colour("paper")] * len(best))
+    orange = [colour("dense")] * len(dense)
+    _add_points(figure, "dense baseline", dense, orange, [colour("paper")] * len(dense), symbol="diamond")
+    for point in dense:
+        _name_dense(figure, point)
+    return figure
+
+
+def _name_dense(figure: go.Figure, point: Point) -> None:
+    figure.add_annotation(
+        x=math.log10(point.latency_ms),
+        y=point.quality,
+        text="dense",
+        showarrow=False,
+        yanchor="top",
+        yshift=-point.diameter / 2,
+        font={"color": colour("dense"), "weight": 700},
+    )
+
+
+def _diameters(sizes: Sequence[int | None]) -> list[float]:
+    """Marker diameters in pixels whose areas grow evenly with the sizes; the smallest where none was measured."""
+    known = [size for size in sizes if size is not None]
+    low, high = (min(known), max(known)) if known else (0, 0)
+    span = (high - low) or 1
+    shares = [0.0 if size is None else (size - low) / span for size in sizes]
+    return [math.sqrt(_SMALLEST**2 + share * (_LARGEST**2 - _SMALLEST**2)) for share in shares]
+
+
+def _add_front_line(figure: go.Figure, front: Sequence[Point]) -> None:
+    figure.add_trace(
+        go.Scatter(
+            x=[p.latency_ms for p in front],
+            y=[p.quality for p in front],
+            mode="lines",
+            line={"color": colour("muted"), "width": 1.5, "shape": "hv"},
+            hoverinfo="skip",
+            name="front line",
+        )
+    )
+
+
+def _add_points(
+    figure: go.Figure, name: str, points: Sequence[Point], fills: list[str], edges: list[str], symbol: str = "circle"
+) -> None:
+    figure.add_trace(
+        go.Scatter(
+            x=[p.latency_ms for p in points],
+            y=[p.quality for p in points],
+            customdata=[p.trial.id for p in points],
+            text=["" if p.rank is None else str(p.rank) for p in points],
+            mode="markers+text",
+            textfont={"color": colour("paper"), "size": 11, "weight": 700},
+            marker={
+                "size": [p.diameter for p in points],
+                "color": fills,
+                "line": {"color": edges, "width": 1.5},
+                "symbol": symbol,
+                "opacity": 1,
+            },
+            hoverinfo="none",
+            name=name,
+        )
+    )

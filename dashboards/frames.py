@@ -1,0 +1,135 @@
+"""The results folder as small typed tables: trials with their parsed specs, grouped into fair comparisons."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from dashboards.wording import attention_label, trial_label
+from raybsa.results.record import Record, SeriesPoint
+from raybsa.results.store import Store
+from raybsa.spec import TrialSpec, canonical_json
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A record and the question it answers."""
+
+    record: Record
+    spec: TrialSpec
+
+    @property
+    def id(self) -> str:
+        return self.record.trial_id
+
+    @property
+    def failed(self) -> bool:
+        return self.record.status != "ok"
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every layer is the dense baseline."""
+        return all(layer.pattern is None for layer in self.spec.attention)
+
+    @cached_property
+    def label(self) -> str:
+        return trial_label(self.spec)
+
+    @property
+    def density(self) -> float | None:
+        """The density asked for; where the pattern's own was taken, the one that was measured."""
+        asked = {layer.density for layer in self.spec.attention}
+        only = asked.pop() if len(asked) == 1 else None
+        return self.record.density if only is None else only
+
+    @cached_property
+    def question(self) -> str:
+        """Equal for trials whose numbers may be compared: all but attention and seed agree, device included."""
+        asked = self.spec.to_dict()
+        del asked["attention"], asked["seed"]
+        record = self.record
+        place = [record.device, record.device_name, record.num_threads, record.quality_name, record.quality_goal]
+        return canonical_json([asked, place])
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything a report shows."""
+
+    trials: tuple[Trial, ...]
+    series: tuple[SeriesPoint, ...]
+
+    @property
+    def failures(self) -> list[Trial]:
+        return [trial for trial in self.trials if trial.failed]
+
+    @property
+    def quality_groups(self) -> list[list[Trial]]:
+        """Trials with a finite quality, one list a question, largest first."""
+        return _groups(
+            trial
+            for trial in self.trials
+            if not trial.failed and trial.record.quality is not None and math.isfinite(trial.record.quality)
+        )
+
+    @property
+    def speed_groups(self) -> list[list[Trial]]:
+        """Benchmark trials, one list for all that share everything but attention and length."""
+        groups: dict[str, list[Trial]] = defaultdict(list)
+        for trial in self.trials:
+            if trial.spec.task == "speed" and not trial.failed:
+                asked = trial.spec.to_dict()
+                for key in ("attention", "seed", "seq_len", "batch"):
+                    del asked[key]
+                groups[canonical_json([asked, trial.record.device_name, trial.record.num_threads])].append(trial)
+        return sorted(groups.values(), key=len, reverse=True)
+
+
+def load(results: str) -> Results:
+    """Reads a results folder (a path or a ``pyarrow.fs`` URI).
+
+    Raises:
+        ValueError: nothing was measured there, or a record's spec is not a TrialSpec.
+        StoreError: the folder or a file in it cannot be read.
+    """
+    store = Store(results)
+    records = store.read_records()
+    if not records:
+        search, benchmark = search_command(results), benchmark_command(results)
+        raise ValueError(
+            f"a report needs measured trials, found none under {results!r}: run `{search}` or `{benchmark}`"
+        )
+    return Results(tuple(map(trial_of, records)), tuple(store.read_series()))
+
+
+def trial_of(record: Record) -> Trial:
+    """A record with its spec parsed; raises ValueError naming the trial where that fails."""
+    try:
+        return Trial(record, TrialSpec.from_dict(json.loads(record.spec)))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"the spec of trial {record.trial_id} cannot be read: {error}") from error
+
+
+def search_command(results: str) -> str:
+    return f"python jobs/search.py --out {results}"
+
+
+def benchmark_command(results: str) -> str:
+    return f"python jobs/benchmark.py --out {results}"
+
+
+def _groups(trials: Iterable[Trial]) -> list[list[Trial]]:
+    groups: dict[str, list[Trial]] = defaultdict(list)
+    for trial in trials:
+        groups[trial.question].append(trial)
+    return sorted(groups.values(), key=len, reverse=True)
+
+
+def line_label(trial: Trial) -> str:
+    """A trial's name without its density: the trials of one name form the lines of a speed figure."""
+    layers = {attention_label(layer).split(" · ")[0] for layer in trial.spec.attention}
+    return " / ".join(sorted(layers))

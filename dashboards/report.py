@@ -1,0 +1,74 @@
+"""The report: ``python -m dashboards.report RESULTS --out report.html`` writes one page that opens with no network."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import uuid
+from collections.abc import Sequence
+
+from dashboards.frames import load
+from dashboards.markup import element, join
+from dashboards.page import Page
+from dashboards.sections.failures import failures_section
+from dashboards.sections.header import header
+from dashboards.sections.patterns import patterns_section
+from dashboards.sections.quality import quality_section
+from dashboards.sections.speed import speed_section
+
+
+def write_report(results: str, out: str) -> str:
+    """Draws a results folder as one HTML file and returns the file's absolute path. A crash leaves no torn file.
+
+    Args:
+        results: a path or ``pyarrow.fs`` URI, as ``raybsa.results.store`` reads it.
+        out: a local path; missing folders are made.
+
+    Raises:
+        ValueError: nothing was measured there, or a record's spec is not a TrialSpec.
+        OSError: the results cannot be read or the page cannot be written.
+    """
+    page = _page(results)
+    path = os.path.abspath(out)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(page)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+    return path
+
+
+def _page(folder: str) -> str:
+    results, page = load(folder), Page()
+    body = element(
+        "main",
+        quality_section(page, results, folder),
+        speed_section(page, results, folder),
+        patterns_section(page, results),
+        failures_section(results),
+    )
+    return page.render("raybsa report", join(header(results, folder), body))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m dashboards.report", description="Draw measured results as one page."
+    )
+    parser.add_argument("results", metavar="RESULTS", help="folder or pyarrow.fs URI that a job wrote")
+    parser.add_argument("--out", default="report.html", help="the page to write (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        print(write_report(options.results, options.out))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,34 @@
+"""What every section shares: its heading, how it says that nothing is there, and how it lists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from dashboards.frames import Trial
+from dashboards.markup import Child, Markup, element
+from dashboards.wording import question_label
+
+
+def section(identifier: str, title: str, *children: Child) -> Markup:
+    return element("section", element("h2", title), *children, id=identifier)
+
+
+def note(text: str) -> Markup:
+    return element("p", text, class_="note")
+
+
+def nothing_yet(what: str, command: str) -> Markup:
+    """Instead of an empty section: what is missing and what to run."""
+    return element("p", f"{what}. Run ", element("code", command), " and write the report again.")
+
+
+def listed(values: Iterable[str]) -> str:
+    """Each value once, in order of appearance; empty ones are left out."""
+    return ", ".join(dict.fromkeys(value for value in values if value))
+
+
+def asked(trial: Trial) -> str:
+    """A trial's question in one line, its lengths included where it trains."""
+    spec = trial.spec
+    lengths = "" if spec.task == "speed" else f", trained at {spec.train_len:,} tokens, timed at {spec.seq_len:,}"
+    return f"{spec.task}: {question_label(spec)}{lengths}"

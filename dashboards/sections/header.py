@@ -1,0 +1,75 @@
+"""What was asked, where, with what and when; and what the colours mean."""
+
+from __future__ import annotations
+
+from dashboards.frames import Results
+from dashboards.markup import Markup, element
+from dashboards.sections.frame import asked, listed
+from dashboards.theme import DENSITY_LABELS
+from dashboards.wording import moment
+
+
+def header(results: Results, folder: str) -> Markup:
+    facts = [
+        ("Asked", "; ".join(dict.fromkeys(asked(trial) for trial in results.trials))),
+        ("Device", _device(results)),
+        ("Versions", _versions(results)),
+        ("When", _when(results)),
+        ("Runs", f"{_count(results)}; {listed(t.record.run_id for t in results.trials)}; results in {folder}"),
+    ]
+    pairs = (part for name, value in facts for part in (element("dt", name), element("dd", value)))
+    question = "Which block-sparse pattern gives the best quality for its cost?"
+    return element(
+        "header",
+        element("h1", "raybsa report"),
+        element("p", question),
+        element("dl", *pairs, class_="facts"),
+        _legend(),
+    )
+
+
+def _device(results: Results) -> str:
+    records = [trial.record for trial in results.trials]
+    threads = listed(str(record.num_threads) for record in records if record.num_threads)
+    devices = listed(record.device_name or record.device for record in records)
+    return (f"{devices}, {threads} threads" if threads else devices) or "not recorded"
+
+
+def _versions(results: Results) -> str:
+    records = [trial.record for trial in results.trials]
+    versions = {
+        "raybsa": listed(record.raybsa_version for record in records),
+        "torch": listed(record.torch_version for record in records),
+        "Ray": listed(record.ray_version for record in records),
+        "Python": listed(record.python_version for record in records),
+        "commit": listed((record.git_commit or "")[:12] for record in records),
+    }
+    return ", ".join(f"{name} {text}" for name, text in versions.items() if text) or "not recorded"
+
+
+def _when(results: Results) -> str:
+    times = sorted(trial.record.created_at for trial in results.trials if trial.record.created_at)
+    return " to ".join(dict.fromkeys([moment(times[0]), moment(times[-1])])) if times else "not recorded"
+
+
+def _count(results: Results) -> str:
+    failed = len(results.failures)
+    return f"{len(results.trials)} trials" + (f", {failed} failed" if failed else "")
+
+
+def _legend() -> Markup:
+    def swatch(text: str, kind: str, style: str | None = None) -> Markup:
+        return element("span", element("i", class_=f"swatch {kind}", style=style), text)
+
+    densities = (
+        swatch(text, "density", f"background:var(--density{index})") for index, text in enumerate(DENSITY_LABELS)
+    )
+    return element(
+        "div",
+        element("span", "Blocks kept (density):"),
+        *densities,
+        swatch("dense baseline (torch SDPA)", "dense"),
+        swatch("dominated", "dominated"),
+        swatch("ideal: dense × density", "ideal"),
+        class_="legend",
+    )

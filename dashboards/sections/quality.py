@@ -1,0 +1,126 @@
+"""Quality and latency: each question's front, its specs to paste, and the learning curves of its trials."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dashboards.figures.curves import curves_info, curves_plot
+from dashboards.figures.pareto import ParetoInfo, Point, pareto_info, pareto_plot
+from dashboards.figures.pictures import drawing_info
+from dashboards.frames import Results, Trial, search_command
+from dashboards.markup import Column, Markup, element, join, table
+from dashboards.page import Page
+from dashboards.sections.frame import asked, note, nothing_yet, section
+from dashboards.wording import milliseconds, number, paste, percent, ratio, size, times
+
+
+def quality_section(page: Page, results: Results, folder: str) -> Markup:
+    parts = [
+        join(
+            element("h3", asked(trials[0])),
+            _front(page, pareto_info(trials), f"panel-{index}", folder),
+            _curves(page, results, trials),
+        )
+        for index, trials in enumerate(results.quality_groups)
+    ]
+    missing = nothing_yet("No trial has measured a quality yet", search_command(folder))
+    return section("quality", "Quality and latency", *(parts or [missing]))
+
+
+def _front(page: Page, info: ParetoInfo, panel: str, folder: str) -> Markup:
+    if not info.points:
+        return nothing_yet("No trial of this question was timed", search_command(folder))
+    for point in info.points:
+        page.trial(point.trial, _title(point), _facts(info, point))
+    picture = page.figure(pareto_plot(info), "Pareto front of quality and latency", panel)
+    chosen = element("aside", id=panel, class_="panel trial", data_trial=info.front[0].trial.id)
+    return join(
+        note(_how_to_read(info)),
+        element("div", picture, chosen, class_="split"),
+        element("h3", "The front, ready to paste"),
+        _front_table(page, info),
+    )
+
+
+def _how_to_read(info: ParetoInfo) -> str:
+    sizes = [p.trial.record.peak_bytes for p in info.points if p.trial.record.peak_bytes is not None]
+    return " ".join(
+        sentence
+        for sentence, holds in (
+            ("Numbered points form the front: no other trial is both better and faster.", True),
+            (f"The area of a point is its peak memory, {size(min(sizes or [0]))} to {size(max(sizes or [0]))}.", sizes),
+            (f"{info.unmeasured} trials have no time and are not drawn.", info.unmeasured),
+            ("No dense baseline was measured here.", not any(p.trial.is_dense for p in info.points)),
+            ("Point at one to see its pattern; click to keep it beside the figure.", True),
+        )
+        if holds
+    )
+
+
+def _front_table(page: Page, info: ParetoInfo) -> Markup:
+    head = [
+        Column("#"),
+        Column(""),
+        Column("pattern, as Python text (from raybsa import create_block_sparse_attention)", "paste"),
+        Column(info.quality_label, "right"),
+        Column(info.latency_label, "right"),
+        Column("vs dense", "right"),
+        Column("memory", "right"),
+        Column("kept", "right"),
+    ]
+    return table(head, [_front_row(page, info, point) for point in info.front])
+
+
+def _front_row(page: Page, info: ParetoInfo, point: Point) -> list[str]:
+    trial = point.trial
+    return [
+        str(point.rank),
+        element("div", data_drawing=page.drawing(drawing_info(trial.spec))),
+        join(trial.label, element("pre", paste(trial.spec))),
+        number(point.quality),
+        milliseconds(point.latency_ms),
+        times(info.speed_up(point)),
+        size(trial.record.peak_bytes),
+        percent(trial.record.density),
+    ]
+
+
+def _title(point: Point) -> str:
+    rank = "" if point.rank is None else f"{point.rank}. "
+    return f"{rank}{point.trial.label}{' (baseline)' if point.trial.is_dense else ''}"
+
+
+def _facts(info: ParetoInfo, point: Point) -> list[tuple[str, str]]:
+    record = point.trial.record
+    return [
+        (info.quality_label, number(point.quality)),
+        (info.latency_label, milliseconds(point.latency_ms)),
+        ("speed-up over dense", times(info.speed_up(point))),
+        ("peak memory", size(record.peak_bytes)),
+        ("memory over dense", times(ratio(record.peak_bytes, record.dense_peak_bytes))),
+        ("blocks kept", f"{percent(record.density)} at block {record.block_size}"),
+        ("computed by", f"{record.variant}, {record.backend}"),
+        ("trial", record.trial_id),
+    ]
+
+
+def _curves(page: Page, results: Results, trials: Sequence[Trial]) -> Markup:
+    info = pareto_info(trials)
+    ranks = {point.trial.id: point.rank for point in info.points if point.rank is not None}
+    curves = curves_info(results.series, trials, ranks)
+    if not curves:
+        return join(element("h3", "Learning curves"), note("No curves were recorded for these trials."))
+    cards = (
+        element(
+            "div",
+            element("h4", curve.name.replace("_", " ")),
+            page.figure(curves_plot(curve), curve.name),
+            class_="card",
+        )
+        for curve in curves
+    )
+    caption = (
+        "Coloured and numbered as the front; orange: dense; grey: dominated. "
+        "The axis shows the second half of the training; double-click a figure to see all of it."
+    )
+    return join(element("h3", "Learning curves"), note(caption), element("div", *cards, class_="cards wide"))

@@ -1,0 +1,111 @@
+"""How numbers, patterns and questions read: plain text, not yet escaped for HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+
+from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
+
+_UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
+
+
+def number(value: float | None) -> str:
+    """Three significant digits with thousands separators; a dash where nothing was measured."""
+    if value is None:
+        return "–"
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:,.0f}" if abs(rounded) >= 1000 else f"{rounded:g}"
+
+
+def milliseconds(value: float | None) -> str:
+    return "–" if value is None else f"{number(value)}\u00a0ms"
+
+
+def size(value: float | None) -> str:
+    """Bytes in the largest binary unit that leaves at least 1."""
+    if value is None:
+        return "–"
+    for unit, name in _UNITS:
+        if value >= unit:
+            return f"{number(value / unit)}\u00a0{name}"
+    return f"{value:.0f}\u00a0B"
+
+
+def percent(share: float | None) -> str:
+    return "–" if share is None else f"{number(100 * share)}\u00a0%"
+
+
+def ratio(numerator: float | None, denominator: float | None) -> float | None:
+    """numerator / denominator, or None where either was not measured."""
+    return numerator / denominator if numerator and denominator else None
+
+
+def times(value: float | None) -> str:
+    return "–" if value is None else f"{number(value)}×"
+
+
+def moment(text: str) -> str:
+    """An ISO 8601 time to the minute."""
+    try:
+        return datetime.fromisoformat(text).strftime("%Y-%m-%d %H:%M %Z").strip()
+    except ValueError:
+        return text
+
+
+def pattern_label(pattern: PatternSpec | None) -> str:
+    """``bigbird(window=64)``; composed rules by their parts."""
+    if pattern is None:
+        return "dense"
+    params = dict(pattern.params)
+    parts = params.pop("parts", None)
+    if isinstance(parts, list):
+        joined = (" | " if pattern.name == "union" else ", ").join(map(_part_label, parts))
+        return joined if pattern.name == "union" else f"{pattern.name}[{joined}]"
+    return f"{pattern.name}({', '.join(f'{key}={value}' for key, value in params.items())})" if params else pattern.name
+
+
+def attention_label(attention: AttentionSpec) -> str:
+    """The pattern and, where one was asked for, its density."""
+    if attention.pattern is None:
+        return attention.variant
+    name = pattern_label(attention.pattern)
+    return name if attention.density is None else f"{name} · {percent(attention.density)}"
+
+
+def trial_label(spec: TrialSpec) -> str:
+    """One line for a trial; a model whose layers differ names each."""
+    return " / ".join(attention_label(layer) for layer in spec.attention)
+
+
+def question_label(spec: TrialSpec) -> str:
+    """The sizes of a question in words."""
+    heads = f"{spec.num_heads} heads × {spec.head_dim}"
+    if spec.num_kv_heads is not None:
+        heads += f" ({spec.num_kv_heads} KV heads)"
+    layers = f"{spec.num_layers} layers, " if spec.task != "speed" else ""
+    causal = "causal" if spec.causal else "not causal"
+    return f"{layers}{heads}, batch {spec.batch}, {causal}, {spec.dtype}"
+
+
+def paste(spec: TrialSpec) -> str:
+    """Python text that makes the attention of a trial: one module, or a list with one a layer."""
+    if all(layer.pattern is None for layer in spec.attention):
+        return "torch.nn.functional.scaled_dot_product_attention"
+    if len(spec.attention) == 1:
+        return f"create_block_sparse_attention(**{_arguments(spec.attention[0], spec.causal)!r})"
+    layers = ",\n    ".join(repr(_arguments(layer, spec.causal)) for layer in spec.attention)
+    return f"[create_block_sparse_attention(**layer) for layer in [\n    {layers},\n]]"
+
+
+def _arguments(attention: AttentionSpec, causal: bool) -> dict:
+    if attention.pattern is None:
+        attention = AttentionSpec(pattern=PatternSpec("dense"), block_size=attention.block_size)
+    arguments = {key: value for key, value in attention.to_dict().items() if value is not None}
+    if arguments["backend"] == "auto":
+        del arguments["backend"]
+    return arguments | {"causal": causal}
+
+
+def _part_label(part: object) -> str:
+    return pattern_label(PatternSpec.from_dict(part)) if isinstance(part, Mapping) else str(part)
