@@ -1,0 +1,133 @@
+"""The two functions that make a variant from plain arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from raybsa.variants.adaptive import BlockSparseAdaptive
+from raybsa.variants.base import BlockSparseBase
+from raybsa.variants.distributed import BlockSparseDistributed, DistributedConfig
+from raybsa.variants.multihead import BlockSparseMultihead
+from raybsa.variants.source import PatternLike
+
+VARIANTS = ("auto", "base", "adaptive", "distributed")
+
+
+def create_block_sparse_attention(
+    variant: str = "auto",
+    *,
+    segment_lengths: Sequence[int] | None = None,
+    dilation_rates: Sequence[int] | None = None,
+    density: float | None = None,
+    sparsity_ratio: float | None = None,
+    block_size: int = 64,
+    pattern: PatternLike | None = None,
+    causal: bool = False,
+    dropout: float = 0.0,
+    scale: float | None = None,
+    backend: str = "auto",
+    distributed_config: DistributedConfig | None = None,
+) -> nn.Module:
+    """A module that takes q, k and v as (B, H, S, D) and returns the same.
+
+    Args:
+        variant: ``"base"``, ``"adaptive"`` or ``"distributed"``; ``"auto"`` is ``"base"``.
+        density: share of the allowed blocks to keep, in (0, 1]. None keeps what the pattern gives by itself; where
+            there is no pattern either, 0.1.
+        sparsity_ratio: another word for ``density`` (0.01 keeps 1 % of the blocks); give one of the two.
+        distributed_config: for ``"distributed"`` alone.
+        segment_lengths, dilation_rates, pattern, block_size, causal, dropout, scale, backend: as in BlockSparseBase.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit; the message names what was wanted and what came.
+        NotImplementedError: a variant that is not there yet; the message names what is missing.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(
+            f"variant must be one of {list(VARIANTS)}, got {variant!r} "
+            "(create_multihead_block_sparse makes the multihead variant)"
+        )
+    density = _density(density, sparsity_ratio)
+    if variant == "distributed":
+        return BlockSparseDistributed(distributed_config)
+    if distributed_config is not None:
+        raise ValueError(f"distributed_config goes with variant 'distributed', got it with {variant!r}")
+    if variant == "adaptive":
+        return BlockSparseAdaptive(segment_lengths, dilation_rates)
+    return BlockSparseBase(
+        segment_lengths,
+        dilation_rates,
+        pattern=pattern,
+        density=density,
+        block_size=block_size,
+        causal=causal,
+        dropout=dropout,
+        scale=scale,
+        backend=backend,
+    )
+
+
+def create_multihead_block_sparse(
+    embed_dim: int,
+    num_heads: int,
+    *,
+    density: float | None = None,
+    sparsity_ratio: float | None = None,
+    block_size: int = 64,
+    segment_lengths: Sequence[int] | None = None,
+    dilation_rates: Sequence[int] | None = None,
+    pattern: PatternLike | None = None,
+    causal: bool = False,
+    backend: str = "auto",
+    dropout: float = 0.0,
+    bias: bool = True,
+    add_bias_kv: bool = False,
+    add_zero_attn: bool = False,
+    kdim: int | None = None,
+    vdim: int | None = None,
+    batch_first: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> BlockSparseMultihead:
+    """A drop-in for ``nn.MultiheadAttention(embed_dim, num_heads, ...)`` with a pattern.
+
+    Args:
+        density, sparsity_ratio: as in ``create_block_sparse_attention``.
+        block_size, segment_lengths, dilation_rates, pattern, causal, backend: as in BlockSparseBase.
+        dropout, bias, ..., dtype: as in ``nn.MultiheadAttention``.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit; the message names what was wanted and what came.
+    """
+    return BlockSparseMultihead(
+        embed_dim,
+        num_heads,
+        dropout,
+        bias,
+        add_bias_kv,
+        add_zero_attn,
+        kdim,
+        vdim,
+        batch_first,
+        device,
+        dtype,
+        segment_lengths=segment_lengths,
+        dilation_rates=dilation_rates,
+        pattern=pattern,
+        density=_density(density, sparsity_ratio),
+        block_size=block_size,
+        causal=causal,
+        backend=backend,
+    )
+
+
+def _density(density: float | None, sparsity_ratio: float | None) -> float | None:
+    if density is not None and sparsity_ratio is not None:
+        raise ValueError(
+            f"density and sparsity_ratio are one thing, give one: got density={density!r} and "
+            f"sparsity_ratio={sparsity_ratio!r}"
+        )
+    return sparsity_ratio if density is None else density

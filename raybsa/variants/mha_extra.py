@@ -1,0 +1,56 @@
+"""Attention with a few extra keys that every query sees: nn.MultiheadAttention's add_bias_kv and add_zero_attn.
+
+They have no position, so no block holds them: they are attended apart, densely, and merged by lse.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from raybsa.kernels.api import block_sparse_attention
+from raybsa.kernels.call import AttentionCall, compute_dtype
+from raybsa.kernels.merge import merge
+from raybsa.variants.mha_weights import dropout_factor
+
+
+def attend(call: AttentionCall, extra: tuple[Tensor, Tensor] | None, backend: str) -> Tensor:
+    """out (B, H, Sq, D) over the kept blocks and the extra keys.
+
+    Args:
+        call: the arguments, with ``return_lse`` where there are extra keys.
+        extra: keys and values (B, H, E, D), or None.
+        backend: as in ``block_sparse_attention``.
+    """
+    result = block_sparse_attention(
+        call.q,
+        call.k,
+        call.v,
+        call.layout,
+        scale=call.scale,
+        attn_mask=call.attn_mask,
+        segment_ids=call.segment_ids,
+        block_bias=call.block_bias,
+        dropout_p=call.dropout_p,
+        seed=call.seed,
+        deterministic=call.deterministic,
+        return_lse=call.return_lse,
+        backend=backend,
+    )
+    if isinstance(result, Tensor):
+        return result
+    assert extra is not None
+    out, lse = result
+    return merge(out, lse, *_attend_extra(call, *extra, out.dtype))[0]
+
+
+def _attend_extra(call: AttentionCall, keys: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """out (B, H, Sq, D) in ``dtype`` and lse (B, H, Sq)."""
+    with torch.autocast(call.q.device.type, enabled=False):
+        q, k, v = (x.to(compute_dtype(call.q.dtype)) for x in (call.q, keys, values))
+        scores = q @ k.transpose(-1, -2) * call.scale
+        weights = torch.softmax(scores, -1)
+        if call.dropout_p:
+            begin = call.k.shape[2]
+            weights = weights * dropout_factor(call, range(begin, begin + k.shape[2]))
+        return (weights @ v).to(dtype), torch.logsumexp(scores, -1)

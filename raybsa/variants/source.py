@@ -1,0 +1,110 @@
+"""LayoutSource: where a variant's layouts come from; and FixedPattern, a rule that does not look at the data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from raybsa import patterns
+from raybsa.layout import BlockLayout, check_geometry
+from raybsa.patterns.pattern import Pattern, check_density
+from raybsa.spec import PatternSpec, canonical_json
+from raybsa.variants.cache import LayoutCache
+
+DEFAULT_PATTERN = "sliding_window"
+DEFAULT_DENSITY = 0.1
+
+PatternLike = Pattern | PatternSpec | Mapping[str, Any] | str
+
+
+class LayoutSource(Protocol):
+    """Says which blocks a call keeps. A learned source is an nn.Module and brings its own parameters."""
+
+    def select(self, q: Tensor, k: Tensor) -> tuple[BlockLayout, Tensor | None]:
+        """The layout for q (B, H, Sq, D) and k (B, Hkv, Skv, D), on q's device, and (nnz,) ``block_bias`` or None."""
+        ...
+
+
+class FixedPattern:
+    """One rule for every input: the layout depends on lengths, heads and device alone, and is cached.
+
+    Args:
+        pattern: a rule, its PatternSpec or that spec's dict, or a family's name.
+        density: share of the allowed blocks to keep, in (0, 1]; None keeps what the rule gives by itself.
+        block_size: tokens of a query and of a KV block, a power of two.
+        causal: query i sees key j only if ``j <= i``.
+        cache_size: layouts to keep at hand.
+
+    Raises:
+        ValueError, TypeError: an unknown pattern or parameter, or a density or block size out of range.
+    """
+
+    def __init__(
+        self,
+        pattern: PatternLike,
+        *,
+        density: float | None = None,
+        block_size: int = 64,
+        causal: bool = False,
+        cache_size: int = 16,
+    ) -> None:
+        check_geometry(1, 1, block_size, block_size)
+        self.rule = patterns.build(pattern)
+        self.density = None if density is None else check_density(density)
+        self.block_size = block_size
+        self.causal = causal
+        self._cache = LayoutCache(cache_size)
+        self._identity = (canonical_json(self.rule.spec.to_dict()), self.density, block_size, causal)
+
+    def select(self, q: Tensor, k: Tensor) -> tuple[BlockLayout, None]:
+        """The rule's layout at these lengths, and no bias."""
+        heads, q_len, kv_len = q.shape[1], q.shape[2], k.shape[2]
+
+        def build() -> BlockLayout:
+            return self.rule.layout(
+                q_len,
+                kv_len,
+                num_heads=heads,
+                q_block_size=self.block_size,
+                causal=self.causal,
+                density=self.density,
+                device=q.device,
+            )
+
+        return self._cache.get((*self._identity, q_len, kv_len, heads, q.device), build), None
+
+    def __repr__(self) -> str:
+        density = "" if self.density is None else f", density={self.density:g}"
+        return f"pattern={self.rule}{density}, block_size={self.block_size}, causal={self.causal}"
+
+
+def fixed_pattern(
+    pattern: PatternLike | None,
+    segment_lengths: Sequence[int] | None,
+    dilation_rates: Sequence[int] | None,
+    *,
+    density: float | None,
+    block_size: int,
+    causal: bool,
+) -> FixedPattern:
+    """The source that a variant's arguments ask for.
+
+    ``segment_lengths`` and ``dilation_rates`` together mean the dilated pattern. Where neither they nor ``pattern`` is
+    given it is a sliding window, at density 0.1 unless ``density`` says otherwise.
+
+    Raises:
+        ValueError: both ways to name a pattern at once, or one of the two lists alone.
+    """
+    lists = {"segment_lengths": segment_lengths, "dilation_rates": dilation_rates}
+    given = [name for name, value in lists.items() if value is not None]
+    if given and pattern is not None:
+        raise ValueError(f"pattern or segment_lengths and dilation_rates must be given, got both: pattern and {given}")
+    if len(given) == 1:
+        raise ValueError(f"segment_lengths and dilation_rates go together, got only {given[0]}")
+    if given:
+        pattern = PatternSpec("dilated", lists)
+    elif pattern is None:
+        pattern, density = DEFAULT_PATTERN, DEFAULT_DENSITY if density is None else density
+    return FixedPattern(pattern, density=density, block_size=block_size, causal=causal)
