@@ -86,10 +86,9 @@ class SeriesPoint:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a worker sends up: the fields of a Record that only it can know, and the curves of the trial."""
+    """What a worker sends up: the fields of a Record that only it can know, and the curves (name, step, value)."""
 
-    density: float | None
-    pattern: str
+    density: float
     quality_name: str | None = None
     quality_goal: str | None = None
     quality: float | None = None
@@ -104,6 +103,8 @@ class Measurement:
     dense_forward_backward_ms_p50: float | None = None
     peak_bytes: int | None = None
     dense_peak_bytes: int | None = None
+    error_forward: float | None = None
+    error_gradient: float | None = None
     device: str = ""
     device_name: str = ""
     num_threads: int | None = None

@@ -1,0 +1,123 @@
+"""Worker: one device, one trial at a time. A plain class; the Coordinator makes it a Ray actor."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from raybsa.results.record import Measurement
+from raybsa.spec import TrialSpec
+from raybsa.tasks.attention import layer_density
+from raybsa.tasks.catalog import find_judge
+from raybsa.tasks.fidelity import relative_errors
+from raybsa.tasks.params import known_params
+from raybsa.tasks.speed import Speed, dense_question, measure_speed
+from raybsa.tasks.training import Quality
+from raybsa.timing import DeviceLock
+
+
+class Worker:
+    """Answers TrialSpecs on its device.
+
+    The dense baseline of each size is timed once and then reused: its numbers come from this run and this device.
+
+    Args:
+        device: ``"cpu"`` or ``"cuda"`` (the first device that this process sees).
+        num_threads: CPU threads that PyTorch may use; None leaves its choice.
+        repeats: timed calls, fewer where they would take over ``budget_s`` seconds (see ``timing.measure``).
+    """
+
+    def __init__(
+        self, device: str = "cpu", *, num_threads: int | None = None, repeats: int = 20, budget_s: float = 2.0
+    ) -> None:
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("a worker was asked for a CUDA device, but this process sees none")
+        self.device = torch.device(device)
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+        self._repeats, self._budget_s = repeats, budget_s
+        self._lock = DeviceLock(self.device)
+        self._dense: dict[str, Speed] = {}
+
+    def describe(self) -> str:
+        """The device's name. Also the sign that the worker is up."""
+        return device_name(self.device)
+
+    def run(self, spec: TrialSpec) -> Measurement:
+        """Trains and evaluates where the task asks for it, then times attention and its dense baseline.
+
+        Raises:
+            ValueError, TypeError, NotImplementedError: the spec asks for what does not exist or fit.
+        """
+        judge = find_judge(spec.task)
+        density = sum(layer_density(spec, index) for index in range(spec.num_layers)) / spec.num_layers
+        errors = (None, None) if judge else self._errors(spec)
+        quality = judge(spec, self.device, self._lock) if judge else None
+        own, dense = self._speeds(spec)
+        measured = Measurement(
+            density=density,
+            forward_ms_p20=own.forward.p20,
+            forward_ms_p50=own.forward.p50,
+            forward_ms_p80=own.forward.p80,
+            forward_backward_ms_p20=own.forward_backward.p20,
+            forward_backward_ms_p50=own.forward_backward.p50,
+            forward_backward_ms_p80=own.forward_backward.p80,
+            dense_forward_ms_p50=dense.forward.p50,
+            dense_forward_backward_ms_p50=dense.forward_backward.p50,
+            peak_bytes=own.peak_bytes,
+            dense_peak_bytes=dense.peak_bytes,
+            error_forward=errors[0],
+            error_gradient=errors[1],
+            device=self.device.type,
+            device_name=device_name(self.device),
+            num_threads=torch.get_num_threads(),
+            torch_version=torch.__version__,
+            python_version=platform.python_version(),
+        )
+        return measured if quality is None else _with_quality(measured, quality)
+
+    def _errors(self, spec: TrialSpec) -> tuple[float | None, float | None]:
+        """Task "speed" with the parameter ``error_len`` also measures how exact the attention is at that length."""
+        length = known_params(spec, {"error_len": None})["error_len"]
+        if length is None or spec.layer(0).pattern is None:
+            return None, None
+        with self._lock.shared():
+            return relative_errors(spec, length, self.device)
+
+    def _speeds(self, spec: TrialSpec) -> tuple[Speed, Speed]:
+        question = dense_question(spec)
+        own = self._speed(spec)
+        if question.attention == spec.attention:
+            self._dense[question.digest] = own
+        if question.digest not in self._dense:
+            self._dense[question.digest] = self._speed(question)
+        return own, self._dense[question.digest]
+
+    def _speed(self, spec: TrialSpec) -> Speed:
+        return measure_speed(spec, self.device, self._lock, repeats=self._repeats, budget_s=self._budget_s)
+
+
+def device_name(device: torch.device) -> str:
+    """The model of the GPU or processor, as its vendor calls it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _with_quality(measured: Measurement, quality: Quality) -> Measurement:
+    return replace(
+        measured,
+        quality_name=quality.name,
+        quality_goal=quality.goal,
+        quality=quality.value,
+        train_seconds=quality.train_seconds,
+        curves=quality.curves,
+    )

@@ -1,0 +1,72 @@
+"""Language modelling of bytes: how many bits a held-out byte of real text costs a small transformer."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from raybsa.counter import Stream, hash_u32
+from raybsa.spec import TrialSpec
+from raybsa.tasks.model import Transformer
+from raybsa.tasks.params import known_params
+from raybsa.tasks.text import load_corpus
+from raybsa.tasks.training import Quality, cross_entropy, fit, prepare
+from raybsa.timing import DeviceLock
+
+
+def judge(spec: TrialSpec, device: torch.device, lock: DeviceLock) -> Quality:
+    """Trains on the text and returns bits per held-out byte.
+
+    ``task_params``: ``text`` (a path; None: the standard library's sources), ``train_batch`` (windows a step, 8) and
+    ``eval_windows`` (32), evenly spaced over the held-out text: the same for every trial of this ``train_len``.
+    """
+    params = known_params(spec, {"text": None, "train_batch": 8, "eval_windows": 32})
+    if not spec.causal:
+        raise ValueError("byte_lm predicts the next byte, so its attention must be causal, got causal=False")
+    corpus = load_corpus(params["text"])
+    for name, part in (("train", corpus.train), ("held-out", corpus.held_out)):
+        if len(part) <= spec.train_len:
+            raise ValueError(f"the {name} text must be longer than train_len {spec.train_len}, got {len(part)} bytes")
+    model, context = prepare(Transformer(spec, 256), device, spec.dtype)
+
+    def batches(step: int) -> tuple[Tensor, Tensor]:
+        return _windows(
+            corpus.train, _random_starts(spec, step, params["train_batch"], len(corpus.train)), spec, device
+        )
+
+    seconds, curves = fit(
+        model, batches, steps=spec.train_steps, learning_rate=spec.learning_rate, lock=lock, context=context
+    )
+    last = len(corpus.held_out) - spec.train_len - 1
+    starts = torch.arange(params["eval_windows"]) * last // max(1, params["eval_windows"] - 1)
+    bits = bits_per_byte(model, *_windows(corpus.held_out, starts, spec, device), context, lock)
+    return Quality("bits_per_byte", "min", bits, seconds, curves)
+
+
+@torch.no_grad()
+def bits_per_byte(
+    model: nn.Module, tokens: Tensor, targets: Tensor, context: AbstractContextManager, lock: DeviceLock
+) -> float:
+    """Mean bits of (N, S) targets, a few windows at a time."""
+    model.eval()
+    total = 0.0
+    for some, wanted in zip(tokens.split(8), targets.split(8), strict=True):
+        with lock.shared(), context:
+            total += float(cross_entropy(model(some), wanted, reduction="sum"))
+    return total / targets.numel() / math.log(2)
+
+
+def _random_starts(spec: TrialSpec, step: int, count: int, length: int) -> Tensor:
+    """(count,) int64 from the seed and the step alone."""
+    numbers = hash_u32(spec.seed, Stream.TASK, torch.tensor(step), torch.arange(count))
+    return numbers % (length - spec.train_len)
+
+
+def _windows(text: Tensor, starts: Tensor, spec: TrialSpec, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(N, train_len) tokens and the bytes that follow each of them."""
+    index = starts[:, None] + torch.arange(spec.train_len + 1)
+    window = text[index].long().to(device)
+    return window[:, :-1], window[:, 1:]

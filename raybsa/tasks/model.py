@@ -1,0 +1,87 @@
+"""A small pre-norm causal transformer whose layers attend as a TrialSpec says.
+
+Positions are rotary (Su et al., RoFormer, 2104.09864), so that a model trained at one length can run at another; the
+embedding is tied to the output. Parameters are drawn on the CPU from the seed alone: equal on every device.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raybsa.spec import TrialSpec
+from raybsa.tasks.attention import build_attention
+
+_ROTARY_BASE = 10_000.0
+
+
+class Transformer(nn.Module):
+    """tokens (B, S) int64 -> logits (B, S, vocab_size).
+
+    Args:
+        spec: layers, heads, head size and the attention of each layer; the width is ``num_heads * head_dim``.
+        vocab_size: number of different tokens.
+    """
+
+    def __init__(self, spec: TrialSpec, vocab_size: int) -> None:
+        super().__init__()
+        self.head_dim = spec.head_dim
+        width = spec.num_heads * spec.head_dim
+        self.embedding = nn.Embedding(vocab_size, width)
+        self.layers = nn.ModuleList(Layer(spec, index) for index in range(spec.num_layers))
+        self.norm = nn.RMSNorm(width)
+        self._initialise(torch.Generator().manual_seed(spec.seed))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        rotation = rotary(tokens.shape[1], self.head_dim, x)
+        for layer in self.layers:
+            x = layer(x, rotation)
+        return self.norm(x) @ self.embedding.weight.T
+
+    def _initialise(self, generator: torch.Generator) -> None:
+        """Normal, 1 / sqrt(fan-in); what writes into the residual stream is smaller (Radford et al., GPT-2, 2019)."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                writes = name.endswith(("out.weight", "down.weight"))
+                scale = 1.0 / math.sqrt(2 * len(self.layers)) if writes else 1.0
+                nn.init.normal_(parameter, std=scale / math.sqrt(parameter.shape[1]), generator=generator)
+
+
+class Layer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)). x is (B, S, width)."""
+
+    def __init__(self, spec: TrialSpec, index: int) -> None:
+        super().__init__()
+        width, kv_heads = spec.num_heads * spec.head_dim, spec.num_kv_heads or spec.num_heads
+        self.head_dim, self.sizes = spec.head_dim, (spec.num_heads, kv_heads, kv_heads)
+        self.attention = build_attention(spec.layer(index), causal=spec.causal)
+        self.qkv = nn.Linear(width, sum(self.sizes) * spec.head_dim, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = nn.Linear(4 * width, width, bias=False)
+        self.attention_norm, self.mlp_norm = nn.RMSNorm(width), nn.RMSNorm(width)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        heads = self.qkv(self.attention_norm(x)).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        q, k, v = heads.split(self.sizes, dim=1)
+        attended = self.attention(rotate(q, rotation), rotate(k, rotation), v.contiguous())
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
+
+
+def rotary(length: int, head_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(length, head_dim / 2) cosines and sines of the angles of every position, in the dtype of ``like``."""
+    rates = _ROTARY_BASE ** -(torch.arange(0, head_dim, 2, device=like.device) / head_dim)
+    angles = torch.arange(length, device=like.device)[:, None] * rates
+    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """x (B, H, S, D) with each pair (x[d], x[d + D/2]) turned by its position's angle."""
+    cos, sin = rotation
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)

@@ -1,0 +1,76 @@
+"""Speed and memory of a model's attention alone, on synthetic q, k, v, beside torch's SDPA on the same shapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from raybsa.counter import Stream, normal
+from raybsa.spec import DENSE, AttentionSpec, TrialSpec
+from raybsa.tasks.attention import build_attention
+from raybsa.timing import DeviceLock, Quantiles, forward_backward_call, forward_call, measure, peak_bytes
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Milliseconds and bytes of the attention calls of all layers, one after another."""
+
+    forward: Quantiles
+    forward_backward: Quantiles
+    peak_bytes: int
+
+
+def measure_speed(
+    spec: TrialSpec, device: torch.device, lock: DeviceLock, *, repeats: int = 20, budget_s: float = 2.0
+) -> Speed:
+    """Times ``num_layers`` attention calls at ``seq_len``, while nobody else computes on the device.
+
+    Memory is that of forward and backward beyond q, k and v, from a call of its own.
+    """
+    with lock.shared():
+        inputs = synthetic_qkv(spec, device)
+        stack = AttentionStack(spec).to(device)
+        forward, both = forward_call(stack, inputs), forward_backward_call(stack, inputs)
+        both()
+    with lock.exclusive():
+        timings = [measure(call, device, repeats=repeats, budget_s=budget_s) for call in (forward, both)]
+    with lock.shared():
+        return Speed(timings[0], timings[1], peak_bytes(both, device))
+
+
+def dense_question(spec: TrialSpec) -> TrialSpec:
+    """The same sizes with torch's SDPA in every layer: equal for all trials that share a baseline."""
+    sizes = ("seq_len", "batch", "num_layers", "num_heads", "num_kv_heads", "head_dim", "causal", "dtype")
+    return TrialSpec("speed", (AttentionSpec(DENSE),), **{name: getattr(spec, name) for name in sizes})
+
+
+def synthetic_qkv(spec: TrialSpec, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
+    """q (batch, num_heads, seq_len, head_dim), k and v (batch, num_kv_heads, …): standard normal, equal everywhere."""
+    kv_heads = spec.num_kv_heads or spec.num_heads
+    streams = ((Stream.QUERY, spec.num_heads), (Stream.KEY, kv_heads), (Stream.VALUE, kv_heads))
+    q, k, v = (_normal(spec, stream, heads, device) for stream, heads in streams)
+    return q, k, v
+
+
+class AttentionStack(nn.Module):
+    """The attention calls of a model without the rest: every layer reads the same q, k, v, and the results add up."""
+
+    def __init__(self, spec: TrialSpec) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(build_attention(spec.layer(i), causal=spec.causal) for i in range(spec.num_layers))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = self.layers[0](q, k, v)
+        for layer in self.layers[1:]:
+            out = out + layer(q, k, v)
+        return out
+
+
+def _normal(spec: TrialSpec, stream: Stream, heads: int, device: torch.device | str) -> Tensor:
+    """Counted by batch, head, position and channel, so that a value does not depend on the other sizes."""
+    sizes = (spec.batch, heads, spec.seq_len, spec.head_dim)
+    shapes = [[size if i == axis else 1 for i in range(4)] for axis, size in enumerate(sizes)]
+    counters = [torch.arange(size, device=device).view(shape) for size, shape in zip(sizes, shapes, strict=True)]
+    return normal(spec.seed, stream, *counters).to(device, getattr(torch, spec.dtype))
