@@ -1,0 +1,50 @@
+"""From nothing to a report on this machine: start a Ray head, submit the search to it, show where the report is.
+
+    python jobs/demo.py --out /tmp/demo
+
+It runs what anyone would run on a cluster, ``ray job submit --working-dir . -- python jobs/search.py ...``, against a
+head of its own that ends with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from raybsa.cluster.head import local_head
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main() -> int:
+    arguments = _arguments()
+    out = arguments.out.resolve()
+    started = time.monotonic()
+    print(f"Starting a Ray head with {arguments.num_cpus} CPUs ...", flush=True)
+    with local_head(arguments.num_cpus) as head:
+        search = ["python", "jobs/search.py", "--preset", "demo", "--out", str(out), *arguments.search_arguments]
+        submit = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", head.address]
+        submit += ["--working-dir", str(ROOT), "--", *search]
+        print("$ ray job submit --working-dir . -- " + " ".join(search), flush=True)
+        code = subprocess.run(submit, env=head.environment, cwd=ROOT, check=False).returncode
+    if code:
+        print(f"The search failed (exit code {code}); what it had measured is in {out}", file=sys.stderr)
+        return code
+    print(f"Done in {time.monotonic() - started:.0f} s. Open the report in a browser: {out / 'report.html'}")
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for records and the report")
+    parser.add_argument("--num-cpus", type=int, default=os.cpu_count(), help="CPU shares of the head (default: all)")
+    parser.add_argument("search_arguments", nargs="*", help="after `--`: more arguments for jobs/search.py")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""A Ray head of our own on this machine, on loopback and free ports, started and stopped by its pid."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+START_SECONDS = 90
+STOP_SECONDS = 45
+
+
+@dataclass(frozen=True)
+class LocalHead:
+    """A running head: where jobs are submitted, and the environment that its clients need."""
+
+    address: str
+    environment: dict[str, str]
+
+
+@contextmanager
+def local_head(num_cpus: int) -> Iterator[LocalHead]:
+    """A head for the ``with`` block, then all of its processes are gone.
+
+    Its files lie in a temporary folder of their own, so that no other cluster of this machine is touched or found.
+    Authentication is off: nothing listens beyond loopback.
+
+    Args:
+        num_cpus: CPU shares that the cluster offers.
+
+    Raises:
+        RuntimeError: the head did not answer within ``START_SECONDS``; the message ends with its last words.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="raybsa-"))
+    binaries = str(Path(sys.executable).parent)  # jobs run `python`: this one
+    environment = os.environ | {
+        "PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    environment.pop("RAY_ADDRESS", None)
+    port, dashboard_port = _free_ports(2)
+    options = {
+        "num-cpus": num_cpus,
+        "node-ip-address": "127.0.0.1",
+        "port": port,
+        "dashboard-host": "127.0.0.1",
+        "dashboard-port": dashboard_port,
+        "temp-dir": folder,
+    }
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
+    log = folder / "head.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command + [f"--{name}={value}" for name, value in options.items()],
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is for the caller, who then stops the head in order
+        )
+    try:
+        address = f"http://127.0.0.1:{dashboard_port}"
+        _wait_until_it_answers(process, address, log)
+        yield LocalHead(address, environment)
+    finally:
+        _stop(process)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _free_ports(count: int) -> list[int]:
+    with_sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in with_sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in with_sockets]
+    finally:
+        for one in with_sockets:
+            one.close()
+
+
+def _wait_until_it_answers(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{address}/api/version", timeout=2):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    last_words = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+    raise RuntimeError(f"a local Ray head should answer at {address} within {START_SECONDS} s, it said:\n{last_words}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM makes a blocking head end its own processes; its session is killed if it has not by then."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
