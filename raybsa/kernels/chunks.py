@@ -6,6 +6,7 @@ into pieces that are merged. Nothing here is larger than O(batch * heads * num_q
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -73,32 +74,37 @@ def plan_chunks(call: AttentionCall) -> ChunkPlan:
     plans = _PLANS.setdefault(layout, {})
     key = (batch, heads, call.queries_per_kv, slot)
     if key not in plans:
-        plans[key] = _plan(layout, batch, heads, call.queries_per_kv, slot)
+        chunks = tuple(_chunks(layout, batch, heads, call.queries_per_kv, slot))
+        plans[key] = ChunkPlan(chunks, layout.col_indices.long(), bool((layout.row_counts > 0).all()))
     return plans[key]
 
 
-def _plan(layout: BlockLayout, batch: int, heads: int, queries_per_kv: int, slot_bytes: int) -> ChunkPlan:
+def _chunks(layout: BlockLayout, batch: int, heads: int, queries_per_kv: int, slot_bytes: int) -> Iterator[Chunk]:
+    """All rows in ascending order of their number of blocks; ``slot_bytes`` is the working set of one block."""
     budget = CUDA_CHUNK_BYTES if layout.device.type == "cuda" else CPU_CHUNK_BYTES
     chunk_slots, piece_slots = max(1, budget // slot_bytes), max(1, PIECE_BYTES // slot_bytes)
     counts = _per_head(layout.row_counts, batch, heads)
-    row = torch.argsort(counts, stable=True)
-    head = row // layout.num_q_blocks % heads
-    start = _per_head(layout.crow_indices[:, :-1], batch, heads)[row]
-    of_rows = torch.stack(
-        [row, row // (layout.num_q_blocks * heads), head, head // queries_per_kv, row % layout.num_q_blocks, start]
-    )
-    widths, sizes = (x.tolist() for x in torch.unique_consecutive(counts[row], return_counts=True))
+    order = torch.argsort(counts, stable=True)
+    starts = _per_head(layout.crow_indices[:, :-1], batch, heads)
+    widths, sizes = (x.tolist() for x in torch.unique_consecutive(counts[order], return_counts=True))
     is_cut = _cut_blocks(layout)
-    chunks: list[Chunk] = []
-    for width, equal in zip(widths, of_rows.split(sizes, dim=1), strict=True):
+    for width, rows in zip(widths, order.split(sizes), strict=True):
         for first in range(0, width, piece_slots):
-            piece = min(piece_slots, width - first)
-            for part in equal.split(_rows_in_chunk(chunk_slots // piece), dim=1):
-                row, batch_, head, kv_head, q_block, start = part.unbind(0)
-                cut = _cut_places(is_cut, start + first, piece)
-                whole = piece == width
-                chunks.append(Chunk(row, batch_, head, kv_head, q_block, start + first, piece, first, whole, cut))
-    return ChunkPlan(tuple(chunks), layout.col_indices.long(), not widths or widths[0] > 0)
+            taken = min(piece_slots, width - first)
+            for row in rows.split(_rows_in_chunk(chunk_slots // taken)):
+                head, start = row // layout.num_q_blocks % heads, starts[row] + first
+                yield Chunk(
+                    row,
+                    row // (layout.num_q_blocks * heads),
+                    head,
+                    head // queries_per_kv,
+                    row % layout.num_q_blocks,
+                    start,
+                    taken,
+                    first,
+                    taken == width,
+                    _cut_places(is_cut, start, taken),
+                )
 
 
 def _rows_in_chunk(fitting: int) -> int:
