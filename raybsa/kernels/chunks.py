@@ -17,7 +17,7 @@ from raybsa.kernels.call import AttentionCall, compute_dtype
 from raybsa.layout import BlockLayout
 
 CPU_CHUNK_BYTES = 10 * 2**20
-CUDA_CHUNK_BYTES = 256 * 2**20
+CUDA_CHUNK_BYTES = 128 * 2**20
 PIECE_BYTES = 128 * 2**20
 ROW_MULTIPLE = 4  # batched products split rows over threads
 
