@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from enum import IntEnum
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -27,10 +28,14 @@ class Stream(IntEnum):
 
 
 def hash_u32(seed: int, stream: Stream, *counters: Tensor) -> Tensor:
-    """Uniform 32-bit numbers as int64 in 0 .. 2**32 - 1, of the broadcast shape of ``counters`` (integer tensors)."""
-    state = _mix(_mix(torch.tensor(seed & 0xFFFFFFFF, dtype=torch.int64)) ^ int(stream))
-    for counter in counters:
-        state = _mix(state.to(counter.device) ^ (counter.long() & 0xFFFFFFFF))
+    """Uniform 32-bit numbers as int64 in 0 .. 2**32 - 1, of the broadcast shape of ``counters``.
+
+    ``counters`` are one or more integer tensors on one device, where the numbers are made.
+    """
+    first, *others = counters
+    state = _mix(_mix(_mix(seed & 0xFFFFFFFF) ^ int(stream)) ^ (first.long() & 0xFFFFFFFF))
+    for counter in others:
+        state = _mix(state ^ (counter.long() & 0xFFFFFFFF))
     return state
 
 
@@ -41,12 +46,15 @@ def uniform(seed: int, stream: Stream, *counters: Tensor) -> Tensor:
 
 def normal(seed: int, stream: Stream, *counters: Tensor) -> Tensor:
     """Standard normal float32 by Box and Muller (1958) from two numbers of each counter."""
-    first = uniform(seed, stream, *counters, torch.zeros((), dtype=torch.int64))
-    second = uniform(seed, stream, *counters, torch.ones((), dtype=torch.int64))
+    zero = torch.zeros((), dtype=torch.int64, device=counters[0].device)
+    first, second = uniform(seed, stream, *counters, zero), uniform(seed, stream, *counters, zero + 1)
     return torch.sqrt(-2.0 * torch.log1p(-first)) * torch.cos(2.0 * math.pi * second)
 
 
-def _mix(x: Tensor) -> Tensor:
+_Word = TypeVar("_Word", int, Tensor)
+
+
+def _mix(x: _Word) -> _Word:
     x = x ^ (x >> 16)
     x = (x * 0x7FEB352D) & 0xFFFFFFFF
     x = x ^ (x >> 15)

@@ -47,7 +47,7 @@ class Fixed(Pattern):
 
     def order(self, slots: Slots) -> Tensor:
         span = self.span * (2 * self.summary / (slots.density * self.span)).ceil().long()
-        spans = (slots.allowed + span - 1) // span
+        spans = (slots.allowed // span).clamp(min=1)
         level, number = slots.rank // spans, spans - 1 - slots.rank % spans
         summary = torch.where(level < span, (number + 1) * span - 1 - level, -1)
         low, high = slots.first // span * span, (slots.last // span + 1) * span - 1
