@@ -49,7 +49,7 @@ def _page(folder: str) -> str:
         "main",
         quality_section(page, results, folder),
         speed_section(page, results, folder),
-        patterns_section(page, results),
+        patterns_section(page, results, folder),
         failures_section(results),
     )
     return page.render("raybsa report", join(header(results, folder), body))

@@ -38,7 +38,14 @@ DENSITY_EDGES = (0.015, 0.04, 0.08, 0.15, 0.3)
 DENSITY_LABELS = ("≤ 1.5 %", "≤ 4 %", "≤ 8 %", "≤ 15 %", "≤ 30 %", "> 30 %")
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
-_TICK_STEPS = ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0), tuple(1 + i / 5 for i in range(45)))
+_TICK_STEPS: tuple[tuple[float, ...], ...] = (
+    (1.0,),
+    (1.0, 3.0),
+    (1.0, 2.0, 5.0),
+    (1.0, 1.5, 2.0, 3.0, 5.0, 7.0),
+    tuple(1 + i / 2 for i in range(18)),
+    tuple(1 + i / 5 for i in range(45)),
+)
 
 
 def colour(meaning: str) -> str:
@@ -119,7 +126,7 @@ def log_axis(values: Sequence[float], title: str, *, limit: int = 7, pad: float 
 def log_ticks(low: float, high: float, limit: int = 7) -> list[float]:
     """Round numbers in low..high: the finest of the usual series (decades, 1-3, 1-2-5, …) that gives at most ``limit``.
 
-    A range that the finest series still leaves with fewer than two is divided evenly instead.
+    A range in which that gives fewer than two is divided evenly instead.
     """
     best: list[float] = []
     for steps in _TICK_STEPS:

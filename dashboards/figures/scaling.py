@@ -97,17 +97,18 @@ def split_by_pattern(trials: Sequence[Trial]) -> dict[str, list[Trial]]:
 def scaling_info(trials: Sequence[Trial], everything: Sequence[Trial], quantity: Quantity) -> ScalingInfo | None:
     """One pattern's ``trials`` beside the dense baseline of ``everything``; None where nothing was measured.
 
-    The newest trial speaks for its density and length; the baseline of a length is the median of its measurements.
+    A zero (memory below the resolution of its measurement) has no place on a log axis and is left out. The newest
+    trial speaks for its density and length; the baseline of a length is the median of its measurements.
     """
     baseline: dict[int, list[float]] = defaultdict(list)
     for trial in everything:
         value = quantity.own(trial.record) if trial.is_dense else quantity.dense(trial.record)
-        if value is not None:
+        if value:
             baseline[trial.record.seq_len].append(value)
     dense = {length: median(values) for length, values in sorted(baseline.items())}
     newest: dict[tuple[float | None, int], Trial] = {}
     for trial in sorted(trials, key=lambda trial: trial.record.created_at):
-        if quantity.own(trial.record) is not None:
+        if quantity.own(trial.record):
             newest[trial.density, trial.record.seq_len] = trial
     densities = sorted({density for density, _ in newest}, key=lambda d: (d is None, d))
     lines = [_line(density, newest, dense, quantity) for density in densities]
@@ -147,7 +148,8 @@ def scaling_plot(info: ScalingInfo) -> go.Figure:
         _add_dense(figure, info.dense, unit)
     lengths = sorted({n for line in info.lines for n in line.lengths} | {n for n, _ in info.dense})
     figure.update_xaxes(log_axis(lengths, "tokens (log scale)"))
-    figure.update_xaxes(tickvals=lengths, ticktext=[_tokens(n) for n in lengths])
+    ticks = lengths[:: -(-len(lengths) // 7)]
+    figure.update_xaxes(tickvals=ticks, ticktext=[_tokens(n) for n in ticks])
     values = [v for line in info.lines for v in (*line.values, *line.ideal) if v is not None]
     axis = log_axis([*values, *(v for _, v in info.dense)], f"{unit} (log scale)")
     figure.update_yaxes(axis)

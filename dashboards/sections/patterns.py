@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from dashboards.figures.pareto import pareto_info
 from dashboards.figures.pictures import drawing_info, picture_plot
-from dashboards.frames import Results, Trial
+from dashboards.frames import Results, Trial, search_command
 from dashboards.markup import Markup, element
 from dashboards.page import Page
-from dashboards.sections.frame import note, section
+from dashboards.sections.frame import note, nothing_yet, section
 from raybsa.spec import canonical_json
 
 MAX_PICTURES = 24
 
 
-def patterns_section(page: Page, results: Results) -> Markup:
+def patterns_section(page: Page, results: Results, folder: str) -> Markup:
     distinct = distinct_patterns(results)
+    if not distinct:
+        return section("patterns", "Pattern pictures", nothing_yet("No trial has finished yet", search_command(folder)))
     shown = distinct[:MAX_PICTURES]
-    caption = "Queries run down, keys to the right, in tokens. A darker cell keeps more of its blocks."
+    caption = "Queries run down, keys to the right, in tokens. The stronger a cell, the more of its blocks are kept."
     if len(shown) < len(distinct):
         caption += f" {len(shown)} of {len(distinct)} patterns are shown, those on a front first."
     cards = (_card(page, trial) for trial in shown)
