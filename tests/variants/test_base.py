@@ -186,7 +186,7 @@ def test_bad_tensors_say_what_was_wanted_and_what_came():
         module(q, k[0], v)
     with pytest.raises(ValueError, match="multiple of the KV heads"):
         module(q[:, :3], k[:, :2], v[:, :2])
-    with pytest.raises(ValueError, match="got .*float64"):
+    with pytest.raises(ValueError, match=r"got .*float64"):
         module(q.float(), k, v)
     with pytest.raises(ValueError, match="backend must be 'auto' or one of"):
         BlockSparseBase(pattern="dense", block_size=8, backend="magic")(q, k, v)
