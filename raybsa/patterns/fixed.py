@@ -18,8 +18,8 @@ from raybsa.patterns.ranking import Slots, outward
 class Fixed(Pattern):
     """Tokens see one another iff their KV blocks lie in one span or the key's is one of the last ``summary`` of a span.
 
-    Under a density the span becomes its smallest multiple that is at least ``2 * summary / density``, so that summaries
-    take half of the budget. Summaries (the last column of each span, backwards, then the last but one, ...) and the own
+    Under a density the span becomes its multiple nearest to ``2 * summary / density``, so that summaries take half of
+    the budget. Summaries (the last column of each span, backwards, then the last but one, ...) and the own
     span's blocks (nearest first) take turns.
 
     Args:
@@ -46,7 +46,7 @@ class Fixed(Pattern):
         return torch.cat([own[0], far[0]]), torch.cat([own[1], far[1]])
 
     def order(self, slots: Slots) -> Tensor:
-        span = self.span * (2 * self.summary / (slots.density * self.span)).ceil().long()
+        span = self.span * (2 * self.summary / (slots.density * self.span)).round().clamp(min=1).long()
         spans = (slots.allowed // span).clamp(min=1)
         level, number = slots.rank // spans, spans - 1 - slots.rank % spans
         summary = torch.where(level < span, (number + 1) * span - 1 - level, -1)

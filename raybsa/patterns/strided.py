@@ -18,8 +18,8 @@ from raybsa.patterns.ranking import Slots, nearest, outward
 class Strided(Pattern):
     """Tokens see one another iff the distance of their KV blocks is at most ``stride`` or a multiple of it.
 
-    Under a density the stride becomes its smallest multiple that is at least ``2 / density``, so that strided blocks
-    take half of the budget; strided and near blocks take turns from the diagonal outwards.
+    Under a density the stride becomes its multiple nearest to ``2 / density``, so that strided blocks take half of the
+    budget; strided and near blocks take turns from the diagonal outwards.
 
     Args:
         stride: blocks.
@@ -38,7 +38,7 @@ class Strided(Pattern):
         return torch.cat([near[0], far[0]]), torch.cat([near[1], far[1]])
 
     def order(self, slots: Slots) -> Tensor:
-        stride = self.stride * (2 / (slots.density * self.stride)).ceil().long()
+        stride = self.stride * (2 / (slots.density * self.stride)).round().clamp(min=1).long()
         low = torch.zeros_like(slots.row)
         far = outward(slots.first, slots.last, low, slots.allowed - 1, slots.rank, stride)
         return torch.stack([far, nearest(slots)], 1)

@@ -19,7 +19,8 @@ class VerticalSlash(Pattern):
     """Query token i sees key token j iff j is one of ``columns`` or ``|i - j|`` is one of ``offsets``.
 
     Under a density columns and diagonals take turns: first those of the rule, then evenly spread ones, a column every
-    ``2 / density`` blocks from the first on, and a diagonal every ``2 / density`` blocks, half-way between.
+    ``2 / density`` blocks from the first on, and a diagonal every ``2 / density`` blocks, half-way between (by the
+    density that the rounded budgets come to).
 
     Args:
         columns: tokens; those past the keys do not count.
@@ -42,7 +43,7 @@ class VerticalSlash(Pattern):
         return torch.cat([row for row, _ in found]), torch.cat([col for _, col in found])
 
     def order(self, slots: Slots) -> Tensor:
-        size, spacing = slots.grid.kv_block_size, (2 / slots.density).ceil().long()
+        size, spacing = slots.grid.kv_block_size, (2 / slots.density).round().long()
         column = _chosen_then_spread(slots, [c // size for c in self.columns], spacing, 0 * spacing)
         offset = _chosen_then_spread(slots, [-(-o // size) for o in self.offsets], spacing, spacing // 2)
         return torch.stack([column, slots.first - offset, slots.last + offset], 1)
