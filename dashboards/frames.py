@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from dashboards.wording import attention_label, trial_label
+from dashboards.wording import pattern_label, trial_label
 from raybsa.results.record import Record, SeriesPoint
 from raybsa.results.store import Store
 from raybsa.spec import TrialSpec, canonical_json
@@ -40,11 +40,15 @@ class Trial:
         return trial_label(self.spec)
 
     @property
-    def density(self) -> float | None:
-        """The density asked for; where the pattern's own was taken, the one that was measured."""
+    def asked_density(self) -> float | None:
+        """The density that all layers were asked for; None where they differ or the pattern's own was taken."""
         asked = {layer.density for layer in self.spec.attention}
-        only = asked.pop() if len(asked) == 1 else None
-        return self.record.density if only is None else only
+        return asked.pop() if len(asked) == 1 else None
+
+    @property
+    def density(self) -> float | None:
+        """The density asked for; where there was none, the one that was measured."""
+        return self.record.density if self.asked_density is None else self.asked_density
 
     @cached_property
     def question(self) -> str:
@@ -131,5 +135,5 @@ def _groups(trials: Iterable[Trial]) -> list[list[Trial]]:
 
 def line_label(trial: Trial) -> str:
     """A trial's name without its density: the trials of one name form the lines of a speed figure."""
-    layers = {attention_label(layer).split(" · ")[0] for layer in trial.spec.attention}
+    layers = {pattern_label(layer.pattern) for layer in trial.spec.attention}
     return " / ".join(sorted(layers))

@@ -14,7 +14,7 @@ from raybsa.layout import BlockLayout
 from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
 
 MAX_CELLS = 32
-MAX_TOKENS = 16_384
+MAX_TOKENS = 8_192
 MAX_PANELS = 4
 ABOVE = "."
 _SHARES = {
@@ -43,19 +43,22 @@ class Drawing(NamedTuple):
 
 
 def drawing_info(spec: TrialSpec) -> Drawing:
-    """The pattern of every distinct layer, one panel for each distinct head, up to ``MAX_PANELS``.
+    """One panel for each distinct head; where layers differ, one for each distinct layer. Up to ``MAX_PANELS``.
 
     It is drawn at the timed length, at most ``MAX_TOKENS`` tokens.
     """
     tokens = min(spec.seq_len, MAX_TOKENS)
-    panels: list[Panel] = []
-    for index, layer in enumerate(dict.fromkeys(spec.attention)):
-        panels_or_problem = _draw(layer, tokens, spec.num_heads, spec.causal)
-        if isinstance(panels_or_problem, str):
-            return Drawing(tokens, (), panels_or_problem)
-        prefix = f"layer {index}, " if len(set(spec.attention)) > 1 else ""
-        panels += [Panel(prefix + panel.caption, panel.rows) for panel in panels_or_problem]
-    return Drawing(tokens, tuple(panels[:MAX_PANELS]))
+    layers = list(dict.fromkeys(spec.attention))[:MAX_PANELS]
+    drawn = [_draw(layer, tokens, spec.num_heads, spec.causal) for layer in layers]
+    problems = [problem for problem in drawn if isinstance(problem, str)]
+    panels = [panels for panels in drawn if not isinstance(panels, str)]
+    if problems:
+        return Drawing(tokens, (), problems[0])
+    if len(layers) == 1:
+        return Drawing(tokens, panels[0])
+    first = (spec.attention.index(layer) for layer in layers)
+    named = (Panel(f"layer {n}, {own[0].caption}", own[0].rows) for n, own in zip(first, panels, strict=True))
+    return Drawing(tokens, tuple(named))
 
 
 def picture_plot(drawing: Drawing) -> go.Figure:
@@ -65,13 +68,15 @@ def picture_plot(drawing: Drawing) -> go.Figure:
     titles = [panel.caption for panel in drawing.panels] if len(drawing.panels) > 1 else None
     grid = make_subplots(rows, columns, subplot_titles=titles, horizontal_spacing=0.12, vertical_spacing=0.16)
     figure = base_figure(300)
-    grid.update_layout(figure.layout, margin={"l": 52, "r": 28, "t": 24 if titles else 8, "b": 44})
+    grid.update_layout(figure.layout, margin={"l": 52, "r": 28, "t": 8, "b": 44})
     grid.update_annotations(font_size=12)
     grid.update_xaxes(AXIS)
     grid.update_yaxes(AXIS)
     for index, panel in enumerate(drawing.panels):
         _add_panel(grid, panel, drawing.tokens, index // 2 + 1, index % 2 + 1)
     if len(drawing.panels) > 1:
+        grid.update_layout(margin={"l": 8, "r": 8, "t": 24, "b": 8})
+        grid.update_traces(xgap=0, ygap=0)
         grid.update_xaxes(showticklabels=False, ticks="", title_text="")
         grid.update_yaxes(showticklabels=False, ticks="", title_text="")
     return grid

@@ -33,8 +33,12 @@ class Quantity(NamedTuple):
 
 
 class Line(NamedTuple):
-    """One density: equally long lists over ascending lengths. ``ideal`` is dense × measured density where known."""
+    """One asked density: equally long lists over ascending lengths.
 
+    ``density`` is the one asked for, else that of the longest; ``ideal`` is dense × the measured density where known.
+    """
+
+    name: str
     density: float | None
     lengths: list[int]
     values: list[float]
@@ -109,7 +113,7 @@ def scaling_info(trials: Sequence[Trial], everything: Sequence[Trial], quantity:
     newest: dict[tuple[float | None, int], Trial] = {}
     for trial in sorted(trials, key=lambda trial: trial.record.created_at):
         if quantity.own(trial.record):
-            newest[trial.density, trial.record.seq_len] = trial
+            newest[trial.asked_density, trial.record.seq_len] = trial
     densities = sorted({density for density, _ in newest}, key=lambda d: (d is None, d))
     lines = [_line(density, newest, dense, quantity) for density in densities]
     return ScalingInfo(quantity, lines, list(dense.items())) if lines else None
@@ -124,7 +128,8 @@ def _line(
     low = [quantity.low(record) for record in records]
     high = [quantity.high(record) for record in records]
     return Line(
-        density,
+        "own" if density is None else percent(density),
+        newest[density, lengths[-1]].density,
         lengths,
         values,
         [0.0 if bound is None else value - bound for value, bound in zip(values, low, strict=True)],
@@ -158,7 +163,7 @@ def scaling_plot(info: ScalingInfo) -> go.Figure:
 
 
 def _add_line(figure: go.Figure, line: Line, unit: str) -> None:
-    shade, name = density_colour(line.density), percent(line.density)
+    shade, name = density_colour(line.density), line.name
     ideal = [(n, v) for n, v in zip(line.lengths, line.ideal, strict=True) if v is not None]
     if ideal:
         x, y = zip(*ideal, strict=True)
@@ -168,7 +173,7 @@ def _add_line(figure: go.Figure, line: Line, unit: str) -> None:
                 y=y,
                 mode="lines",
                 line={"color": shade, "width": 1.5, "dash": "dot"},
-                hovertemplate=f"ideal at {name}<br>%{{x:,}} tokens: %{{y:.3g}} {unit}<extra></extra>",
+                hovertemplate=f"ideal, density {name}<br>%{{x:,}} tokens: %{{y:.3g}} {unit}<extra></extra>",
             )
         )
     bars = {"type": "data", "symmetric": False, "array": line.above, "arrayminus": line.below, "width": 3}
@@ -180,7 +185,7 @@ def _add_line(figure: go.Figure, line: Line, unit: str) -> None:
             line={"color": shade, "width": 2},
             marker={"color": shade, "size": 7},
             error_y={**bars, "color": shade, "thickness": 1},
-            hovertemplate=f"{name} kept<br>%{{x:,}} tokens: %{{y:.3g}} {unit}<extra></extra>",
+            hovertemplate=f"density {name}<br>%{{x:,}} tokens: %{{y:.3g}} {unit}<extra></extra>",
         )
     )
 
@@ -201,7 +206,7 @@ def _add_dense(figure: go.Figure, dense: Sequence[tuple[int, float]], unit: str)
 
 def _add_end_labels(figure: go.Figure, info: ScalingInfo, y_range: Sequence[float]) -> None:
     """Names at the right end of each line, moved apart so that none covers another."""
-    ends = [(log10(line.values[-1]), percent(line.density), density_colour(line.density)) for line in info.lines]
+    ends = [(log10(line.values[-1]), line.name, density_colour(line.density)) for line in info.lines]
     if info.dense:
         ends.append((log10(info.dense[-1][1]), "dense", colour("dense")))
     gap = (y_range[1] - y_range[0]) * 16 / (_HEIGHT - 72)

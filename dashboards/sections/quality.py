@@ -48,7 +48,10 @@ def _how_to_read(info: ParetoInfo) -> str:
         sentence
         for sentence, holds in (
             ("Numbered points form the front: no other trial is both better and faster.", True),
-            (f"The area of a point is its peak memory, {size(min(sizes or [0]))} to {size(max(sizes or [0]))}.", sizes),
+            (
+                f"The area of a point is its peak memory, {size(min(sizes or [0]))} to {size(max(sizes or [0]))}.",
+                len(set(sizes)) > 1,
+            ),
             (f"{info.unmeasured} trials have no time and are not drawn.", info.unmeasured),
             ("No dense baseline was measured here.", not any(p.trial.is_dense for p in info.points)),
             ("Point at one to see its pattern; click to keep it beside the figure.", True),

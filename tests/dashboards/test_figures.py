@@ -126,6 +126,15 @@ def test_the_newest_of_two_equal_questions_is_drawn() -> None:
     assert info.lines[0].values == [7.0]
 
 
+def test_a_pattern_at_its_own_density_is_one_line_whose_ideal_follows_the_measured_density() -> None:
+    own = trials(*(speed_record(f"n{n}", sparse("bigbird", None), n, density=256 / n) for n in (1024, 2048, 4096)))
+    info = scaling_info(own, own, FORWARD)
+    assert info is not None
+    (line,) = info.lines
+    assert (line.name, line.density) == ("own", 1 / 16)
+    assert line.ideal == [6.25 / 4, 25 / 8, 100 / 16]
+
+
 def test_what_was_not_measured_gives_no_figure() -> None:
     own = trials(speed_record("a", sparse("bigbird"), 1024, forward_backward_ms_p50=None, peak_bytes=0))
     assert scaling_info(own, own, FORWARD_BACKWARD) is None
