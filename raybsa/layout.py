@@ -178,11 +178,11 @@ class BlockLayout:
         Raises:
             ValueError: a coordinate is out of range, or a size is not positive.
         """
-        kv_block_size = kv_block_size or q_block_size
+        kv_block_size = q_block_size if kv_block_size is None else kv_block_size
         check_geometry(q_len, kv_len, q_block_size, kv_block_size)
         rows, cols = num_blocks(q_len, q_block_size), num_blocks(kv_len, kv_block_size)
         for name, index, size in (("group", group, num_groups), ("row", row, rows), ("column", col, cols)):
-            if index.numel() and not (0 <= int(index.min()) and int(index.max()) < size):
+            if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < size):
                 raise ValueError(
                     f"{name} indices must lie in 0..{size - 1}, got {int(index.min())}..{int(index.max())}"
                 )
@@ -216,6 +216,7 @@ class BlockLayout:
     ) -> BlockLayout:
         """A layout from lists: ``rows[i]`` are the KV blocks of query block i (``rows[g][i]`` with several groups)."""
         grouped: list = list(rows) if rows and rows[0] and isinstance(rows[0][0], Sequence) else [rows]
+        check_geometry(q_len, kv_len, q_block_size, q_block_size if kv_block_size is None else kv_block_size)
         wanted = num_blocks(q_len, q_block_size)
         for lists in grouped:
             if len(lists) != wanted:
@@ -244,7 +245,7 @@ class BlockLayout:
         causal: bool = False,
     ) -> BlockLayout:
         """A layout from a boolean mask over blocks: (nQ, nKV), (H, nQ, nKV) or (B, H, nQ, nKV)."""
-        kv_block_size = kv_block_size or q_block_size
+        kv_block_size = q_block_size if kv_block_size is None else kv_block_size
         check_geometry(q_len, kv_len, q_block_size, kv_block_size)
         shape = (num_blocks(q_len, q_block_size), num_blocks(kv_len, kv_block_size))
         if mask.dtype != torch.bool or mask.dim() not in (2, 3, 4) or tuple(mask.shape[-2:]) != shape:
@@ -290,9 +291,10 @@ class BlockLayout:
             ("q_block_ids", self.q_block_ids, num_blocks(self.q_len, self.q_block_size)),
             ("kv_block_ids", self.kv_block_ids, num_blocks(self.kv_len, self.kv_block_size)),
         ):
-            if ids is not None and len(ids):
-                if bool((ids.diff() <= 0).any()) or int(ids[0]) < 0 or int(ids[-1]) >= total:
-                    raise ValueError(f"{name} must ascend strictly within 0..{total - 1}")
+            if ids is None or not len(ids):
+                continue
+            if bool((ids.diff() <= 0).any()) or int(ids[0]) < 0 or int(ids[-1]) >= total:
+                raise ValueError(f"{name} must ascend strictly within 0..{total - 1}")
         group, row, col = self.coordinates()
         if col.numel() and not (int(col.min()) >= 0 and int(col.max()) < self.num_kv_blocks):
             raise ValueError(
@@ -423,10 +425,11 @@ class BlockLayout:
         col = self.col_indices[int(begin) : int(end)].long()
         cell = (row * rows // max(self.num_q_blocks, 1)) * cols + col * cols // max(self.num_kv_blocks, 1)
         kept = torch.bincount(cell, minlength=rows * cols).view(rows, cols).cpu()
-        edges = (torch.arange(cols + 1) * self.num_kv_blocks + cols - 1) // max(cols, 1)
+        edges = (torch.arange(cols + 1, device="cpu") * self.num_kv_blocks + cols - 1) // max(cols, 1)
         seen = self.allowed_blocks.cpu()[:, None].clamp(max=edges[1:]) - edges[:-1]
-        allowed = torch.zeros(rows, cols, dtype=torch.int64)
-        allowed.index_add_(0, torch.arange(self.num_q_blocks) * rows // max(self.num_q_blocks, 1), seen.clamp(min=0))
+        allowed = torch.zeros(rows, cols, dtype=torch.int64, device="cpu")
+        cell_row = torch.arange(self.num_q_blocks, device="cpu") * rows // max(self.num_q_blocks, 1)
+        allowed.index_add_(0, cell_row, seen.clamp(min=0))
         return kept, allowed
 
     def __str__(self) -> str:
@@ -487,7 +490,8 @@ class BlockLayout:
         wanted = wanted.to(self.device, torch.int64)
         held = self._ids(held, count)
         place = torch.searchsorted(held, wanted)
-        if bool((wanted.diff() <= 0).any()) or not torch.equal(held[place.clamp(max=max(count - 1, 0))], wanted):
+        found = torch.cat([held, held.new_full((1,), -1)])[place]
+        if bool((wanted.diff() <= 0).any() or (found != wanted).any() or (wanted < 0).any()):
             raise ValueError(f"{name} must be strictly increasing ids of blocks at hand, got {wanted.tolist()[:16]}")
         renumbered = torch.full((count,), -1, dtype=torch.int64, device=self.device)
         renumbered[place] = torch.arange(len(wanted), device=self.device)

@@ -19,22 +19,44 @@ def why_not(call: AttentionCall) -> str | None:
 
 def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """out (B, H, Sq, D) in q's dtype and lse (B, H, Sq) in the compute dtype."""
+    scores = masked_scores(call)
+    weights = softmax(scores)
+    blind = (scores == float("-inf")).all(-1)
+    lse = torch.logsumexp(scores.masked_fill(blind[..., None], 0.0), -1).masked_fill(blind, float("-inf"))
+    if call.dropout_p:
+        weights = weights * dropout_factor(call, token_positions(call)[1])
+    values = call.v.to(weights.dtype).repeat_interleave(call.queries_per_kv, dim=1)
+    return (weights @ values).to(call.q.dtype), lse
+
+
+def masked_scores(call: AttentionCall) -> Tensor:
+    """(B, H, Sq, Skv) in the compute dtype: scaled, biased, and -inf where a query does not see a key."""
     dtype = compute_dtype(call.q.dtype)
-    q, k, v = (x.to(dtype) for x in (call.q, call.k, call.v))
-    k, v = (x.repeat_interleave(call.queries_per_kv, dim=1) for x in (k, v))
-    scores = q @ k.transpose(-1, -2) * call.scale
+    keys = call.k.to(dtype).repeat_interleave(call.queries_per_kv, dim=1)
+    scores = call.q.to(dtype) @ keys.transpose(-1, -2) * call.scale
     if call.block_bias is not None:
         scores = scores + _token_bias(call, dtype)
     if call.attn_mask is not None and call.attn_mask.dtype != torch.bool:
         scores = scores + call.attn_mask.to(dtype)
-    scores = scores.masked_fill(~token_mask(call), float("-inf"))
-    alive = (scores != float("-inf")).any(-1, keepdim=True)
-    scores = torch.where(alive, scores, 0.0)
-    weights = torch.softmax(scores, -1) * alive
-    lse = torch.logsumexp(scores, -1).masked_fill(~alive[..., 0], float("-inf"))
-    if call.dropout_p:
-        weights = weights * _kept(call) / (1.0 - call.dropout_p)
-    return (weights @ v).to(call.q.dtype), lse
+    return scores.masked_fill(~token_mask(call), float("-inf"))
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """The weights of (..., Skv) scores; all 0 in a row that sees nothing."""
+    sees = (scores != float("-inf")).any(-1, keepdim=True)
+    return torch.softmax(torch.where(sees, scores, 0.0), -1) * sees
+
+
+def dropout_factor(call: AttentionCall, columns: Tensor) -> Tensor:
+    """(B, H, Sq, n) in the compute dtype: 0 for the weights that dropout takes, ``1 / (1 - p)`` for the rest.
+
+    Drawn from (seed, b * H + h, global row, global column); ``columns`` (n,) are global key positions.
+    """
+    batch, heads = call.q.shape[:2]
+    head = torch.arange(batch * heads, device=call.q.device).view(batch, heads, 1, 1)
+    rows = token_positions(call)[0][:, None]
+    kept = uniform(call.seed, Stream.DROPOUT, head, rows, columns) >= call.dropout_p
+    return kept.to(compute_dtype(call.q.dtype)) / (1.0 - call.dropout_p)
 
 
 def token_mask(call: AttentionCall) -> Tensor:
@@ -76,11 +98,3 @@ def _token_bias(call: AttentionCall, dtype: torch.dtype) -> Tensor:
     shape = (layout.num_groups, layout.num_q_blocks, layout.num_kv_blocks)
     blocks = torch.zeros(shape, dtype=dtype, device=layout.device)
     return _to_tokens(call, blocks.index_put(layout.coordinates(), call.block_bias.to(dtype)))
-
-
-def _kept(call: AttentionCall) -> Tensor:
-    """(B, H, Sq, Skv) bool: the weights that dropout keeps, from (seed, b * H + h, global row, global column)."""
-    batch, heads = call.q.shape[:2]
-    head = torch.arange(batch * heads, device=call.q.device).view(batch, heads, 1, 1)
-    q_position, kv_position = token_positions(call)
-    return uniform(call.seed, Stream.DROPOUT, head, q_position[:, None], kv_position) >= call.dropout_p

@@ -11,7 +11,7 @@ from torch import Tensor
 from raybsa.kernels.api import block_sparse_attention
 from raybsa.kernels.call import AttentionCall, compute_dtype
 from raybsa.kernels.merge import merge
-from raybsa.variants.mha_weights import dropout_factor
+from raybsa.kernels.reference import dropout_factor
 
 
 def attend(call: AttentionCall, extra: tuple[Tensor, Tensor] | None, backend: str) -> Tensor:
@@ -52,5 +52,6 @@ def _attend_extra(call: AttentionCall, keys: Tensor, values: Tensor, dtype: torc
         weights = torch.softmax(scores, -1)
         if call.dropout_p:
             begin = call.k.shape[2]
-            weights = weights * dropout_factor(call, range(begin, begin + k.shape[2]))
+            columns = torch.arange(begin, begin + k.shape[2], device=k.device)
+            weights = weights * dropout_factor(call, columns)
         return (weights @ v).to(dtype), torch.logsumexp(scores, -1)
