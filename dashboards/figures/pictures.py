@@ -138,5 +138,7 @@ def _add_panel(figure: go.Figure, panel: Panel, tokens: int, row: int, column: i
     figure.update_xaxes(range=[0, tokens], tickvals=ticks, tickformat=",", title_text="key", row=row, col=column)
     figure.update_yaxes(range=[tokens, 0], tickvals=ticks, tickformat=",", title_text="query", row=row, col=column)
     anchor = figure.data[-1].xaxis or "x"
-    figure.update_yaxes(scaleanchor=anchor, constrain="domain", showgrid=False, zeroline=False, row=row, col=column)
-    figure.update_xaxes(constrain="domain", showgrid=False, zeroline=False, row=row, col=column)
+    figure.update_yaxes(
+        scaleanchor=anchor, constrain="domain", constraintoward="top", showgrid=False, row=row, col=column
+    )
+    figure.update_xaxes(constrain="domain", showgrid=False, row=row, col=column)

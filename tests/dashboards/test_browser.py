@@ -29,7 +29,7 @@ FLAGS = (
     "--disable-sync --proxy-server=127.0.0.1:9 --enable-logging=stderr --window-size=1400,1000 "
     "--virtual-time-budget=8000 --dump-dom"
 )
-# Moves the pointer onto the first point of the front, then clicks it, and writes down what the page shows.
+# Moves the pointer onto the first dominated point, clicks it, presses Copy, and writes down what the page shows.
 PROBE = """<script>
 const wait = (ms) => new Promise((done) => setTimeout(done, ms));
 const inked = (canvas) => {
@@ -38,7 +38,7 @@ const inked = (canvas) => {
 };
 (async () => {
   while (!document.body.dataset.drawn) await wait(50);
-  const point = document.querySelectorAll("[data-panel] .points")[1].querySelector("path.point");
+  const point = document.querySelector("[data-panel] path.point");
   point.scrollIntoView({ block: "center" });
   const box = point.getBoundingClientRect();
   const at = { clientX: box.x + box.width / 2, clientY: box.y + box.height / 2, bubbles: true };
@@ -47,6 +47,16 @@ const inked = (canvas) => {
   await wait(300);
   const tip = document.getElementById("tip");
   const result = { shown: !tip.hidden, text: tip.textContent, inks: [...tip.querySelectorAll("canvas")].map(inked) };
+  const panel = document.querySelector(".panel.trial");
+  result.first = panel.dataset.trial;
+  drag.dispatchEvent(new MouseEvent("mousedown", at));
+  document.dispatchEvent(new MouseEvent("mouseup", at));
+  await wait(600);
+  result.clicked = panel.dataset.trial;
+  result.paste = panel.querySelector("pre").textContent;
+  panel.querySelector("button").click();
+  await wait(100);
+  result.copy = panel.querySelector("button").textContent;
   result.plots = document.querySelectorAll("[data-figure] .main-svg").length;
   result.marks = document.querySelectorAll("[data-panel] .points path.point").length;
   result.hacked = document.body.dataset.hacked ?? "no";
@@ -84,7 +94,7 @@ def opened(page: Path, profile: Path, *extra: str) -> tuple[dict, str, str]:
     return json.loads(unescape(probe[1])), done.stdout, done.stderr
 
 
-def test_the_page_draws_everything_and_the_hovered_trial_shows_its_picture(page: Path, tmp_path: Path) -> None:
+def test_the_page_draws_everything_and_shows_the_trial_under_the_pointer(page: Path, tmp_path: Path) -> None:
     seen, document, log = opened(page, tmp_path)
     figures = len(re.findall(r'data-figure="', document))
     assert figures >= 10
@@ -95,6 +105,10 @@ def test_the_page_draws_everything_and_the_hovered_trial_shows_its_picture(page:
     assert "bits per byte" in seen["text"]
     assert seen["inks"]
     assert min(seen["inks"]) >= 2
+    assert seen["clicked"] != seen["first"]
+    assert seen["clicked"] in seen["text"]
+    assert seen["paste"].startswith("create_block_sparse_attention(**{")
+    assert seen["copy"] in ("copied", "selected: press Ctrl+C")
     assert seen["hacked"] == "no"
     assert "CONSOLE" not in log, log
 
