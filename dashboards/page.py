@@ -21,7 +21,8 @@ _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inl
 class Page:
     """Collects what the page's script needs (figures, trials, drawings), each once, while sections are written."""
 
-    def __init__(self) -> None:
+    def __init__(self, own_patterns: bool = False) -> None:
+        self._own_patterns = own_patterns
         self._figures: dict[str, object] = {}
         self._trials: dict[str, object] = {}
         self._drawings: dict[Drawing, str] = {}
@@ -34,14 +35,18 @@ class Page:
         attributes = {"data-figure": name, "data-panel": panel, "aria-label": label}
         return element("div", class_="figure", role="img", style=height, **attributes)
 
-    def drawing(self, drawing: Drawing) -> str:
-        """The name by which the script finds a drawing; equal ones are kept once."""
-        return self._drawings.setdefault(drawing, str(len(self._drawings)))
+    def drawing_of(self, trial: Trial) -> Drawing:
+        """The trial's pattern drawn."""
+        return drawing_info(trial.spec, self._own_patterns)
+
+    def drawing(self, trial: Trial) -> str:
+        """The name by which the script finds a trial's drawing; equal ones are kept once."""
+        return self._drawings.setdefault(self.drawing_of(trial), str(len(self._drawings)))
 
     def trial(self, trial: Trial, label: str, facts: list[tuple[str, str]]) -> None:
         """Makes a trial known to hover and click."""
-        drawing = self.drawing(drawing_info(trial.spec))
-        self._trials[trial.id] = {"label": label, "facts": facts, "paste": paste(trial.spec), "drawing": drawing}
+        known = {"label": label, "facts": facts, "paste": paste(trial.spec), "drawing": self.drawing(trial)}
+        self._trials[trial.id] = known
 
     def render(self, title: str, body: Markup) -> str:
         """The whole document; opens without a network, and is forbidden to use one."""

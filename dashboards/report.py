@@ -18,18 +18,20 @@ from dashboards.sections.quality import quality_section
 from dashboards.sections.speed import speed_section
 
 
-def write_report(results: str, out: str) -> str:
+def write_report(results: str, out: str, *, own_patterns: bool = False) -> str:
     """Draws a results folder as one HTML file and returns the file's absolute path. A crash leaves no torn file.
 
     Args:
         results: a path or ``pyarrow.fs`` URI, as ``raybsa.results.store`` reads it.
         out: a local path; missing folders are made.
+        own_patterns: also import and draw patterns that the records name as ``module:Class``. Leave it out for results
+            that somebody sent you.
 
     Raises:
         ValueError: nothing was measured there, or a record's spec is not a TrialSpec.
         OSError: the results cannot be read or the page cannot be written.
     """
-    page = _page(results)
+    page = _page(results, own_patterns)
     path = os.path.abspath(out)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
@@ -43,8 +45,8 @@ def write_report(results: str, out: str) -> str:
     return path
 
 
-def _page(folder: str) -> str:
-    results, page = load(folder), Page()
+def _page(folder: str, own_patterns: bool) -> str:
+    results, page = load(folder), Page(own_patterns)
     body = element(
         "main",
         quality_section(page, results, folder),
@@ -61,9 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("results", metavar="RESULTS", help="folder or pyarrow.fs URI that a job wrote")
     parser.add_argument("--out", default="report.html", help="the page to write (default: %(default)s)")
+    parser.add_argument("--own-patterns", action="store_true", help="import and draw patterns named as module:Class")
     options = parser.parse_args(arguments)
     try:
-        print(write_report(options.results, options.out))
+        print(write_report(options.results, options.out, own_patterns=options.own_patterns))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

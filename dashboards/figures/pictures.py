@@ -42,13 +42,17 @@ class Drawing(NamedTuple):
     problem: str | None = None
 
 
-def drawing_info(spec: TrialSpec) -> Drawing:
+def drawing_info(spec: TrialSpec, own_patterns: bool = False) -> Drawing:
     """One panel for each distinct head; where layers differ, one for each distinct layer. Up to ``MAX_PANELS``.
 
-    It is drawn at the timed length, at most ``MAX_TOKENS`` tokens.
+    It is drawn at the timed length, at most ``MAX_TOKENS`` tokens. ``own_patterns`` lets it import a ``module:Class``
+    that the spec names: a results folder from elsewhere must not choose what code runs here.
     """
     tokens = min(spec.seq_len, MAX_TOKENS)
     layers = list(dict.fromkeys(spec.attention))[:MAX_PANELS]
+    foreign = [name for layer in layers if layer.pattern for name in _family_names(layer.pattern) if ":" in name]
+    if foreign and not own_patterns:
+        return Drawing(tokens, (), f"not drawn: {foreign[0]} is not raybsa's own; --own-patterns imports it")
     drawn = [_draw(layer, tokens, spec.num_heads, spec.causal) for layer in layers]
     problems = [problem for problem in drawn if isinstance(problem, str)]
     panels = [panels for panels in drawn if not isinstance(panels, str)]
@@ -80,6 +84,12 @@ def picture_plot(drawing: Drawing) -> go.Figure:
         grid.update_xaxes(showticklabels=False, ticks="", title_text="")
         grid.update_yaxes(showticklabels=False, ticks="", title_text="")
     return grid
+
+
+def _family_names(spec: PatternSpec) -> list[str]:
+    """The families that a spec names, those of its parts included."""
+    parts = [PatternSpec.from_dict(part) for part in spec.params.get("parts", [])]
+    return [spec.name, *(name for part in parts for name in _family_names(part))]
 
 
 @lru_cache(maxsize=1024)

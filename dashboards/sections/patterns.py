@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dashboards.figures.pareto import pareto_info
-from dashboards.figures.pictures import drawing_info, picture_plot
+from dashboards.figures.pictures import picture_plot
 from dashboards.frames import Results, Trial, search_command
 from dashboards.markup import Markup, element
 from dashboards.page import Page
@@ -37,6 +37,6 @@ def distinct_patterns(results: Results) -> list[Trial]:
 
 
 def _card(page: Page, trial: Trial) -> Markup:
-    drawing = drawing_info(trial.spec)
+    drawing = page.drawing_of(trial)
     body = note(drawing.problem) if drawing.problem else page.figure(picture_plot(drawing), trial.label)
     return element("div", element("h4", trial.label), body, class_="card")

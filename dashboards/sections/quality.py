@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from dashboards.figures.curves import curves_info, curves_plot
 from dashboards.figures.pareto import ParetoInfo, Point, pareto_info, pareto_plot
-from dashboards.figures.pictures import drawing_info
 from dashboards.frames import Results, Trial, search_command
 from dashboards.markup import Column, Markup, element, join, table
 from dashboards.page import Page
@@ -78,7 +77,7 @@ def _front_row(page: Page, info: ParetoInfo, point: Point) -> list[str]:
     trial = point.trial
     return [
         str(point.rank),
-        element("div", data_drawing=page.drawing(drawing_info(trial.spec))),
+        element("div", data_drawing=page.drawing(trial)),
         join(trial.label, element("pre", paste(trial.spec))),
         number(point.quality),
         milliseconds(point.latency_ms),

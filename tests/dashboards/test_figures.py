@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +16,7 @@ from dashboards.frames import Trial, trial_of
 from dashboards.theme import colour, density_colour
 from raybsa import patterns
 from raybsa.results.record import Record, SeriesPoint
-from raybsa.spec import TrialSpec
+from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
 from tests.dashboards.made import DENSE, a_benchmark, curve, lm_record, sparse, speed_record
 
 
@@ -221,6 +223,21 @@ def test_heads_and_layers_that_differ_have_a_panel_each() -> None:
     layers = drawing_info(TrialSpec("byte_lm", (sparse("sliding_window", 0.3), DENSE), seq_len=1024))
     assert [p.caption for p in layers.panels] == ["layer 0, all heads", "layer 1, all heads"]
     assert len(picture_plot(layers).data) == 2
+
+
+def test_a_results_folder_cannot_choose_what_code_the_report_imports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sent_by_mail.py").write_text(
+        "from raybsa.patterns.sliding_window import SlidingWindow\nclass Mine(SlidingWindow): family = ''\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    parts = {"parts": [{"name": "dense", "params": {}}, {"name": "sent_by_mail:Mine", "params": {}}]}
+    for pattern in (PatternSpec("sent_by_mail:Mine"), PatternSpec("union", parts)):
+        spec = TrialSpec("byte_lm", (AttentionSpec("base", pattern),))
+        assert "sent_by_mail:Mine is not raybsa's own" in (drawing_info(spec).problem or "")
+        assert "sent_by_mail" not in sys.modules
+    assert drawing_info(spec, own_patterns=True).problem is None
 
 
 def test_a_pattern_that_cannot_be_built_says_why() -> None:
