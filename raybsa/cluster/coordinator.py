@@ -19,13 +19,13 @@ from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from raybsa.cluster.worker import Worker
 from raybsa.results.record import Measurement
 from raybsa.spec import TrialSpec
 
 _SAY_EVERY_S = 5.0
 
 Say = Callable[[str], None]
+MakeWorker = Callable[[str, dict[str, Any]], Any]
 
 
 class TooFewResources(RuntimeError):
@@ -67,6 +67,26 @@ class _Flight:
     deadline: float
 
 
+def make_worker(device: str, arguments: dict[str, Any]) -> Any:
+    """A Worker in the process that will run it: only there is torch imported."""
+    from raybsa.cluster.worker import Worker
+
+    return Worker(device, **arguments)
+
+
+class _Host:
+    """The actor: holds one worker and passes calls through."""
+
+    def __init__(self, make: MakeWorker, device: str, arguments: dict[str, Any]) -> None:
+        self._worker = make(device, arguments)
+
+    def describe(self) -> str:
+        return self._worker.describe()
+
+    def run(self, spec: TrialSpec) -> Measurement:
+        return self._worker.run(spec)
+
+
 class Coordinator:
     """Runs trials on ``num_workers`` warm workers. Use it as a context manager.
 
@@ -76,7 +96,8 @@ class Coordinator:
         retries: how many times a trial whose worker died is given to a fresh one.
         wait_s: the longest wait for a worker to come up.
         trial_s: the longest that one attempt at a trial may take; its worker is then killed and the trial has failed.
-        worker: the class of the actors, made as ``worker(device, **worker_args)``.
+        timing: arguments of the workers (``repeats``, ``budget_s``).
+        make: makes the worker inside its actor: ``make(device, arguments)`` has ``describe()`` and ``run(spec)``.
         group: a placement group whose bundles ``first_bundle``, ``first_bundle + 1``, … the workers take.
         say: where messages go.
 
@@ -92,8 +113,8 @@ class Coordinator:
         retries: int = 2,
         wait_s: float = 60.0,
         trial_s: float = 1800.0,
-        worker: type = Worker,
-        worker_args: dict[str, Any] | None = None,
+        timing: dict[str, Any] | None = None,
+        make: MakeWorker = make_worker,
         group: PlacementGroup | None = None,
         first_bundle: int = 0,
         say: Say = print,
@@ -101,8 +122,7 @@ class Coordinator:
         self._share, self._retries, self._wait_s, self._trial_s, self._say = share, retries, wait_s, trial_s, say
         self._slots = range(num_workers)
         self._group, self._first_bundle = group, first_bundle
-        self._actor_class: Any = ray.remote(worker)
-        self._worker_args = {"num_threads": share.num_cpus, **(worker_args or {})}
+        self._make, self._arguments = make, {"num_threads": share.num_cpus, **(timing or {})}
         self._actors: dict[int, Any] = {}
 
     def __enter__(self) -> Coordinator:
@@ -194,7 +214,8 @@ class Coordinator:
                 options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
                     self._group, placement_group_bundle_index=self._first_bundle + slot
                 )
-            actor = self._actor_class.options(**options).remote(self._share.device, **self._worker_args)
+            host: Any = ray.remote(_Host)
+            actor = host.options(**options).remote(self._make, self._share.device, self._arguments)
             self._actors[slot] = actor
             pending[actor.describe.remote()] = slot
         wait_for(list(pending), [self._share.bundle] * len(pending), self._wait_s, self._say)

@@ -25,11 +25,24 @@ LATENCY = Objective("latency", "forward_backward_ms_p50")
 FORWARD_LATENCY = Objective("forward_latency", "forward_ms_p50")
 MEMORY = Objective("memory", "peak_bytes")
 DENSITY = Objective("density", "density")
+COSTS = {objective.name: objective for objective in (LATENCY, FORWARD_LATENCY, MEMORY, DENSITY)}
 
 
 def quality_objective(goal: Literal["min", "max"]) -> Objective:
     """Quality has its goal from the task: bits per byte go down, accuracy goes up."""
     return Objective("quality", "quality", goal)
+
+
+def named_objectives(names: Sequence[str], quality_goal: Literal["min", "max"] | None) -> list[Objective]:
+    """Objectives by name: ``quality`` and the ``COSTS``.
+
+    Raises:
+        ValueError: an unknown name, one named twice, none, or ``quality`` of a task that has none (``quality_goal``).
+    """
+    known = COSTS | ({"quality": quality_objective(quality_goal)} if quality_goal else {})
+    if not names or len(set(names)) < len(names) or set(names) - set(known):
+        raise ValueError(f"objectives must be different ones of {sorted(known)}, got {list(names)}")
+    return [known[name] for name in names]
 
 
 def pareto_front(records: Sequence[Record], objectives: Sequence[Objective]) -> list[Record]:

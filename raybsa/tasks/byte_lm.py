@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from raybsa.counter import Stream, hash_u32
 from raybsa.spec import TrialSpec
+from raybsa.tasks.goals import QUALITIES
 from raybsa.tasks.model import Transformer
 from raybsa.tasks.params import known_params
 from raybsa.tasks.text import load_corpus
@@ -43,7 +44,7 @@ def judge(spec: TrialSpec, device: torch.device, lock: DeviceLock) -> Quality:
     last = len(corpus.held_out) - spec.train_len - 1
     starts = torch.arange(params["eval_windows"]) * last // max(1, params["eval_windows"] - 1)
     bits = bits_per_byte(model, *_windows(corpus.held_out, starts, spec, device), context, lock)
-    return Quality("bits_per_byte", "min", bits, seconds, curves)
+    return Quality(*QUALITIES["byte_lm"], bits, seconds, curves)
 
 
 @torch.no_grad()

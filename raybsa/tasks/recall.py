@@ -12,6 +12,7 @@ from torch import Tensor
 
 from raybsa.counter import Stream, hash_u32
 from raybsa.spec import TrialSpec
+from raybsa.tasks.goals import QUALITIES
 from raybsa.tasks.model import Transformer
 from raybsa.tasks.params import known_params
 from raybsa.tasks.training import IGNORE, Quality, fit, prepare
@@ -52,7 +53,7 @@ def judge(spec: TrialSpec, device: torch.device, lock: DeviceLock) -> Quality:
         answers = model.eval()(tokens.to(device)).argmax(-1).cpu()
     asked = targets != IGNORE
     accuracy = (answers[asked] == targets[asked]).double().mean()
-    return Quality("recall_accuracy", "max", float(accuracy), seconds, curves)
+    return Quality(*QUALITIES["recall"], float(accuracy), seconds, curves)
 
 
 def sequences(seed: int, step: int, count: int, length: int, distance: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,71 @@
+"""Named searches: how large the questions are, and which attentions they may name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from raybsa.experiments.space import DEFAULT_FAMILIES, SearchSpace
+from raybsa.spec import DENSE, AttentionSpec, TrialSpec
+
+_DENSE = (AttentionSpec(DENSE),)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A search space, how many trials it is worth, and how long to time each.
+
+    Args:
+        timing: ``repeats`` and ``budget_s`` of ``timing.measure``.
+    """
+
+    space: SearchSpace
+    trials: int
+    timing: dict[str, Any] = field(default_factory=dict)
+
+
+PRESETS = {
+    # Two CPU cores, about two and a half minutes: timed at 4,096 tokens, trained at 512.
+    "demo": Preset(
+        SearchSpace(
+            TrialSpec(
+                "byte_lm",
+                _DENSE,
+                seq_len=4096,
+                train_len=512,
+                train_steps=200,
+                learning_rate=1e-2,
+                num_heads=2,
+                head_dim=32,
+                task_params={"train_batch": 4},
+            ),
+            DEFAULT_FAMILIES,
+            densities=(0.06, 0.4),
+            block_sizes=(16, 32, 64),
+        ),
+        trials=16,
+        timing={"repeats": 10, "budget_s": 0.5},
+    ),
+    # Seconds: to see that everything runs. Its quality says nothing.
+    "quick": Preset(
+        SearchSpace(
+            TrialSpec(
+                "byte_lm",
+                _DENSE,
+                seq_len=512,
+                train_len=128,
+                train_steps=10,
+                learning_rate=1e-2,
+                num_layers=1,
+                num_heads=2,
+                head_dim=16,
+                task_params={"train_batch": 2, "eval_windows": 8},
+            ),
+            {"sliding_window": {}, "bigbird": {"num_globals": [1, 2]}, "strided": {}},
+            densities=(0.1, 0.5),
+            block_sizes=(16, 32),
+        ),
+        trials=5,
+        timing={"repeats": 5, "budget_s": 0.1},
+    ),
+}

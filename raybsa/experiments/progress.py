@@ -1,0 +1,50 @@
+"""Progress of a long job: a bar on a terminal, one plain line a trial in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+from raybsa.results.record import Record
+
+_BAR = 30
+
+
+class Progress:
+    """Tells about each record as it comes.
+
+    Args:
+        total: how many records will come.
+        stream: a bar is drawn where it is a terminal.
+    """
+
+    def __init__(self, total: int, stream: TextIO | None = None) -> None:
+        self._total, self._stream, self._count, self._started = total, stream or sys.stdout, 0, time.monotonic()
+
+    def tell(self, record: Record) -> None:
+        self._count += 1
+        seconds = time.monotonic() - self._started
+        text = f"{self._count}/{self._total} · {seconds:.0f} s · {summary(record)}"
+        if self._stream.isatty():
+            filled = _BAR * self._count // self._total
+            end = "\n" if self._count == self._total else ""
+            self._stream.write(f"\r\033[K[{'█' * filled}{'·' * (_BAR - filled)}] {text}{end}")
+        else:
+            self._stream.write(f"{text}\n")
+        self._stream.flush()
+
+
+def summary(record: Record) -> str:
+    """One line: the attention and what was measured."""
+    name = record.pattern if record.density is None else f"{record.pattern} {record.density:.0%}"
+    if record.pattern != record.variant:
+        name += f" block {record.block_size}"
+    if record.error is not None:
+        return f"{name}: failed: {' '.join(record.error.split())[:200]}"
+    found = [f"{record.forward_backward_ms_p50:.3g} ms"] if record.forward_backward_ms_p50 is not None else []
+    if record.quality is not None:
+        found.insert(0, f"{(record.quality_name or 'quality').replace('_', ' ')} {record.quality:.3f}")
+    if record.peak_bytes is not None:
+        found.append(f"{record.peak_bytes / (1 << 20):.1f} MiB")
+    return f"{name}: {', '.join(found)}"

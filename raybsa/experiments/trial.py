@@ -1,0 +1,103 @@
+"""run_trial: a question goes in, a Record comes out. The one verb of the platform."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+
+import ray
+
+from raybsa.cluster.coordinator import Coordinator, Outcome
+from raybsa.results.record import Record, SeriesPoint
+from raybsa.results.store import Store
+from raybsa.spec import TrialSpec, canonical_json
+
+
+@dataclass(frozen=True)
+class Run:
+    """One execution of a job: what all of its records share.
+
+    Args:
+        run_id: names the run in every record; ``Run.start`` makes one.
+        job: the job's name.
+        git_commit: of the code that runs; passed in, because an uploaded copy has no ``.git``.
+    """
+
+    run_id: str
+    job: str
+    git_commit: str = ""
+
+    @classmethod
+    def start(cls, job: str, git_commit: str = "") -> Run:
+        return cls(f"{job}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}", job, git_commit)
+
+
+def run_trial(
+    spec: TrialSpec, coordinator: Coordinator, run: Run, *, trial_id: str | None = None, store: Store | None = None
+) -> Record:
+    """Asks ``coordinator`` the question and returns the answer, failed or not.
+
+    Args:
+        trial_id: the record's name; by default the run's id and the question's digest.
+        store: where to write the record and its curves at once.
+    """
+    trial_id = trial_id or f"{run.run_id}-{spec.digest}"
+    outcome = coordinator.run(spec)
+    record = record_of(outcome, run, trial_id)
+    if store is not None:
+        write(store, record, outcome)
+    return record
+
+
+def write(store: Store, record: Record, outcome: Outcome) -> None:
+    """The curves first: a record that can be read has them."""
+    curves = outcome.measurement.curves if outcome.measurement else ()
+    store.write_series(SeriesPoint(record.trial_id, name, step, 0, value) for name, step, value in curves)
+    store.write_record(record)
+
+
+def record_of(outcome: Outcome, run: Run, trial_id: str) -> Record:
+    """The row of a trial: what was asked, who asked, and what came."""
+    spec, measured = outcome.spec, {}
+    if outcome.measurement is not None:
+        measured = asdict(outcome.measurement)
+        del measured["curves"]
+    first = spec.layer(0)
+    return Record(
+        trial_id=trial_id,
+        run_id=run.run_id,
+        job=run.job,
+        created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
+        status="failed" if outcome.error else "ok",
+        error=outcome.error,
+        spec=canonical_json(spec.to_dict()),
+        spec_hash=spec.digest,
+        seed=spec.seed,
+        task=spec.task,
+        variant="/".join(dict.fromkeys(layer.variant for layer in spec.attention)),
+        pattern="/".join(layer.pattern.name if layer.pattern else layer.variant for layer in spec.attention),
+        block_size=first.block_size,
+        density=measured.pop("density", None),
+        seq_len=spec.seq_len,
+        train_len=None if spec.task == "speed" else spec.train_len,
+        batch=spec.batch,
+        num_heads=spec.num_heads,
+        head_dim=spec.head_dim,
+        causal=spec.causal,
+        dtype=spec.dtype,
+        backend=first.backend,
+        failures_survived=outcome.failures,
+        ray_version=ray.__version__,
+        raybsa_version=_raybsa_version(),
+        git_commit=run.git_commit,
+        **measured,
+    )
+
+
+def _raybsa_version() -> str:
+    try:
+        return version("raybsa")
+    except PackageNotFoundError:  # run from an uploaded copy
+        return ""
