@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from raybsa.kernels.call import AttentionCall, compute_dtype
 from raybsa.kernels.chunks import plan_chunks
-from raybsa.kernels.gather import TokenTable
+from raybsa.kernels.gather import BlockTable
 from raybsa.kernels.merge import merge
 from raybsa.kernels.scores import ChunkScores
 
@@ -86,36 +86,37 @@ def _forward(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
 
 
 class _Tables:
-    """q, k and v as token tables in the compute dtype."""
+    """q, k and v as tables of blocks, taken in the compute dtype."""
 
     def __init__(self, call: AttentionCall) -> None:
         self.scale, self.dtype = call.scale, compute_dtype(call.q.dtype)
-        self.q, self.k, self.v = TokenTable.of(call.q), TokenTable.of(call.k), TokenTable.of(call.v)
+        self.q = BlockTable.of(call.q, call.layout.q_block_size)
+        self.k, self.v = (BlockTable.of(x, call.layout.kv_block_size) for x in (call.k, call.v))
 
     def take(self, at: ChunkScores) -> tuple[Tensor, Tensor, Tensor]:
         """Scaled queries (C, bq, D), keys and values (C, m * bk, D)."""
-        chunk, length = at.chunk, at.kv_token.shape[1]
-        index = self.k.index(chunk.batch, chunk.kv_head, at.kv_token)
-        keys = self.k.take(index, length, self.dtype)
-        if not self.k.same_rows(self.v):
-            index = self.v.index(chunk.batch, chunk.kv_head, at.kv_token)
-        values = self.v.take(index, length, self.dtype)
-        return _take_queries(self.q, at, self.dtype).mul_(self.scale), keys, values
+        count, kv_head = len(at.chunk.row), at.chunk.kv_head
+        index = self.k.index(kv_head, at.kv_block)
+        keys = self.k.take(index, count, self.dtype)
+        if self.k.steps != self.v.steps:
+            index = self.v.index(kv_head, at.kv_block)
+        values = self.v.take(index, count, self.dtype)
+        return _take_rows(self.q, at, self.dtype).mul_(self.scale), keys, values
 
 
-def _take_queries(table: TokenTable, at: ChunkScores, dtype: torch.dtype) -> Tensor:
-    """(C, bq, n) in ``dtype``."""
-    index = table.index(at.chunk.batch, at.chunk.head, at.q_token)
-    return table.take(index, at.q_token.shape[1], dtype)
+def _take_rows(table: BlockTable, at: ChunkScores, dtype: torch.dtype) -> Tensor:
+    """(C, bq, n) in ``dtype``: the chunk's query blocks."""
+    chunk = at.chunk
+    return table.take(table.index(chunk.head, chunk.q_block[:, None]), len(chunk.row), dtype)
 
 
 def _softmax(scores: Tensor, may_hide_rows: bool, with_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """Weights, 0 in rows that see nothing, and lse (C, bq) if wanted.
+    """Turns scores into weights in place, 0 in rows that see nothing, and gives lse (C, bq) if wanted.
 
     With m the largest score of a row and w the largest weight, ``w = exp(m - lse)``, so ``lse = m - log(w)``.
     """
     top = scores.amax(-1, keepdim=True) if may_hide_rows or with_lse else None
-    weights = torch.softmax(scores, -1)
+    weights = torch.softmax(scores, -1, out=scores)
     lse = None if top is None or not with_lse else top - weights.amax(-1, keepdim=True).log_()
     if may_hide_rows and top is not None:
         blind = top == -INF
@@ -140,9 +141,11 @@ class _Backward:
         batch, heads, _, head_dim = call.q.shape
         self.call, self.dtype = call, dtype
         self.tables = _Tables(call)
-        self.out, self.lse = TokenTable.of(out), None if lse is None else TokenTable.of(lse[..., None])
-        self.grad_out = TokenTable.of(torch.zeros_like(out) if grad_out is None else grad_out)
-        self.grad_lse = None if grad_lse is None else TokenTable.of(grad_lse[..., None])
+        self.out = BlockTable.of(out, layout.q_block_size)
+        self.grad_out = BlockTable.of(torch.zeros_like(out) if grad_out is None else grad_out, layout.q_block_size)
+        self.lse, self.grad_lse = (
+            None if x is None else BlockTable.of(x[..., None], layout.q_block_size) for x in (lse, grad_lse)
+        )
         self.grad_q = call.q.new_zeros(batch * heads * layout.num_q_blocks, layout.q_block_size, head_dim, dtype=dtype)
         kv_shape = (batch * call.k.shape[1] * layout.num_kv_blocks, layout.kv_block_size * head_dim)
         self.grad_k, self.grad_v = (call.k.new_zeros(kv_shape, dtype=dtype) for _ in range(2))
@@ -200,8 +203,8 @@ class _Backward:
             delta -= at.without_padding(self._take(self.grad_lse, at))
         return delta
 
-    def _take(self, table: TokenTable, at: ChunkScores) -> Tensor:
-        return _take_queries(table, at, self.dtype)
+    def _take(self, table: BlockTable, at: ChunkScores) -> Tensor:
+        return _take_rows(table, at, self.dtype)
 
     def _add_blocks(self, target: Tensor, index: Tensor, source: Tensor) -> None:
         """``target[index] += source``, repeats summed; in a fixed order if asked for (CUDA's index_add has none)."""

@@ -1,7 +1,7 @@
 """How the blocked backend cuts a layout into batched matrix products: rows with equally many blocks share a chunk.
 
-A chunk's working set stays near ``chunk_bytes`` (cache-sized on a CPU); a row too long for ``piece_bytes`` is split
-into pieces that are merged. Nothing here is larger than O(batch * heads * num_q_blocks + nnz).
+A chunk's working set stays near a bound (in cache on a CPU); a row too long for ``PIECE_BYTES`` is split into pieces
+that are merged. Nothing here is larger than O(batch * heads * num_q_blocks + nnz).
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from torch import Tensor
 from raybsa.kernels.call import AttentionCall, compute_dtype
 from raybsa.layout import BlockLayout
 
-CPU_CHUNK_BYTES = 10 * 2**20
+CPU_CHUNK_BYTES = 5 * 2**20  # for each thread
 CUDA_CHUNK_BYTES = 128 * 2**20
 PIECE_BYTES = 128 * 2**20
-ROW_MULTIPLE = 4  # batched products split rows over threads
 
 
 @dataclass(frozen=True)
@@ -28,9 +27,8 @@ class Chunk:
 
     Args:
         row: flat row ``(b * H + h) * num_q_blocks + i``.
-        batch: b.
-        head: h.
-        kv_head: the KV head that h reads.
+        head: flat head ``b * H + h``.
+        kv_head: the flat KV head ``b * Hkv + h // (H // Hkv)`` that it reads.
         q_block: i.
         start: offset of the first block taken in ``layout.col_indices``.
         width: KV blocks taken of each row.
@@ -40,7 +38,6 @@ class Chunk:
     """
 
     row: Tensor
-    batch: Tensor
     head: Tensor
     kv_head: Tensor
     q_block: Tensor
@@ -72,16 +69,19 @@ def plan_chunks(call: AttentionCall) -> ChunkPlan:
     layout = call.layout
     slot = compute_dtype(call.q.dtype).itemsize * layout.kv_block_size * (2 * layout.q_block_size + 4 * head_dim)
     plans = _PLANS.setdefault(layout, {})
-    key = (batch, heads, call.queries_per_kv, slot)
+    threads = 1 if layout.device.type == "cuda" else torch.get_num_threads()
+    key = (batch, heads, call.queries_per_kv, slot, threads)
     if key not in plans:
-        chunks = tuple(_chunks(layout, batch, heads, call.queries_per_kv, slot))
+        chunks = tuple(_chunks(layout, *key))
         plans[key] = ChunkPlan(chunks, layout.col_indices.long(), bool((layout.row_counts > 0).all()))
     return plans[key]
 
 
-def _chunks(layout: BlockLayout, batch: int, heads: int, queries_per_kv: int, slot_bytes: int) -> Iterator[Chunk]:
+def _chunks(
+    layout: BlockLayout, batch: int, heads: int, queries_per_kv: int, slot_bytes: int, threads: int
+) -> Iterator[Chunk]:
     """All rows in ascending order of their number of blocks; ``slot_bytes`` is the working set of one block."""
-    budget = CUDA_CHUNK_BYTES if layout.device.type == "cuda" else CPU_CHUNK_BYTES
+    budget = CUDA_CHUNK_BYTES if layout.device.type == "cuda" else min(CPU_CHUNK_BYTES * threads, PIECE_BYTES)
     chunk_slots, piece_slots = max(1, budget // slot_bytes), max(1, PIECE_BYTES // slot_bytes)
     counts = _per_head(layout.row_counts, batch, heads)
     order = torch.argsort(counts, stable=True)
@@ -91,11 +91,10 @@ def _chunks(layout: BlockLayout, batch: int, heads: int, queries_per_kv: int, sl
     for width, rows in zip(widths, order.split(sizes), strict=True):
         for first in range(0, width, piece_slots):
             taken = min(piece_slots, width - first)
-            for row in rows.split(_rows_in_chunk(chunk_slots // taken)):
-                head, start = row // layout.num_q_blocks % heads, starts[row] + first
+            for row in rows.split(_rows_in_chunk(chunk_slots // taken, threads)):
+                head, start = row // layout.num_q_blocks, starts[row] + first
                 yield Chunk(
                     row,
-                    row // (layout.num_q_blocks * heads),
                     head,
                     head // queries_per_kv,
                     row % layout.num_q_blocks,
@@ -107,8 +106,9 @@ def _chunks(layout: BlockLayout, batch: int, heads: int, queries_per_kv: int, sl
                 )
 
 
-def _rows_in_chunk(fitting: int) -> int:
-    return max(1, fitting - fitting % ROW_MULTIPLE if fitting > ROW_MULTIPLE else fitting)
+def _rows_in_chunk(fitting: int, threads: int) -> int:
+    """A multiple of ``threads`` where there are that many: batched products give each thread whole rows."""
+    return max(1, fitting - fitting % threads if fitting > threads else fitting)
 
 
 def _per_head(per_group: Tensor, batch: int, heads: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""TokenTable: a (B, H, S, D) tensor as rows of D numbers, gathered by token without copying the whole tensor."""
+"""BlockTable: a (B, H, S, D) tensor as rows of D numbers, gathered by blocks of tokens without copying it whole."""
 
 from __future__ import annotations
 
@@ -9,44 +9,47 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class TokenTable:
-    """Rows of D numbers, and how (batch, head, token) finds its row.
+class BlockTable:
+    """Rows of D numbers, and how (head, block) finds its rows. Heads are flat here: ``b * H + h``.
 
     Args:
-        rows: (n, D); row ``b * batch_step + h * head_step + t * token_step`` is token t of head h in sample b.
+        rows: (n, D).
+        heads: (B * H,) int64: the row of each head's first token.
+        steps: how many rows lie between samples, heads and tokens.
+        tokens: S.
+        offsets: (block_size,) int64: how many rows each token of a block lies behind its first.
     """
 
     rows: Tensor
-    batch_step: int
-    head_step: int
-    token_step: int
+    heads: Tensor
+    steps: tuple[int, int, int]
+    tokens: int
+    offsets: Tensor
 
     @classmethod
-    def of(cls, x: Tensor) -> TokenTable:
+    def of(cls, x: Tensor, block_size: int) -> BlockTable:
         """The table of ``x`` (B, H, S, D). A view for every layout whose tokens' numbers lie together in memory,
         (B, S, H, D) transposed and slices of a fused projection among them; else a contiguous copy."""
         head_dim = x.shape[-1]
-        aligned = x.stride(-1) == 1 and all(step % head_dim == 0 for step in x.stride()[:3])
-        if not aligned:
+        if x.stride(-1) != 1 or any(step % head_dim for step in x.stride()[:3]):
             x = x.contiguous()
         batch_step, head_step, token_step = (step // head_dim for step in x.stride()[:3])
-        last = (x.shape[0] - 1) * batch_step + (x.shape[1] - 1) * head_step + (x.shape[2] - 1) * token_step
+        steps = (batch_step, head_step, token_step)
+        batch, head = (torch.arange(n, device=x.device) for n in x.shape[:2])
+        heads = (batch[:, None] * batch_step + head * head_step).view(-1)
+        last = sum((n - 1) * step for n, step in zip(x.shape[:3], steps, strict=True))
         rows = x.as_strided((last + 1, head_dim), (head_dim, 1), x.storage_offset())
-        return cls(rows, batch_step, head_step, token_step)
+        return cls(rows, heads, steps, x.shape[2], torch.arange(block_size, device=x.device) * token_step)
 
-    def index(self, batch: Tensor, head: Tensor, token: Tensor) -> Tensor:
-        """(C * L,) rows of tokens ``token`` (C, L) of heads ``head`` (C,) in samples ``batch`` (C,)."""
-        base = batch * self.batch_step + head * self.head_step
-        return (base[:, None] + (token if self.token_step == 1 else token * self.token_step)).view(-1)
+    def index(self, head: Tensor, block: Tensor) -> Tensor:
+        """(C * m * block_size,) rows of blocks ``block`` (C, m) of heads ``head`` (C,); padding repeats the last."""
+        size, token_step = len(self.offsets), self.steps[2]
+        base, first = self.heads[head], block * (size * token_step)
+        if self.tokens % size == 0:
+            return ((first + base[:, None])[:, :, None] + self.offsets).view(-1)
+        inside = (first[:, :, None] + self.offsets).clamp_(max=(self.tokens - 1) * token_step)
+        return inside.add_(base[:, None, None]).view(-1)
 
-    def same_rows(self, other: TokenTable) -> bool:
-        """Whether one index serves both tables."""
-        return (self.batch_step, self.head_step, self.token_step) == (
-            other.batch_step,
-            other.head_step,
-            other.token_step,
-        )
-
-    def take(self, index: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-        """(C, length, D) in ``dtype``: the rows at ``index`` (C * length,)."""
-        return self.rows.index_select(0, index).view(-1, length, self.rows.shape[1]).to(dtype)
+    def take(self, index: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+        """(count, tokens, D) in ``dtype``: the rows at ``index`` in ``count`` equal parts."""
+        return self.rows.index_select(0, index).view(count, -1, self.rows.shape[1]).to(dtype)

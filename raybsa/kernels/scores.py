@@ -37,11 +37,15 @@ class ChunkScores:
         """(C, m) KV blocks at hand."""
         return self.columns[self.slots]
 
-    @cached_property
+    @property
     def flat_kv_block(self) -> Tensor:
-        """(C * m,) ``(b * Hkv + h_kv) * num_kv_blocks + block``: where dK and dV are added."""
-        base = (self.chunk.batch * self.call.k.shape[1] + self.chunk.kv_head) * self.call.layout.num_kv_blocks
-        return (base[:, None] + self.kv_block).view(-1)
+        """(C * m,) ``kv_head * num_kv_blocks + block``: where dK and dV are added."""
+        return (self.kv_block + (self.chunk.kv_head * self.call.layout.num_kv_blocks)[:, None]).view(-1)
+
+    @cached_property
+    def batch(self) -> Tensor:
+        """(C,) the sample of each row."""
+        return self.chunk.head // self.call.q.shape[1]
 
     @cached_property
     def q_token(self) -> Tensor:
@@ -82,8 +86,8 @@ class ChunkScores:
         if self.call.segment_ids is not None:
             q_ids, kv_ids = self.call.segment_ids
             same = (
-                q_ids[self.chunk.batch[:, None], self.q_token][:, :, None]
-                == kv_ids[self.chunk.batch[:, None], self.kv_token][:, None]
+                q_ids[self.batch[:, None], self.q_token][:, :, None]
+                == kv_ids[self.batch[:, None], self.kv_token][:, None]
             )
             scores.masked_fill_(~same, float("-inf"))
         for place in self.chunk.cut:
@@ -95,8 +99,8 @@ class ChunkScores:
         """Index of each (C, bq, m * bk) pair into ``attn_mask``, whose dimensions of size 1 are never expanded."""
         assert self.call.attn_mask is not None
         full = (
-            self.chunk.batch[:, None, None],
-            self.chunk.head[:, None, None],
+            self.batch[:, None, None],
+            (self.chunk.head % self.call.q.shape[1])[:, None, None],
             self.q_token[:, :, None],
             self.kv_token[:, None, :],
         )
@@ -110,7 +114,7 @@ class ChunkScores:
         """(C, bq, m * bk): 0 where dropout drops the weight, else ``1 / (1 - p)``."""
         layout, p = self.call.layout, self.call.dropout_p
         columns = self.position(self.kv_block, layout.kv_block_starts, layout.kv_block_size)
-        head = (self.chunk.batch * self.call.q.shape[1] + self.chunk.head)[:, None, None]
+        head = self.chunk.head[:, None, None]
         numbers = uniform(
             self.call.seed, Stream.DROPOUT, head, self.q_position[:, :, None], columns.view(len(head), 1, -1)
         )
