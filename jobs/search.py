@@ -23,7 +23,7 @@ from typing import Any
 import ray
 
 from dashboards.report import write_report
-from raybsa.cluster.coordinator import Share, TooFewResources
+from raybsa.cluster.resources import Share, TooFewResources
 from raybsa.experiments.presets import PRESETS, Preset
 from raybsa.experiments.progress import Progress
 from raybsa.experiments.search import Pool, search
@@ -49,7 +49,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         pool = _pool(arguments, preset)
-        print(f"{preset.trials} trials on {pool.num_workers} x {pool.share.bundle}, results in {out}", flush=True)
+        print(f"{preset.trials} trials on {pool.num_workers} worker(s) of {pool.share}, results in {out}", flush=True)
         progress = Progress(preset.trials)
         records = search(
             preset.space,

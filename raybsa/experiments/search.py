@@ -18,7 +18,8 @@ from ray import tune
 from ray.tune.search.optuna import OptunaSearch
 from ray.util import get_current_placement_group
 
-from raybsa.cluster.coordinator import Coordinator, Outcome, Share, await_resources
+from raybsa.cluster.coordinator import Coordinator, Outcome
+from raybsa.cluster.resources import Say, Share, await_resources
 from raybsa.experiments.space import SearchSpace
 from raybsa.experiments.trial import Run, record_of, write
 from raybsa.results.pareto import Objective
@@ -61,7 +62,7 @@ def search(
     objectives: Sequence[Objective],
     seed: int = 0,
     tell: Callable[[Record], None] = lambda record: None,
-    say: Callable[[str], None] = print,
+    say: Say = print,
 ) -> list[Record]:
     """Runs ``trials`` trials, the dense baseline first, and returns their records in the order in which they ended.
 
@@ -77,7 +78,7 @@ def search(
     Raises:
         TooFewResources: the cluster cannot hold ``pool`` within its ``wait_s``.
     """
-    await_resources([pool.share.bundle] * pool.num_workers, pool.wait_s, say)
+    await_resources(pool.share, pool.num_workers, pool.wait_s, say)
     os.environ.update(_TUNE_SETTINGS)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     recorder = _Recorder(space, store, run, tell)
@@ -123,7 +124,6 @@ class _TrialActor(tune.Trainable):
             timing=pool.timing,
             group=get_current_placement_group(),
         )
-        self._coordinator.__enter__()
 
     def step(self) -> dict[str, Any]:
         outcome = self._coordinator.run(self._space.spec(self.config))
