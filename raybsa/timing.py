@@ -15,7 +15,7 @@ import re
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -36,29 +36,32 @@ class Quantiles:
     repeats: int
 
 
-def measure(
-    call: Callable[[], object],
+def measure_in_turn(
+    calls: Sequence[Callable[[], object]],
     device: torch.device | str,
     *,
     warmup: int = 2,
     repeats: int = 20,
     budget_s: float = 2.0,
-) -> Quantiles:
-    """Times ``call``. Hold ``DeviceLock(device).exclusive()`` around it where neighbours may compute.
+) -> list[Quantiles]:
+    """Times several calls A B A B …, so that a machine whose speed drifts is fair to all of them.
+
+    Hold ``DeviceLock(device).exclusive()`` around it where neighbours may compute.
 
     Args:
-        call: what to time; it computes on ``device``.
-        warmup: untimed calls first (compilation, caches), then one more that estimates the duration.
-        repeats: timed calls; fewer (but at least 5) where the estimate says that they would take over ``budget_s``.
+        calls: what to time; they compute on ``device``.
+        warmup: untimed calls of each first (compilation, caches), then one more that estimates the duration.
+        repeats: timed calls of each; fewer (but at least 5) where the estimates say that all of them together would
+            take over ``budget_s`` a call.
     """
     timed = _timed_cuda if torch.device(device).type == "cuda" else _timed_cpu
-    for _ in range(warmup):
-        call()
-    (estimate,) = timed(call, 1)
-    affordable = int(budget_s * 1e3 / max(estimate, 1e-6))
-    times = torch.tensor(timed(call, min(repeats, max(_MIN_REPEATS, affordable))), dtype=torch.float64)
-    p20, p50, p80 = torch.quantile(times, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
-    return Quantiles(p20, p50, p80, len(times))
+    for call in calls:
+        for _ in range(warmup):
+            call()
+    round_ms = sum(timed([call], 1)[0][0] for call in calls)
+    affordable = int(budget_s * 1e3 * len(calls) / max(round_ms, 1e-6))
+    times = timed(calls, min(repeats, max(_MIN_REPEATS, affordable)))
+    return [_quantiles(torch.tensor(of_call, dtype=torch.float64)) for of_call in times]
 
 
 def forward_call(attend: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], Tensor]:
@@ -127,25 +130,35 @@ class DeviceLock:
 # ---- for ourselves -------------------------------------------------------------------------------------------------
 
 
-def _timed_cpu(call: Callable[[], object], repeats: int) -> list[float]:
-    times = []
+def _quantiles(times: Tensor) -> Quantiles:
+    p20, p50, p80 = torch.quantile(times, times.new_tensor([0.2, 0.5, 0.8])).tolist()
+    return Quantiles(p20, p50, p80, len(times))
+
+
+def _timed_cpu(calls: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:
+    """Milliseconds of each call, in rounds."""
+    times: list[list[float]] = [[] for _ in calls]
     for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append((time.perf_counter() - start) * 1e3)
+        for call, of_call in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            of_call.append((time.perf_counter() - start) * 1e3)
     return times
 
 
-def _timed_cuda(call: Callable[[], object], repeats: int) -> list[float]:
+def _timed_cuda(calls: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    pairs = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(repeats)]
-    for start, end in pairs:
-        flush.zero_()
-        start.record()
-        call()
-        end.record()
+    marks: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in calls]
+    for _ in range(repeats):
+        for call, of_call in zip(calls, marks, strict=True):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.zero_()
+            start.record()
+            call()
+            end.record()
+            of_call.append((start, end))
     torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in pairs]
+    return [[start.elapsed_time(end) for start, end in of_call] for of_call in marks]
 
 
 def _peak_bytes_cpu(call: Callable[[], object]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,15 +15,13 @@ from raybsa.tasks.attention import layer_density
 from raybsa.tasks.catalog import find_judge
 from raybsa.tasks.fidelity import relative_errors
 from raybsa.tasks.params import known_params
-from raybsa.tasks.speed import Speed, dense_question, measure_speed
+from raybsa.tasks.speed import measure_beside_dense
 from raybsa.tasks.training import Quality
-from raybsa.timing import DeviceLock
+from raybsa.timing import DeviceLock, Quantiles
 
 
 class Worker:
     """Answers TrialSpecs on its device.
-
-    The dense baseline of each size is timed once and then reused: its numbers come from this run and this device.
 
     Args:
         device: ``"cpu"`` or ``"cuda"`` (the first device that this process sees).
@@ -40,7 +39,6 @@ class Worker:
             torch.set_num_threads(num_threads)
         self._repeats, self._budget_s = repeats, budget_s
         self._lock = DeviceLock(self.device)
-        self._dense: dict[str, Speed] = {}
 
     def describe(self) -> str:
         """The device's name. Also the sign that the worker is up."""
@@ -56,17 +54,13 @@ class Worker:
         density = sum(layer_density(spec, index) for index in range(spec.num_layers)) / spec.num_layers
         errors = (None, None) if judge else self._errors(spec)
         quality = judge(spec, self.device, self._lock) if judge else None
-        own, dense = self._speeds(spec)
+        own, dense = measure_beside_dense(spec, self.device, self._lock, repeats=self._repeats, budget_s=self._budget_s)
         measured = Measurement(
             density=density,
-            forward_ms_p20=own.forward.p20,
-            forward_ms_p50=own.forward.p50,
-            forward_ms_p80=own.forward.p80,
-            forward_backward_ms_p20=own.forward_backward.p20,
-            forward_backward_ms_p50=own.forward_backward.p50,
-            forward_backward_ms_p80=own.forward_backward.p80,
+            **_times("forward", own.forward),
+            **_times("forward_backward", own.forward_backward),
             dense_forward_ms_p50=dense.forward.p50,
-            dense_forward_backward_ms_p50=dense.forward_backward.p50,
+            dense_forward_backward_ms_p50=None if dense.forward_backward is None else dense.forward_backward.p50,
             peak_bytes=own.peak_bytes,
             dense_peak_bytes=dense.peak_bytes,
             error_forward=errors[0],
@@ -87,18 +81,6 @@ class Worker:
         with self._lock.shared():
             return relative_errors(spec, length, self.device)
 
-    def _speeds(self, spec: TrialSpec) -> tuple[Speed, Speed]:
-        question = dense_question(spec)
-        own = self._speed(spec)
-        if question.attention == spec.attention:
-            self._dense[question.digest] = own
-        if question.digest not in self._dense:
-            self._dense[question.digest] = self._speed(question)
-        return own, self._dense[question.digest]
-
-    def _speed(self, spec: TrialSpec) -> Speed:
-        return measure_speed(spec, self.device, self._lock, repeats=self._repeats, budget_s=self._budget_s)
-
 
 def device_name(device: torch.device) -> str:
     """The model of the GPU or processor, as its vendor calls it."""
@@ -110,6 +92,11 @@ def device_name(device: torch.device) -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def _times(name: str, found: Quantiles | None) -> dict[str, Any]:
+    quantiles = (None, None, None) if found is None else (found.p20, found.p50, found.p80)
+    return {f"{name}_ms_{key}": value for key, value in zip(("p20", "p50", "p80"), quantiles, strict=True)}
 
 
 def _with_quality(measured: Measurement, quality: Quality) -> Measurement:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,38 +11,54 @@ from torch import Tensor, nn
 from raybsa.counter import Stream, normal
 from raybsa.spec import DENSE, AttentionSpec, TrialSpec
 from raybsa.tasks.attention import build_attention
-from raybsa.timing import DeviceLock, Quantiles, forward_backward_call, forward_call, measure, peak_bytes
+from raybsa.timing import DeviceLock, Quantiles, forward_backward_call, forward_call, measure_in_turn, peak_bytes
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Milliseconds and bytes of the attention calls of all layers, one after another."""
+    """Milliseconds and bytes of the attention calls of all layers, one after another.
+
+    ``forward_backward`` is None, and memory that of the forward alone, where the backend has no backward here.
+    """
 
     forward: Quantiles
-    forward_backward: Quantiles
+    forward_backward: Quantiles | None
     peak_bytes: int
 
 
-def measure_speed(
+def measure_beside_dense(
     spec: TrialSpec, device: torch.device, lock: DeviceLock, *, repeats: int = 20, budget_s: float = 2.0
-) -> Speed:
-    """Times ``num_layers`` attention calls at ``seq_len``, while nobody else computes on the device.
+) -> tuple[Speed, Speed]:
+    """(own, dense): ``num_layers`` attention calls at ``seq_len``, timed in turn with torch's SDPA on the same q, k, v.
 
-    Memory is that of forward and backward beyond q, k and v, from a call of its own.
+    Nobody else computes on the device meanwhile. Memory is that of forward and backward beyond q, k and v, from a call
+    of its own.
     """
     with lock.shared():
         inputs = synthetic_qkv(spec, device)
-        stack = AttentionStack(spec).to(device)
-        forward, both = forward_call(stack, inputs), forward_backward_call(stack, inputs)
-        both()
+        stacks = [AttentionStack(one).to(device) for one in (spec, dense_question(spec))]
+        forwards = [forward_call(stack, inputs) for stack in stacks]
+        both = [forward_backward_call(stack, inputs) for stack in stacks]
+        trains = _has_backward(both[0])
     with lock.exclusive():
-        timings = [measure(call, device, repeats=repeats, budget_s=budget_s) for call in (forward, both)]
+        forward_times = measure_in_turn(forwards, device, repeats=repeats, budget_s=budget_s)
+        both_times = measure_in_turn(both, device, repeats=repeats, budget_s=budget_s) if trains else [None, None]
     with lock.shared():
-        return Speed(timings[0], timings[1], peak_bytes(both, device))
+        peaks = [peak_bytes(call, device) for call in (both if trains else forwards)]
+    own, dense = (Speed(*found) for found in zip(forward_times, both_times, peaks, strict=True))
+    return own, dense
+
+
+def _has_backward(call: Callable[[], object]) -> bool:
+    try:
+        call()
+    except NotImplementedError:  # the backend's own word that it cannot serve this; any other error is the caller's
+        return False
+    return True
 
 
 def dense_question(spec: TrialSpec) -> TrialSpec:
-    """The same sizes with torch's SDPA in every layer: equal for all trials that share a baseline."""
+    """The same sizes with torch's SDPA in every layer."""
     sizes = ("seq_len", "batch", "num_layers", "num_heads", "num_kv_heads", "head_dim", "causal", "dtype")
     return TrialSpec("speed", (AttentionSpec(DENSE),), **{name: getattr(spec, name) for name in sizes})
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from raybsa import timing
-from raybsa.timing import DeviceLock, forward_backward_call, forward_call, measure, peak_bytes
+from raybsa.timing import DeviceLock, forward_backward_call, forward_call, measure_in_turn, peak_bytes
 
 MEBI = 1 << 20
 
@@ -23,7 +23,7 @@ def test_quantiles_are_those_of_the_single_calls(monkeypatch):
         marks += [float(next(ticks)), 0.0]
         marks[-1] = marks[-2] + duration
     clock = iter(marks)
-    found = measure(lambda: None, "cpu", warmup=0, repeats=20)
+    (found,) = measure_in_turn([lambda: None], "cpu", warmup=0, repeats=20)
     wanted = torch.tensor(seconds, dtype=torch.float64).mul(1e3).quantile(torch.tensor([0.2, 0.5, 0.8]).double())
     assert (found.p20, found.p50, found.p80) == pytest.approx(wanted.tolist(), rel=1e-6)
     assert found.repeats == 20
@@ -31,18 +31,18 @@ def test_quantiles_are_those_of_the_single_calls(monkeypatch):
 
 def test_a_slow_outlier_does_not_move_the_median():
     calls = iter([0.0] * 3 + [0.2] + [0.0] * 40)
-    found = measure(lambda: time.sleep(next(calls)), "cpu", warmup=2, repeats=9)
+    (found,) = measure_in_turn([lambda: time.sleep(next(calls))], "cpu", warmup=2, repeats=9)
     assert found.p80 < 100
 
 
 def test_a_sleep_is_timed_as_long_as_it_is():
-    found = measure(lambda: time.sleep(0.01), "cpu", warmup=0, repeats=5)
+    (found,) = measure_in_turn([lambda: time.sleep(0.01)], "cpu", warmup=0, repeats=5)
     assert 10 <= found.p20 <= found.p50 <= found.p80
 
 
 def test_the_budget_bounds_the_repeats_but_five_stay():
     calls = []
-    found = measure(lambda: calls.append(time.sleep(0.02)), "cpu", warmup=1, repeats=100, budget_s=0.01)
+    (found,) = measure_in_turn([lambda: calls.append(time.sleep(0.02))], "cpu", warmup=1, repeats=100, budget_s=0.01)
     assert found.repeats == 5
     assert len(calls) == 1 + 1 + 5
 
