@@ -10,11 +10,9 @@ Every trial is in --out as soon as it ends, the report is written last.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import shlex
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +21,8 @@ from typing import Any
 import ray
 
 from dashboards.report import write_report
-from raybsa.cluster.resources import Share, TooFewResources
+from raybsa.cluster.resources import TooFewResources
+from raybsa.experiments.launch import absolute, cluster, git_commit, worker_share
 from raybsa.experiments.presets import PRESETS, Preset
 from raybsa.experiments.progress import Progress
 from raybsa.experiments.search import Pool, search
@@ -40,14 +39,11 @@ def main() -> int:
     arguments = _arguments()
     preset = _preset(arguments)
     objectives = named_objectives(arguments.objectives.split(","), QUALITIES[preset.space.base.task][1])
-    out = _absolute("--out", arguments.out)
+    out = absolute("--out", arguments.out)
     store = Store.create(out)
     load_corpus(preset.space.base.task_params["text"])
 
-    address = arguments.address or os.environ.get("RAY_ADDRESS", "local")
-    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="raybsa")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
+    with cluster(arguments.address):
         pool = _pool(arguments, preset)
         print(f"{preset.trials} trials on {pool.num_workers} worker(s) of {pool.share}, results in {out}", flush=True)
         progress = Progress(preset.trials)
@@ -61,14 +57,12 @@ def main() -> int:
             seed=arguments.seed,
             tell=progress.tell,
         )
-    finally:
-        ray.shutdown()
 
     front = pareto_front(records, objectives)
     print(f"{len(records)} trials measured, {len(front)} on the Pareto front of {arguments.objectives}")
     print(f"results: {out}")
     if "://" not in out:
-        print(f"report:  {write_report(out, os.path.join(out, 'report.html'))}")
+        print(f"report:  {write_report(out, os.path.join(out, 'report.html'), own_patterns=True)}")
     else:
         print(f"report:  python -m dashboards.report {shlex.quote(out)} --out report.html")
     return 0 if len(records) == preset.trials else 128 + signal.SIGINT
@@ -94,7 +88,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--cpus-per-worker", type=int, default=1)
     parser.add_argument("--wait", type=float, default=60.0, help="seconds to wait for resources")
-    parser.add_argument("--git-commit", default=_git_commit(), help="recorded with each trial")
+    parser.add_argument("--git-commit", default=git_commit(Path(__file__).parent), help="recorded with each trial")
     return parser.parse_args()
 
 
@@ -103,7 +97,7 @@ def _preset(arguments: argparse.Namespace) -> Preset:
     preset = PRESETS[arguments.preset]
     base = preset.space.base
     sizes: dict[str, Any] = {size: value for size in SIZES if (value := getattr(arguments, size)) is not None}
-    text = None if arguments.text is None else _absolute("--text", arguments.text)
+    text = None if arguments.text is None else absolute("--text", arguments.text)
     base = replace(base, seed=arguments.seed, task_params={**base.task_params, "text": text}, **sizes)
     trials = preset.trials if arguments.trials is None else arguments.trials
     if trials < 1:
@@ -115,27 +109,10 @@ def _pool(arguments: argparse.Namespace, preset: Preset) -> Pool:
     """A worker a GPU; on a cluster without GPUs a worker a CPU share. Never more than there are trials."""
     total = ray.cluster_resources()
     gpus, cpus = int(total.get("GPU", 0)), int(total.get("CPU", 0))
-    share = Share(arguments.cpus_per_worker, 1 if gpus else 0)
+    share = worker_share(arguments.cpus_per_worker)
     fitting = min(cpus // share.num_cpus, gpus or cpus)
     workers = arguments.workers or max(1, min(preset.trials, fitting))
     return Pool(share, workers, wait_s=arguments.wait, timing=preset.timing)
-
-
-def _absolute(option: str, path: str) -> str:
-    """The path from the root. A submitted job runs in a temporary copy, where a relative path would be lost."""
-    if "://" in path or os.path.isabs(path):
-        return path
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-        raise ValueError(f"{option} must be absolute in a submitted job (it runs in a temporary copy), got {path!r}")
-    return os.path.abspath(path)
-
-
-def _git_commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no git, or an uploaded copy
-        return ""
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 from raybsa import patterns
 from raybsa.spec import DENSE, AttentionSpec, TrialSpec
-from raybsa.variants.factory import create_block_sparse_attention
+from raybsa.variants.factory import create_block_sparse_attention, create_multihead_block_sparse
+
+MULTIHEAD = "multihead"
 
 
 class DenseAttention(nn.Module):
@@ -33,6 +35,44 @@ def build_attention(spec: AttentionSpec, *, causal: bool) -> nn.Module:
         causal=causal,
         backend=spec.backend,
     )
+
+
+class ProjectedAttention(nn.Module):
+    """A multihead module seen as q, k, v (B, H, S, D) -> (B, H, S, D): heads side by side are its embedding."""
+
+    def __init__(self, multihead: nn.MultiheadAttention, causal: bool) -> None:
+        super().__init__()
+        self.multihead, self.causal = multihead, causal
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        tokens = [x.transpose(1, 2).flatten(2) for x in (q, k, v)]
+        mask = nn.Transformer.generate_square_subsequent_mask(q.shape[2], q.device, q.dtype) if self.causal else None
+        out, _ = self.multihead(*tokens, need_weights=False, attn_mask=mask, is_causal=self.causal)
+        return out.unflatten(-1, (q.shape[1], -1)).transpose(1, 2)
+
+
+def timed_attention(spec: TrialSpec, index: int, *, dense: bool = False) -> nn.Module:
+    """What a speed trial calls for layer ``index``: forward(q, k, v) -> (B, H, S, D); ``dense``: its torch counterpart.
+
+    Variant "multihead" brings its projections, and so does its counterpart, ``nn.MultiheadAttention``.
+    """
+    attention = spec.layer(index)
+    if attention.variant != MULTIHEAD:
+        return build_attention(AttentionSpec(DENSE) if dense else attention, causal=spec.causal)
+    width = spec.num_heads * spec.head_dim
+    if dense:
+        return ProjectedAttention(nn.MultiheadAttention(width, spec.num_heads, batch_first=True), spec.causal)
+    multihead = create_multihead_block_sparse(
+        width,
+        spec.num_heads,
+        batch_first=True,
+        pattern=attention.pattern,
+        density=attention.density,
+        block_size=attention.block_size,
+        causal=spec.causal,
+        backend=attention.backend,
+    )
+    return ProjectedAttention(multihead, causal=False)
 
 
 def layer_density(spec: TrialSpec, index: int) -> float:

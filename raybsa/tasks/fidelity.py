@@ -8,10 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from raybsa import patterns
-from raybsa.kernels.api import block_sparse_attention
 from raybsa.spec import TrialSpec
-from raybsa.tasks.attention import build_attention
+from raybsa.tasks.attention import timed_attention
 from raybsa.tasks.speed import synthetic_qkv
 
 
@@ -21,26 +19,14 @@ def relative_errors(spec: TrialSpec, length: int, device: torch.device) -> tuple
     The reference sees the same q, k, v, rounded to the trial's dtype, in float64 and needs O(length**2) memory. The
     gradient is that of the sum of out * out; the worst of dq, dk and dv counts; None where the backend has none.
     """
-    attention = spec.layer(0)
-    if attention.pattern is None:
+    if spec.layer(0).pattern is None:
         raise ValueError("errors are those of block-sparse attention, got the dense baseline")
+    exact = replace(spec, attention=tuple(replace(layer, backend="reference") for layer in spec.attention))
     inputs = synthetic_qkv(replace(spec, seq_len=length), device)
-    layout = patterns.build(attention.pattern).layout(
-        length,
-        num_heads=spec.num_heads,
-        q_block_size=attention.block_size,
-        causal=spec.causal,
-        density=attention.density,
-        device=device,
-    )
-
-    def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = block_sparse_attention(q, k, v, layout, backend="reference")
-        assert isinstance(out, Tensor)
-        return out
-
-    module = build_attention(attention, causal=spec.causal).to(device)
     wide = tuple(x.double() for x in inputs)
+    module = timed_attention(spec, 0).to(device, inputs[0].dtype)
+    reference = timed_attention(exact, 0).to(device, torch.float64)
+    reference.load_state_dict(module.state_dict())
     with torch.no_grad():
         forward = _relative(module(*inputs), reference(*wide))
     try:

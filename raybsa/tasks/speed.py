@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from raybsa.counter import Stream, normal
-from raybsa.spec import DENSE, AttentionSpec, TrialSpec
-from raybsa.tasks.attention import build_attention
+from raybsa.spec import TrialSpec
+from raybsa.tasks.attention import timed_attention
 from raybsa.timing import DeviceLock, Quantiles, forward_backward_call, forward_call, measure_in_turn, peak_bytes
 
 
@@ -36,7 +36,7 @@ def measure_beside_dense(
     """
     with lock.shared():
         inputs = synthetic_qkv(spec, device)
-        stacks = [AttentionStack(one).to(device) for one in (spec, dense_question(spec))]
+        stacks = [AttentionStack(spec, dense=dense).to(device, inputs[0].dtype) for dense in (False, True)]
         forwards = [forward_call(stack, inputs) for stack in stacks]
         both = [forward_backward_call(stack, inputs) for stack in stacks]
         trains = _has_backward(both[0])
@@ -57,12 +57,6 @@ def _has_backward(call: Callable[[], object]) -> bool:
     return True
 
 
-def dense_question(spec: TrialSpec) -> TrialSpec:
-    """The same sizes with torch's SDPA in every layer."""
-    sizes = ("seq_len", "batch", "num_layers", "num_heads", "num_kv_heads", "head_dim", "causal", "dtype")
-    return TrialSpec("speed", (AttentionSpec(DENSE),), **{name: getattr(spec, name) for name in sizes})
-
-
 def synthetic_qkv(spec: TrialSpec, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
     """q (batch, num_heads, seq_len, head_dim), k and v (batch, num_kv_heads, …): standard normal, equal everywhere."""
     kv_heads = spec.num_kv_heads or spec.num_heads
@@ -74,9 +68,9 @@ def synthetic_qkv(spec: TrialSpec, device: torch.device | str) -> tuple[Tensor, 
 class AttentionStack(nn.Module):
     """The attention calls of a model without the rest: every layer reads the same q, k, v, and the results add up."""
 
-    def __init__(self, spec: TrialSpec) -> None:
+    def __init__(self, spec: TrialSpec, *, dense: bool = False) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(build_attention(spec.layer(i), causal=spec.causal) for i in range(spec.num_layers))
+        self.layers = nn.ModuleList(timed_attention(spec, i, dense=dense) for i in range(spec.num_layers))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = self.layers[0](q, k, v)
