@@ -40,7 +40,7 @@ def measure_in_turn(
     calls: Sequence[Callable[[], object]],
     device: torch.device | str,
     *,
-    warmup: int = 2,
+    warmup: int = 1,
     repeats: int = 20,
     budget_s: float = 2.0,
 ) -> list[Quantiles]:

@@ -48,6 +48,7 @@ def local_head(num_cpus: int) -> Iterator[LocalHead]:
         "PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}",
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_LOGGER_LEVEL": "warning",
     }
     environment.pop("RAY_ADDRESS", None)
     port, dashboard_port = _free_ports(2)

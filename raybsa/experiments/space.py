@@ -81,9 +81,8 @@ class SearchSpace:
         """The question that a drawn configuration asks."""
         if config["family"] == DENSE:
             return replace(self.base, attention=(AttentionSpec(DENSE),))
-        attention = AttentionSpec(
-            "base", self._pattern(config), density=config["density"], block_size=config["block_size"]
-        )
+        density = float(f"{config['density']:.3g}")  # what is pasted from a report should be readable
+        attention = AttentionSpec("base", self._pattern(config), density=density, block_size=config["block_size"])
         return replace(self.base, attention=(attention,))
 
     def _pattern(self, config: Mapping[str, Any]) -> PatternSpec:
