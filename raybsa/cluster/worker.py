@@ -26,7 +26,7 @@ class Worker:
     Args:
         device: ``"cpu"`` or ``"cuda"`` (the first device that this process sees).
         num_threads: CPU threads that PyTorch may use; None leaves its choice.
-        repeats: timed calls, fewer where they would take over ``budget_s`` seconds (see ``timing.measure``).
+        repeats: timed calls, fewer where they would take over ``budget_s`` seconds (see ``timing.measure_in_turn``).
     """
 
     def __init__(
@@ -51,7 +51,8 @@ class Worker:
             ValueError, TypeError, NotImplementedError: the spec asks for what does not exist or fit.
         """
         judge = find_judge(spec.task)
-        density = sum(layer_density(spec, index) for index in range(spec.num_layers)) / spec.num_layers
+        with self._lock.shared():
+            density = sum(layer_density(spec, index) for index in range(spec.num_layers)) / spec.num_layers
         errors = (None, None) if judge else self._errors(spec)
         quality = judge(spec, self.device, self._lock) if judge else None
         own, dense = measure_beside_dense(spec, self.device, self._lock, repeats=self._repeats, budget_s=self._budget_s)

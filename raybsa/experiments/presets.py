@@ -16,7 +16,7 @@ class Preset:
     """A search space, how many trials it is worth, and how long to time each.
 
     Args:
-        timing: ``repeats`` and ``budget_s`` of ``timing.measure``.
+        timing: ``repeats`` and ``budget_s`` of ``timing.measure_in_turn``.
     """
 
     space: SearchSpace
@@ -33,11 +33,11 @@ PRESETS = {
                 _DENSE,
                 seq_len=4096,
                 train_len=512,
-                train_steps=200,
-                learning_rate=1e-2,
+                train_steps=320,
+                learning_rate=5e-3,
                 num_heads=2,
                 head_dim=32,
-                task_params={"train_batch": 4},
+                task_params={"train_batch": 2, "eval_windows": 64},
             ),
             DEFAULT_FAMILIES,
             densities=(0.06, 0.4),

@@ -42,7 +42,7 @@ class Pool:
         num_workers: how many trials run at once.
         wait_s: the longest wait for the cluster to have room for all of them.
         trial_s: the longest that a trial may take.
-        timing: ``repeats`` and ``budget_s`` of ``timing.measure``.
+        timing: ``repeats`` and ``budget_s`` of ``timing.measure_in_turn``.
     """
 
     share: Share

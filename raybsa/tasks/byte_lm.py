@@ -27,11 +27,12 @@ def judge(spec: TrialSpec, device: torch.device, lock: DeviceLock) -> Quality:
     params = known_params(spec, {"text": None, "train_batch": 8, "eval_windows": 32})
     if not spec.causal:
         raise ValueError("byte_lm predicts the next byte, so its attention must be causal, got causal=False")
-    corpus = load_corpus(params["text"])
+    with lock.shared():
+        corpus = load_corpus(params["text"])
+        model, context = prepare(Transformer(spec, 256), device, spec.dtype)
     for name, part in (("train", corpus.train), ("held-out", corpus.held_out)):
         if len(part) <= spec.train_len:
             raise ValueError(f"the {name} text must be longer than train_len {spec.train_len}, got {len(part)} bytes")
-    model, context = prepare(Transformer(spec, 256), device, spec.dtype)
 
     def batches(step: int) -> tuple[Tensor, Tensor]:
         return _windows(

@@ -39,7 +39,8 @@ def judge(spec: TrialSpec, device: torch.device, lock: DeviceLock) -> Quality:
         raise ValueError("recall asks about the past, so its attention must be causal, got causal=False")
     if not KEYS <= distance <= spec.train_len - KEYS:
         raise ValueError(f"distance must lie in {KEYS}..{spec.train_len - KEYS} for {KEYS} keys, got {distance}")
-    model, context = prepare(Transformer(spec, VOCABULARY), device, spec.dtype)
+    with lock.shared():
+        model, context = prepare(Transformer(spec, VOCABULARY), device, spec.dtype)
 
     def batches(step: int) -> tuple[Tensor, Tensor]:
         tokens, targets = sequences(spec.seed, step, params["train_batch"], spec.train_len, distance)
