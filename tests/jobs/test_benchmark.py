@@ -1,0 +1,74 @@
+"""The benchmark job as a user runs it: a table, rows on disk, a report; and its words about bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from raybsa.results.store import Store
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment.pop("RAY_ADDRESS", None)
+    command = [sys.executable, str(ROOT / "jobs" / "benchmark.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100, check=False)
+
+
+@pytest.mark.cluster
+def test_every_measurement_becomes_a_line_a_row_and_a_place_in_the_report(tmp_path: Path) -> None:
+    shape = ["--lengths", "256", "--heads", "2", "--head-dim", "16", "--block-size", "32", "--density", "0.5"]
+    done = run("--out", str(tmp_path), *shape, "--variant", "base", "multihead", "--repeats", "5", "--budget", "0.1")
+    assert done.returncode == 0, done.stderr
+    records = Store(str(tmp_path)).read_records()
+    assert [record.variant for record in records] == ["base", "multihead"]
+    for record in records:
+        assert record.status == "ok"
+        assert record.density == 0.5
+        assert record.error_forward is not None
+        assert record.error_forward < 1e-5
+        assert record.error_gradient is not None
+        assert record.error_gradient < 1e-4
+        assert record.forward_ms_p50
+        assert record.dense_forward_backward_ms_p50
+        assert record.peak_bytes
+        assert f"{record.variant}/auto" in done.stdout
+    assert (tmp_path / "report.html").stat().st_size > 1_000_000
+    assert str(tmp_path / "report.html") in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pattern", "no_such"], "no_such"),
+        (["--pattern", json.dumps({"name": "bigbird", "params": {"width": 3}})], "width"),
+        (["--density", "1.5"], "density must lie in (0, 1], got 1.5"),
+        (["--block-size", "48"], "power of two, got 48"),
+        (["--heads", "3", "--kv-heads", "2"], "num_heads must be a multiple of num_kv_heads, got 3 and 2"),
+        (["--dtype", "int8"], "int8"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_options_end_with_one_line_before_anything_starts(
+    arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    done = run("--out", str(tmp_path / "results"), *arguments)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unwritable_results_path_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    file = tmp_path / "a file"
+    file.write_text("in the way")
+    done = run("--out", str(file / "results"))
+    assert done.returncode == 1
+    assert str(file) in done.stderr
+    assert "Traceback" not in done.stderr
