@@ -20,7 +20,7 @@ from raybsa.kernels.call import AttentionCall, compute_dtype
 from raybsa.kernels.chunks import plan_chunks
 from raybsa.kernels.gather import BlockTable
 from raybsa.kernels.merge import merge
-from raybsa.kernels.scores import ChunkScores
+from raybsa.kernels.scores import ChunkScores, scaled_product
 
 INF = float("inf")
 
@@ -75,7 +75,12 @@ def _forward(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         at = ChunkScores(call, chunk, plan.columns)
         queries, keys, values = tables.take(at)
         weights, chunk_lse = _softmax(at.scores(queries, keys), at.may_hide_rows, lse is not None)
-        chunk_out = torch.bmm(weights.mul_(at.dropout_factor()) if call.dropout_p else weights, values)
+        if call.dropout_p:
+            weights *= at.dropout_factor()
+        if chunk.span and lse is None and out.dtype == dtype:
+            torch.bmm(weights, values, out=out[chunk.span])
+            continue
+        chunk_out = torch.bmm(weights, values)
         if lse is not None and chunk_lse is not None:
             if chunk.first:
                 chunk_out, chunk_lse = merge(out[chunk.row], lse[chunk.row], chunk_out, chunk_lse)
@@ -89,24 +94,26 @@ class _Tables:
     """q, k and v as tables of blocks, taken in the compute dtype."""
 
     def __init__(self, call: AttentionCall) -> None:
-        self.scale, self.dtype = call.scale, compute_dtype(call.q.dtype)
+        self.dtype = compute_dtype(call.q.dtype)
         self.q = BlockTable.of(call.q, call.layout.q_block_size)
         self.k, self.v = (BlockTable.of(x, call.layout.kv_block_size) for x in (call.k, call.v))
 
     def take(self, at: ChunkScores) -> tuple[Tensor, Tensor, Tensor]:
-        """Scaled queries (C, bq, D), keys and values (C, m * bk, D)."""
+        """Queries (C, bq, D), keys and values (C, m * bk, D)."""
         count, kv_head = len(at.chunk.row), at.chunk.kv_head
         index = self.k.index(kv_head, at.kv_block)
         keys = self.k.take(index, count, self.dtype)
         if self.k.steps != self.v.steps:
             index = self.v.index(kv_head, at.kv_block)
         values = self.v.take(index, count, self.dtype)
-        return _take_rows(self.q, at, self.dtype).mul_(self.scale), keys, values
+        return _take_rows(self.q, at, self.dtype), keys, values
 
 
 def _take_rows(table: BlockTable, at: ChunkScores, dtype: torch.dtype) -> Tensor:
-    """(C, bq, n) in ``dtype``: the chunk's query blocks."""
+    """(C, bq, n) in ``dtype``: the chunk's query blocks. May be a view: not to be written to."""
     chunk = at.chunk
+    if chunk.span and table.blocks is not None:
+        return table.blocks[chunk.span].to(dtype)
     return table.take(table.index(chunk.head, chunk.q_block[:, None]), len(chunk.row), dtype)
 
 
@@ -181,8 +188,9 @@ class _Backward:
             grad_weights *= factor
         self._add_blocks(self.grad_v, at.flat_kv_block, torch.bmm(dropped.transpose(1, 2), grad_out))
         grad_scores = grad_weights.sub_(self._delta(at, grad_out)).mul_(weights)
-        self._add_blocks(self.grad_k, at.flat_kv_block, torch.bmm(grad_scores.transpose(1, 2), queries))
-        self.grad_q.index_add_(0, chunk.row, torch.bmm(grad_scores, keys), alpha=self.call.scale)
+        scale = self.call.scale
+        self._add_blocks(self.grad_k, at.flat_kv_block, scaled_product(grad_scores.transpose(1, 2), queries, scale))
+        self.grad_q.index_add_(0, chunk.row, scaled_product(grad_scores, keys, scale))
         if self.grad_bias is not None:
             sums = grad_scores.view(len(chunk.row), -1, chunk.width, self.call.layout.kv_block_size).sum((1, 3))
             self._add_blocks(self.grad_bias, at.slots.view(-1), sums)

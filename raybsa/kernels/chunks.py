@@ -19,6 +19,7 @@ from raybsa.layout import BlockLayout
 CPU_CHUNK_BYTES = 5 * 2**20  # for each thread
 CUDA_CHUNK_BYTES = 128 * 2**20
 PIECE_BYTES = 128 * 2**20
+ROWS_A_THREAD = 4  # MKL runs a batch of fewer products than this on one thread
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Chunk:
 
     Args:
         row: flat row ``(b * H + h) * num_q_blocks + i``.
+        span: the same as a slice where the rows follow one another, else None.
         head: flat head ``b * H + h``.
         kv_head: the flat KV head ``b * Hkv + h // (H // Hkv)`` that it reads.
         q_block: i.
@@ -38,6 +40,7 @@ class Chunk:
     """
 
     row: Tensor
+    span: slice | None
     head: Tensor
     kv_head: Tensor
     q_block: Tensor
@@ -91,10 +94,11 @@ def _chunks(
     for width, rows in zip(widths, order.split(sizes), strict=True):
         for first in range(0, width, piece_slots):
             taken = min(piece_slots, width - first)
-            for row in rows.split(_rows_in_chunk(chunk_slots // taken, threads)):
+            for row in rows.split(_rows_in_chunk(chunk_slots // taken, piece_slots // taken, threads)):
                 head, start = row // layout.num_q_blocks, starts[row] + first
                 yield Chunk(
                     row,
+                    _span(row),
                     head,
                     head // queries_per_kv,
                     row % layout.num_q_blocks,
@@ -106,9 +110,14 @@ def _chunks(
                 )
 
 
-def _rows_in_chunk(fitting: int, threads: int) -> int:
-    """A multiple of ``threads`` where there are that many: batched products give each thread whole rows."""
-    return max(1, fitting - fitting % threads if fitting > threads else fitting)
+def _rows_in_chunk(fitting: int, most: int, threads: int) -> int:
+    """About as many rows as fit, a multiple of ``threads``, and enough for a batched product to use all threads."""
+    return max(1, min(most, max(fitting - fitting % threads, ROWS_A_THREAD * threads)))
+
+
+def _span(row: Tensor) -> slice | None:
+    first, last = int(row[0]), int(row[-1])
+    return slice(first, last + 1) if last - first + 1 == len(row) else None
 
 
 def _per_head(per_group: Tensor, batch: int, heads: int) -> Tensor:

@@ -18,6 +18,7 @@ class BlockTable:
         steps: how many rows lie between samples, heads and tokens.
         tokens: S.
         offsets: (block_size,) int64: how many rows each token of a block lies behind its first.
+        blocks: (B * H * num_blocks, block_size, D), a view where the tensor is contiguous and ends with a whole block.
     """
 
     rows: Tensor
@@ -25,6 +26,7 @@ class BlockTable:
     steps: tuple[int, int, int]
     tokens: int
     offsets: Tensor
+    blocks: Tensor | None
 
     @classmethod
     def of(cls, x: Tensor, block_size: int) -> BlockTable:
@@ -39,7 +41,9 @@ class BlockTable:
         heads = (batch[:, None] * batch_step + head * head_step).view(-1)
         last = sum((n - 1) * step for n, step in zip(x.shape[:3], steps, strict=True))
         rows = x.as_strided((last + 1, head_dim), (head_dim, 1), x.storage_offset())
-        return cls(rows, heads, steps, x.shape[2], torch.arange(block_size, device=x.device) * token_step)
+        whole = x.is_contiguous() and x.shape[2] % block_size == 0
+        blocks = x.view(-1, block_size, head_dim) if whole else None
+        return cls(rows, heads, steps, x.shape[2], torch.arange(block_size, device=x.device) * token_step, blocks)
 
     def index(self, head: Tensor, block: Tensor) -> Tensor:
         """(C * m * block_size,) rows of blocks ``block`` (C, m) of heads ``head`` (C,); padding repeats the last."""

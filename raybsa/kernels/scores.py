@@ -75,8 +75,8 @@ class ChunkScores:
         return bool(self.chunk.cut) or any(x is not None for x in (call.segment_ids, call.attn_mask, call.block_bias))
 
     def scores(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """(C, bq, m * bk) of scaled ``queries`` (C, bq, D) and ``keys`` (C, m * bk, D); hidden pairs are -inf."""
-        scores = torch.bmm(queries, keys.transpose(1, 2))
+        """(C, bq, m * bk) of ``queries`` (C, bq, D) and ``keys`` (C, m * bk, D), scaled; hidden pairs are -inf."""
+        scores = scaled_product(queries, keys.transpose(1, 2), self.call.scale)
         if self.call.block_bias is not None:
             bias = self.call.block_bias[self.slots].to(scores.dtype)
             self._by_block(scores).add_(bias[:, None, :, None])
@@ -136,6 +136,11 @@ class ChunkScores:
         keys = self.position(self.kv_block[:, place], layout.kv_block_starts, layout.kv_block_size)
         hidden = (keys >= layout.kv_len)[:, None, :]
         return hidden | (keys[:, None, :] > self.q_position[:, :, None]) if layout.causal else hidden
+
+
+def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """``scale * a @ b`` of two batches of matrices, in one operation."""
+    return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0.0, alpha=scale)
 
 
 def _tokens(blocks: Tensor, size: int, tokens: int) -> Tensor:
