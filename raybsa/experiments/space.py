@@ -17,7 +17,7 @@ DEFAULT_FAMILIES: dict[str, dict[str, list[Any]]] = {
     "bigbird": {"num_globals": [1, 2]},
     "dilated": {"dilation_rates": [[1, 2, 4], [1, 4, 16]]},
     "power_of_two": {},
-    "vertical_slash": {},
+    "vertical_slash": {"columns": [[0, 256]], "offsets": [[0, 128, 256]]},
     "strided": {},
     "fixed": {"span": [4, 8]},
     "chunked": {},
@@ -35,7 +35,7 @@ class SearchSpace:
         base: everything but the attention.
         families: catalog name -> parameter -> choices (JSON values). A parameter that is not named keeps its default.
         densities: lowest and highest, drawn log-uniformly.
-        block_sizes: choices, powers of two.
+        block_sizes: choices, powers of two; families are first compared at the first.
 
     Raises:
         ValueError: an unknown family or parameter, or a range that is none.
@@ -68,9 +68,9 @@ class SearchSpace:
         return None
 
     def first_points(self) -> list[dict[str, Any]]:
-        """The baseline, then each family once at the middle density and block size, so that all get a hearing."""
+        """The baseline, then each family once at the middle density and the first block size: all get a hearing."""
         low, high = self.densities
-        middle = {"density": (low * high) ** 0.5, "block_size": self.block_sizes[len(self.block_sizes) // 2]}
+        middle = {"density": (low * high) ** 0.5, "block_size": self.block_sizes[0]}
         points: list[dict[str, Any]] = [{"family": DENSE}]
         for family, params in self.families.items():
             firsts = {f"{family}.{name}": canonical_json(choices[0]) for name, choices in params.items()}
