@@ -1,0 +1,64 @@
+"""cluster.yaml as Ray's own validator reads it, and what that validator does not look at."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def config() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8"))
+
+
+def validate(config: dict[str, Any]) -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    validate_config(prepare_config(copy.deepcopy(config)))
+
+
+def test_ray_accepts_the_file(config: dict[str, Any]) -> None:
+    validate(config)
+
+
+def test_ray_refuses_an_unknown_key(config: dict[str, Any]) -> None:
+    with pytest.raises(Exception, match="no_such_key"):
+        validate({**config, "no_such_key": 1})
+
+
+def test_the_provider_names_a_head_and_as_many_workers_as_are_started(config: dict[str, Any]) -> None:
+    provider = config["provider"]
+    assert provider["type"] == "local"
+    assert provider["head_ip"]
+    assert config["min_workers"] == config["max_workers"] == len(provider["worker_ips"]) > 0
+
+
+def test_every_placeholder_is_one_that_nobody_takes_for_a_value(config: dict[str, Any]) -> None:
+    provider = config["provider"]
+    values = [provider["head_ip"], *provider["worker_ips"], *config["auth"].values()]
+    assert all(re.search(r"<[a-z0-9-]+>$", value) for value in values)
+
+
+@pytest.mark.parametrize("side", ["head", "worker"])
+def test_start_commands_say_how_to_authenticate_and_when_a_machine_counts_as_lost(
+    config: dict[str, Any], side: str
+) -> None:
+    (start,) = (command for command in config[f"{side}_start_ray_commands"] if "ray start" in command)
+    settings, _, _ = start.partition("ray start")
+    names = {setting.partition("=")[0] for setting in settings.split()}
+    assert "RAY_AUTH_MODE=token" in settings.split()
+    assert {f"RAY_health_check_{what}" for what in ("period_ms", "timeout_ms", "failure_threshold")} <= names
+
+
+def test_versions_are_those_of_the_constraints_file(config: dict[str, Any]) -> None:
+    pinned = re.findall(r"(\w+)(?:\[[\w,]+\])?==([\w.]+)", " ".join(config["setup_commands"]))
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert {name for name, _ in pinned} == {"torch", "ray"}
+    assert all(f"{name}=={version}" in constraints for name, version in pinned)

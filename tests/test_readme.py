@@ -1,0 +1,34 @@
+"""The README's Python runs as written."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from raybsa import patterns
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_ten_lines_run_and_draw_a_picture(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(BLOCKS[0], "README.md", "exec"), {})
+    assert "4096 x 4096 tokens" in capsys.readouterr().out
+
+
+def test_the_own_pattern_keeps_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(BLOCKS[1])
+    monkeypatch.syspath_prepend(tmp_path)
+    layout = patterns.build("mine:EveryThird").layout(64 * 8, causal=True)
+    wanted = [[1 if j <= i and (i - j) % 3 == 0 else 0 for j in range(8)] for i in range(8)]
+    assert layout.to_dense()[0].int().tolist() == wanted
+    del sys.modules["mine"]
+
+
+def test_every_command_names_a_file_that_is_there() -> None:
+    root = Path(__file__).parent.parent
+    for path in re.findall(r"\b(?:jobs|docs)/[\w/]+\.\w+", README):
+        assert (root / path).exists(), path
