@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import re
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,12 @@ def test_the_provider_names_a_head_and_as_many_workers_as_are_started(config: di
     assert config["min_workers"] == config["max_workers"] == len(provider["worker_ips"]) > 0
 
 
-def test_every_placeholder_is_one_that_nobody_takes_for_a_value(config: dict[str, Any]) -> None:
+def test_every_address_is_one_that_is_reserved_for_documentation(config: dict[str, Any]) -> None:
+    """RFC 5737: nobody's machine is reached where the file was not edited."""
     provider = config["provider"]
-    values = [provider["head_ip"], *provider["worker_ips"], *config["auth"].values()]
-    assert all(re.search(r"<[a-z0-9-]+>$", value) for value in values)
+    addresses = [ip_address(one) for one in (provider["head_ip"], *provider["worker_ips"])]
+    assert all(address in ip_network("192.0.2.0/24") for address in addresses)
+    assert len(set(addresses)) == len(addresses)
 
 
 @pytest.mark.parametrize("side", ["head", "worker"])
@@ -55,10 +57,3 @@ def test_start_commands_say_how_to_authenticate_and_when_a_machine_counts_as_los
     names = {setting.partition("=")[0] for setting in settings.split()}
     assert "RAY_AUTH_MODE=token" in settings.split()
     assert {f"RAY_health_check_{what}" for what in ("period_ms", "timeout_ms", "failure_threshold")} <= names
-
-
-def test_versions_are_those_of_the_constraints_file(config: dict[str, Any]) -> None:
-    pinned = re.findall(r"(\w+)(?:\[[\w,]+\])?==([\w.]+)", " ".join(config["setup_commands"]))
-    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    assert {name for name, _ in pinned} == {"torch", "ray"}
-    assert all(f"{name}=={version}" in constraints for name, version in pinned)
