@@ -45,7 +45,13 @@ def cluster(address: str | None) -> Iterator[None]:
     SIGTERM, which ``ray job stop`` sends, ends the job as Ctrl-C does: in order.
     """
     target = address or os.environ.get("RAY_ADDRESS", "local")
-    ray.init(address=target, log_to_driver=False, logging_level=logging.ERROR, namespace="raybsa")
+    ray.init(
+        address=target,
+        include_dashboard=False if target == "local" else None,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        namespace="raybsa",
+    )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         yield

@@ -70,7 +70,8 @@ def search(
     search goes on. Ctrl-C ends the search early; what was measured stays.
 
     Args:
-        objectives: what Optuna's multi-objective sampler (TPE) trades off.
+        objectives: what the questions should trade off. After the space's first points as many are drawn at random,
+            then Optuna's multi-objective sampler (TPE) learns from the answers.
         seed: of the sampler; with several workers the questions also depend on who answers first.
         tell: called with each record once it is stored.
         say: where messages about waits go.
@@ -82,12 +83,13 @@ def search(
     os.environ.update(_TUNE_SETTINGS)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     recorder = _Recorder(space, store, run, tell)
+    first = space.first_points()
     searcher = _Questions(
         space=space.suggest,
         metric=[objective.name for objective in objectives],
         mode=[objective.goal for objective in objectives],
-        points_to_evaluate=[{}, *space.first_points()[1:]],
-        seed=seed,
+        points_to_evaluate=[{}, *first[1:]],
+        sampler=optuna.samplers.TPESampler(n_startup_trials=2 * len(first), seed=seed),
     )
     actor = tune.with_parameters(_TrialActor, space=space, pool=pool, objectives=tuple(objectives))
     bundles = tune.PlacementGroupFactory([{}, pool.share.bundle])

@@ -1,151 +1,180 @@
-"""The coordinator and the search on a real local Ray: what a failure means, and that nothing measured is lost."""
+"""Coordinator and search on a real, small Ray cluster: failures, waits, and nothing left behind."""
 
-from __future__ import annotations
-
-import os
+import glob
+import json
 import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import ray
 
 from raybsa.cluster.coordinator import Coordinator, WorkerNotMade
-from raybsa.cluster.resources import Share, TooFewResources
+from raybsa.cluster.resources import Share, TooFewResources, await_resources
 from raybsa.experiments.search import Pool, search
 from raybsa.experiments.space import SearchSpace
 from raybsa.experiments.trial import Run, run_trial
-from raybsa.results.pareto import named_objectives, pareto_front
-from raybsa.results.record import Measurement
+from raybsa.layout import BlockLayout
+from raybsa.patterns import save_blocks
+from raybsa.results.pareto import named_objectives
 from raybsa.results.store import Store
-from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
+from raybsa.spec import AttentionSpec, TrialSpec
 
-pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]  # Ray's and Tune's own
-SPEC = TrialSpec("speed", (AttentionSpec("base", PatternSpec("sliding_window"), 0.5, 16),), seq_len=64, head_dim=8)
+pytestmark = pytest.mark.cluster
+SPEC = TrialSpec("speed", (AttentionSpec("dense"),), seq_len=128, num_layers=1, num_heads=1, head_dim=8)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
-    os.environ.pop("RAY_ADDRESS", None)
+def cluster():
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
 
 
-class Scripted:
-    """A worker that does what the seed says: 1 raises, 2 dies the first time, 3 dies always, 4 hangs."""
-
-    def __init__(self, folder: str) -> None:
-        self._folder = Path(folder)
-
-    def describe(self) -> str:
-        return "scripted"
-
-    def run(self, spec: TrialSpec) -> Measurement:
-        if spec.seed == 1:
-            raise ValueError("the spec asks for what does not fit")
-        attempts = self._folder / str(spec.seed)
-        with attempts.open("a") as file:
-            file.write("x")
-        if spec.seed == 3 or (spec.seed == 2 and len(attempts.read_text()) == 1):
-            os._exit(1)
-        if spec.seed == 4:
-            time.sleep(60)
-        return Measurement(density=spec.seed + 0.5)
-
-
-def coordinator(folder: Path, **options: Any) -> Coordinator:
-    path = str(folder)
-    return Coordinator(Share(1), make=lambda device, arguments: Scripted(path), **options)
-
-
-def asks(seed: int) -> TrialSpec:
-    return TrialSpec("speed", SPEC.attention, seed=seed)
-
-
-def actors_alive() -> int:
-    deadline = time.monotonic() + 10
-    while ray.available_resources().get("CPU") != 2 and time.monotonic() < deadline:
+@pytest.fixture(autouse=True)
+def everything_is_given_back():
+    """After each test the whole cluster is free again: no worker outlived its coordinator."""
+    yield
+    deadline = time.monotonic() + 20
+    while ray.available_resources().get("CPU", 0) < 2:
+        assert time.monotonic() < deadline, f"2 CPUs should be free again, there are {ray.available_resources()}"
         time.sleep(0.1)
-    return int(2 - ray.available_resources().get("CPU", 0))
 
 
-def test_a_trial_becomes_a_whole_record_on_disk(tmp_path: Path) -> None:
-    store = Store.create(str(tmp_path))
-    with Coordinator(Share(1), timing={"repeats": 5, "budget_s": 0.01}) as workers:
-        record = run_trial(SPEC, workers, Run.start("test", "abc"), store=store)
-    assert record.status == "ok"
-    assert record.num_threads == 1
-    assert record.git_commit == "abc"
-    assert TrialSpec.from_dict(__import__("json").loads(record.spec)) == SPEC
-    assert store.read_records() == [record]
-    assert actors_alive() == 0
+@pytest.fixture
+def scripted(tmp_path):
+    """Makes workers that act out a trial's ``seed``: 0 answers, 1 always dies, 2 dies once, 3 raises, 4 hangs.
+
+    Each attempt leaves a mark ``seed-attempt`` in ``tmp_path``, so that a test sees that a fault truly came.
+    """
+    folder = str(tmp_path)
+
+    def make(device, arguments):
+        import os
+        import time
+
+        from raybsa.results.record import Measurement
+
+        class Scripted:
+            def describe(self):
+                return "scripted"
+
+            def run(self, spec):
+                attempt = len([name for name in os.listdir(folder) if name.startswith(f"{spec.seed}-")])
+                open(os.path.join(folder, f"{spec.seed}-{attempt}"), "w").close()
+                if spec.seed == 1 or (spec.seed == 2 and attempt == 0):
+                    os._exit(7)
+                if spec.seed == 3:
+                    raise ValueError("no such thing")
+                if spec.seed == 4:
+                    time.sleep(600)
+                return Measurement(density=float(os.getpid()))
+
+        return Scripted()
+
+    make.attempts = lambda seed: len(list(tmp_path.glob(f"{seed}-*")))
+    return make
 
 
-def test_a_trial_that_raises_fails_alone_and_a_worker_that_dies_is_replaced(tmp_path: Path) -> None:
-    said: list[str] = []
-    with coordinator(tmp_path, num_workers=2, retries=2, say=said.append) as workers:
-        outcomes = {outcome.spec.seed: outcome for outcome in workers.map([asks(seed) for seed in (0, 1, 2, 3, 5)])}
-    assert outcomes[0].measurement == Measurement(density=0.5)
-    assert outcomes[1].error == "ValueError: the spec asks for what does not fit"
-    assert outcomes[2].measurement == Measurement(density=2.5)
+def asked(*seeds):
+    return [replace(SPEC, seed=seed) for seed in seeds]
+
+
+def test_a_trial_whose_worker_dies_goes_to_a_fresh_one_and_the_others_go_on(scripted):
+    said = []
+    with Coordinator(Share(), num_workers=2, retries=2, make=scripted, say=said.append) as coordinator:
+        outcomes = {outcome.spec.seed: outcome for outcome in coordinator.map(asked(0, 2, 3, 1, 0))}
+    assert outcomes[0].error is None
+    assert outcomes[2].error is None
     assert outcomes[2].failures == 1
-    assert outcomes[3].measurement is None
-    assert "died 3 times" in (outcomes[3].error or "")
-    assert (tmp_path / "3").read_text() == "xxx"
-    assert outcomes[5].measurement == Measurement(density=5.5)
-    assert sum("fresh one" in text for text in said) == 3
-    assert actors_alive() == 0
+    assert (outcomes[1].measurement, outcomes[1].failures) == (None, 3)
+    assert "its worker died 3 times" in outcomes[1].error
+    assert (outcomes[3].error, outcomes[3].failures) == ("ValueError: no such thing", 0)
+    assert [scripted.attempts(seed) for seed in (0, 1, 2, 3)] == [2, 3, 2, 1]
+    assert len(said) == 3
 
 
-def test_a_trial_that_hangs_is_ended_when_its_time_is_over(tmp_path: Path) -> None:
-    with coordinator(tmp_path, trial_s=1.0) as workers:
-        assert "longer than 1 s" in (workers.run(asks(4)).error or "")
-        assert workers.run(asks(0)).measurement == Measurement(density=0.5)
+def test_a_worker_stays_warm_from_trial_to_trial_even_through_an_error(scripted):
+    with Coordinator(Share(), make=scripted) as coordinator:
+        first, error, second = (coordinator.run(spec) for spec in asked(0, 3, 0))
+    assert error.error
+    assert first.measurement.density == second.measurement.density, "the same process answered"
 
 
-def test_too_few_resources_are_waited_for_and_then_named() -> None:
-    said: list[str] = []
-    started = time.monotonic()
-    with pytest.raises(TooFewResources, match="1 worker of 64 CPU and 0 GPU wanted, the cluster has 2 CPU and 0 GPU"):
-        Coordinator(Share(64), wait_s=1.0, say=said.append).__enter__()
-    assert time.monotonic() - started < 10
-    assert actors_alive() == 0
+def test_a_trial_that_takes_too_long_has_failed_and_the_next_one_runs(scripted):
+    with Coordinator(Share(), make=scripted, trial_s=2.0) as coordinator:
+        late, next_one = coordinator.map(asked(4, 0))
+    assert late.error == "took longer than 2 s"
+    assert next_one.error is None
 
 
-def test_a_worker_that_cannot_be_made_says_why() -> None:
-    def make(device: str, arguments: dict[str, Any]) -> Any:
-        raise ValueError("no such device")
+def test_workers_of_a_stream_that_nobody_reads_to_its_end_are_given_back(scripted):
+    with Coordinator(Share(), num_workers=2, make=scripted) as coordinator:
+        outcomes = coordinator.map(asked(0, 4, 0, 0))
+        assert next(outcomes).spec.seed == 0
+        outcomes.close()
 
-    with pytest.raises(WorkerNotMade, match="no such device"):
-        Coordinator(Share(1), make=make).__enter__()
+
+def test_too_few_resources_are_named_after_a_bounded_wait():
+    said = []
+    start = time.monotonic()
+    with pytest.raises(TooFewResources, match=r"2 workers of 8 CPU and 0 GPU wanted, the cluster has 2 CPU and 0 GPU"):
+        await_resources(Share(8), 2, wait_s=6.0, say=said.append)
+    assert 6 <= time.monotonic() - start < 15
+    assert "waiting up to" in said[0]
+    with pytest.raises(TooFewResources, match=r"1 worker of 1 CPU and 1 GPU wanted.*gave up after 0\.5 s"):
+        Coordinator(Share(1, 1), wait_s=0.5).__enter__()
 
 
-def test_a_search_keeps_every_answer_and_survives_a_family_that_fails(tmp_path: Path) -> None:
-    base = TrialSpec("speed", (AttentionSpec("dense"),), seq_len=128, num_layers=1, num_heads=2, head_dim=8)
-    families = {"sliding_window": {}, "tests.platform.failing:Failing": {}}
-    space = SearchSpace(base, families, densities=(0.2, 0.6), block_sizes=(16, 32))
-    store = Store.create(str(tmp_path))
-    on_disk: list[int] = []
+def test_a_worker_that_cannot_be_made_is_an_error_with_its_reason():
+    def make(device, arguments):
+        raise ImportError("no libfoo on this node")
+
+    with pytest.raises(WorkerNotMade, match=r"1 CPU and 0 GPU could not be made: .*no libfoo on this node"):
+        Coordinator(Share(), make=make).__enter__()
+    outcome = Coordinator(Share(), make=make).run(SPEC)
+    assert "no libfoo on this node" in outcome.error
+
+
+def test_run_trial_records_the_answer_and_the_failures_that_it_survived(scripted, tmp_path):
+    store = Store.create(tmp_path / "results")
+    run = Run("run", "test", "abc123")
+    with Coordinator(Share(), make=scripted, say=lambda text: None) as coordinator:
+        survived = run_trial(asked(2)[0], coordinator, run, store=store)
+        failed = run_trial(asked(3)[0], coordinator, run, store=store, trial_id="run-b")
+    assert (survived.status, survived.failures_survived, survived.git_commit) == ("ok", 1, "abc123")
+    assert (failed.status, failed.error, failed.density) == ("failed", "ValueError: no such thing", None)
+    assert {record.trial_id: record for record in store.read_records()} == {
+        survived.trial_id: survived,
+        "run-b": failed,
+    }
+    assert TrialSpec.from_dict(json.loads(survived.spec)) == asked(2)[0]
+
+
+def test_a_search_records_every_trial_at_once_and_outlives_those_that_fail(tmp_path):
+    """One family lists its blocks for another length: every trial of it fails, with the reason in its record."""
+    elsewhere = str(tmp_path / "blocks.parquet")
+    save_blocks(BlockLayout.from_rows([[0]], q_len=16, kv_len=16, q_block_size=16), elsewhere)
+    families = {"sliding_window": {}, "blocks": {"path": [elsewhere]}, "random": {}}
+    store, stored_when_told = Store.create(tmp_path / "results"), []
+    scratch_before = set(glob.glob("/tmp/raybsa-tune-*"))
+
+    def tell(record):
+        stored_when_told.append(record in store.read_records())
+
     records = search(
-        space,
+        SearchSpace(SPEC, families, block_sizes=(16,)),
         store,
-        Run.start("test"),
-        Pool(Share(1), 1, timing={"repeats": 5, "budget_s": 0.01}),
-        trials=4,
-        objectives=named_objectives(["latency", "memory"], None),
-        tell=lambda record: on_disk.append(len(store.read_records())),
+        Run("run", "test"),
+        Pool(Share(), num_workers=2, timing={"repeats": 5, "budget_s": 0.01}),
+        trials=8,
+        objectives=named_objectives(["latency", "density"], None),
+        tell=tell,
     )
-    assert on_disk == [1, 2, 3, 4]
-    assert {record.trial_id for record in store.read_records()} == {record.trial_id for record in records}
-    by_pattern = {record.pattern: record for record in records}
-    assert by_pattern["dense"].status == "ok"
-    assert by_pattern["sliding_window"].status == "ok"
-    failing = by_pattern["tests.platform.failing:Failing"]
-    assert failing.status == "failed"
-    assert "not today" in (failing.error or "")
-    front = pareto_front(records, named_objectives(["latency", "memory"], None))
-    assert front
-    assert all(record.status == "ok" for record in front)
-    assert actors_alive() == 0
+    assert stored_when_told == [True] * 8
+    assert sorted(record.trial_id for record in records) == [f"run-{i:03d}" for i in range(8)]
+    by_id = {record.trial_id: record for record in records}
+    assert [by_id[f"run-00{i}"].pattern for i in range(4)] == ["dense", "sliding_window", "blocks", "random"]
+    for record in records:
+        assert (record.status == "failed") == (record.pattern == "blocks"), record.error
+    assert "lists blocks for q_len 16" in by_id["run-002"].error
+    assert set(glob.glob("/tmp/raybsa-tune-*")) == scratch_before
