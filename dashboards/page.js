@@ -70,7 +70,8 @@
   const copy = (button, source) => {
     const done = (text) => { button.textContent = text; setTimeout(() => { button.textContent = "Copy"; }, 2500); };
     const select = () => { getSelection().selectAllChildren(source); done("selected: press Ctrl+C"); };
-    if (navigator.clipboard) navigator.clipboard.writeText(source.textContent).then(() => done("copied"), select);
+    const late = new Promise((_, fail) => setTimeout(fail, 800));  // a browser may leave its permission undecided
+    if (navigator.clipboard) Promise.race([navigator.clipboard.writeText(source.textContent), late]).then(() => done("copied"), select);
     else select();
   };
 

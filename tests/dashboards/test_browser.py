@@ -55,7 +55,7 @@ const inked = (canvas) => {
   result.clicked = panel.dataset.trial;
   result.paste = panel.querySelector("pre").textContent;
   panel.querySelector("button").click();
-  await wait(100);
+  for (let tries = 0; tries < 40 && panel.querySelector("button").textContent === "Copy"; tries++) await wait(50);
   result.copy = panel.querySelector("button").textContent;
   result.plots = document.querySelectorAll("[data-figure] .main-svg").length;
   result.marks = document.querySelectorAll("[data-panel] .points path.point").length;

@@ -112,4 +112,4 @@ def _actors(head: LocalHead) -> str:
     """What `ray list actors` shows as alive."""
     shown = ray_cli(head, "list", "actors", "--address", head.address, "--filter", "state=ALIVE", "--format", "json")
     assert shown.returncode == 0, shown.stderr
-    return shown.stdout.strip().removeprefix("[]").strip()
+    return "" if "No resource in the cluster" in shown.stdout else shown.stdout.strip()
