@@ -51,13 +51,14 @@ def local_head(num_cpus: int) -> Iterator[LocalHead]:
         "RAY_LOGGER_LEVEL": "warning",
     }
     environment.pop("RAY_ADDRESS", None)
-    port, dashboard_port = _free_ports(2)
+    port, dashboard_port, agent_port = _free_ports(3)
     options = {
         "num-cpus": num_cpus,
         "node-ip-address": "127.0.0.1",
         "port": port,
         "dashboard-host": "127.0.0.1",
         "dashboard-port": dashboard_port,
+        "dashboard-agent-listen-port": agent_port,  # it runs the jobs; its default port may be another cluster's
         "temp-dir": folder,
     }
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
@@ -72,7 +73,8 @@ def local_head(num_cpus: int) -> Iterator[LocalHead]:
         )
     try:
         address = f"http://127.0.0.1:{dashboard_port}"
-        _wait_until_it_answers(process, address, log)
+        _wait_until_it_answers(process, f"{address}/api/version", log)
+        _wait_until_it_answers(process, f"http://127.0.0.1:{agent_port}/api/local_raylet_healthz", log)
         yield LocalHead(address, environment)
     finally:
         _stop(process)
@@ -90,16 +92,16 @@ def _free_ports(count: int) -> list[int]:
             one.close()
 
 
-def _wait_until_it_answers(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
+def _wait_until_it_answers(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            with urllib.request.urlopen(f"{address}/api/version", timeout=2):
+            with urllib.request.urlopen(url, timeout=2):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
     last_words = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-    raise RuntimeError(f"a local Ray head should answer at {address} within {START_SECONDS} s, it said:\n{last_words}")
+    raise RuntimeError(f"a local Ray head should answer at {url} within {START_SECONDS} s, it said:\n{last_words}")
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
