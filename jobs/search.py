@@ -58,6 +58,10 @@ def main() -> int:
             tell=progress.tell,
         )
 
+    code = 0 if len(records) == preset.trials else 128 + signal.SIGINT
+    if not records:
+        print("ended before a trial was measured")
+        return code
     front = pareto_front(records, objectives)
     print(f"{len(records)} trials measured, {len(front)} on the Pareto front of {arguments.objectives}")
     print(f"results: {out}")
@@ -65,7 +69,7 @@ def main() -> int:
         print(f"report:  {write_report(out, os.path.join(out, 'report.html'), own_patterns=True)}")
     else:
         print(f"report:  python -m dashboards.report {shlex.quote(out)} --out report.html")
-    return 0 if len(records) == preset.trials else 128 + signal.SIGINT
+    return code if front else 1
 
 
 def _arguments() -> argparse.Namespace:
