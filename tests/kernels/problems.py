@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -104,7 +104,3 @@ def in_double(inputs: list[Tensor], options: dict[str, Any]) -> tuple[list[Tenso
         for name, value in options.items()
     }
     return [x.double() for x in inputs], wide
-
-
-def with_size(problem: Problem, **changes: Any) -> Problem:
-    return replace(problem, **changes)
