@@ -366,14 +366,21 @@ class BlockLayout:
         Raises:
             ValueError: ids that do not ascend strictly, or that this layout does not hold.
         """
-        q_ids, q_map = self._renumber("q_blocks", q_blocks, self.q_block_ids, self.num_q_blocks)
-        kv_ids, kv_map = self._renumber("kv_blocks", kv_blocks, self.kv_block_ids, self.num_kv_blocks)
-        group, row, col = self.coordinates()
-        row, col = q_map[row], kv_map[col]
-        index = ((row >= 0) & (col >= 0)).nonzero()[:, 0]
-        rows = len(q_ids) if q_ids is not None else self.num_q_blocks
-        crow = _offsets(group[index] * rows + row[index], self.num_groups, rows)
-        selected = self._with(crow, col[index].to(torch.int32), q_ids, kv_ids)
+        q_ids, q_place = self._renumber("q_blocks", q_blocks, self.q_block_ids, self.num_q_blocks)
+        kv_ids, kv_place = self._renumber("kv_blocks", kv_blocks, self.kv_block_ids, self.num_kv_blocks)
+        counts = self.row_counts if q_place is None else self.row_counts[:, q_place]
+        starts = self.crow_indices[:, :-1] if q_place is None else self.crow_indices[:, :-1][:, q_place]
+        row = torch.repeat_interleave(torch.arange(counts.numel(), device=self.device), counts.reshape(-1))
+        before = counts.reshape(-1).cumsum(0) - counts.reshape(-1)
+        index = (starts.reshape(-1) - before)[row] + torch.arange(len(row), device=self.device)
+        col = self.col_indices[index]
+        if kv_place is not None:
+            renumbered = torch.full((self.num_kv_blocks,), -1, dtype=torch.int32, device=self.device)
+            renumbered[kv_place] = torch.arange(len(kv_place), dtype=torch.int32, device=self.device)
+            col = renumbered[col]
+            kept = (col >= 0).nonzero()[:, 0]
+            row, col, index = row[kept], col[kept], index[kept]
+        selected = self._with(_offsets(row, self.num_groups, counts.shape[1]), col, q_ids, kv_ids)
         return (selected, index) if return_index else selected
 
     def repeat_heads(self, repeats: int) -> BlockLayout:
@@ -484,18 +491,17 @@ class BlockLayout:
 
     def _renumber(
         self, name: str, wanted: Tensor | None, held: Tensor | None, count: int
-    ) -> tuple[Tensor | None, Tensor]:
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The ids to keep and their places among the blocks at hand; (held, None) where all are kept."""
         if wanted is None:
-            return held, torch.arange(count, device=self.device)
+            return held, None
         wanted = wanted.to(self.device, torch.int64)
         held = self._ids(held, count)
         place = torch.searchsorted(held, wanted)
         found = torch.cat([held, held.new_full((1,), -1)])[place]
         if bool((wanted.diff() <= 0).any() or (found != wanted).any() or (wanted < 0).any()):
             raise ValueError(f"{name} must be strictly increasing ids of blocks at hand, got {wanted.tolist()[:16]}")
-        renumbered = torch.full((count,), -1, dtype=torch.int64, device=self.device)
-        renumbered[place] = torch.arange(len(wanted), device=self.device)
-        return wanted, renumbered
+        return wanted, place
 
 
 def num_blocks(length: int, block_size: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from raybsa.kernels import blocked, flex, reference
-from raybsa.kernels.call import AttentionCall, check_call
+from raybsa.kernels.call import AttentionCall, cast_inputs, check_call
 from raybsa.layout import BlockLayout
 
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "blocked": blocked, "flex": flex}
@@ -59,7 +59,7 @@ def block_sparse_attention(
         ValueError, TypeError: arguments that do not fit together.
         NotImplementedError: the named backend cannot serve this call; the message says why.
     """
-    q, k, v = _tensors(q, k, v)
+    q, k, v = cast_inputs(q, k, v)
     call = AttentionCall(
         q,
         k,
@@ -96,20 +96,6 @@ def _named(name: str, call: AttentionCall) -> ModuleType:
         able = [other for other, module in BACKENDS.items() if module.why_not(call) is None]
         raise NotImplementedError(f"backend {name!r} cannot serve this call: {reason}; {able} can")
     return BACKENDS[name]
-
-
-def _tensors(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v, checked to be 4-D tensors and cast as autocast asks."""
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, Tensor) or tensor.dim() != 4:
-            came = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name} must be a tensor (batch, heads, tokens, head_dim), got {came}")
-    kind = q.device.type
-    if not torch.is_autocast_enabled(kind):
-        return q, k, v
-    dtype = torch.get_autocast_dtype(kind)
-    cast = [x.to(dtype) if x.dtype in (torch.float16, torch.bfloat16, torch.float32) else x for x in (q, k, v)]
-    return cast[0], cast[1], cast[2]
 
 
 def _seed(seed: int | None, dropout_p: float) -> int:

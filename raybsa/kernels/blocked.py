@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from raybsa.kernels.call import AttentionCall, compute_dtype
 from raybsa.kernels.chunks import plan_chunks
+from raybsa.kernels.delta import row_delta
 from raybsa.kernels.gather import BlockTable
 from raybsa.kernels.merge import merge
 from raybsa.kernels.scores import ChunkScores, scaled_product
@@ -52,8 +53,18 @@ class _Blocked(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, out, lse = ctx.saved_tensors
         with torch.autocast(out.device.type, enabled=False):
-            call = _with_tensors(ctx.rest, tensors)
-            return (*_Backward(call, ctx.needs_input_grad, out, lse, grad_out, grad_lse).run(), None)
+            call, wanted = _with_tensors(ctx.rest, tensors), ctx.needs_input_grad
+            grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+            sums = _Backward(call, wanted[3:5], lse, row_delta(out, grad_out, grad_lse), grad_out).run()
+            return (*(None if x is None else x.to(t.dtype) for x, t in zip(sums, tensors, strict=True)), None)
+
+
+def backward(
+    call: AttentionCall, lse: Tensor, delta: Tensor, grad_out: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """As ``attention_backward`` says: the weights are ``exp(score - lse)``, whatever keys made that lse."""
+    q, k, v, _, bias = _Backward(call, (False, call.block_bias is not None), lse, delta, grad_out).run()
+    return q, k, v, bias
 
 
 def _with_tensors(call: AttentionCall, tensors: Sequence[Any]) -> AttentionCall:
@@ -133,47 +144,33 @@ def _softmax(scores: Tensor, may_hide_rows: bool, with_lse: bool) -> tuple[Tenso
 
 
 class _Backward:
-    """Gradients of one call, summed chunk by chunk in the compute dtype."""
+    """Gradients of one call, summed chunk by chunk in the compute dtype. ``wanted``: those of attn_mask, block_bias."""
 
     def __init__(
-        self,
-        call: AttentionCall,
-        wanted: tuple[bool, ...],
-        out: Tensor,
-        lse: Tensor | None,
-        grad_out: Tensor | None,
-        grad_lse: Tensor | None,
+        self, call: AttentionCall, wanted: tuple[bool, ...], lse: Tensor | None, delta: Tensor, grad_out: Tensor
     ) -> None:
         layout, dtype = call.layout, compute_dtype(call.q.dtype)
         batch, heads, _, head_dim = call.q.shape
         self.call, self.dtype = call, dtype
         self.tables = _Tables(call)
-        self.out = BlockTable.of(out, layout.q_block_size)
-        self.grad_out = BlockTable.of(torch.zeros_like(out) if grad_out is None else grad_out, layout.q_block_size)
-        self.lse, self.grad_lse = (
-            None if x is None else BlockTable.of(x[..., None], layout.q_block_size) for x in (lse, grad_lse)
-        )
+        self.grad_out = BlockTable.of(grad_out, layout.q_block_size)
+        self.delta = BlockTable.of(delta[..., None], layout.q_block_size)
+        self.lse = None if lse is None else BlockTable.of(lse[..., None], layout.q_block_size)
         self.grad_q = call.q.new_zeros(batch * heads * layout.num_q_blocks, layout.q_block_size, head_dim, dtype=dtype)
         kv_shape = (batch * call.k.shape[1] * layout.num_kv_blocks, layout.kv_block_size * head_dim)
         self.grad_k, self.grad_v = (call.k.new_zeros(kv_shape, dtype=dtype) for _ in range(2))
         self.grad_mask, self.grad_bias = (
             torch.zeros_like(x, dtype=dtype) if x is not None and want else None
-            for x, want in zip((call.attn_mask, call.block_bias), wanted[3:5], strict=True)
+            for x, want in zip((call.attn_mask, call.block_bias), wanted, strict=True)
         )
 
-    def run(self) -> tuple[Tensor | None, ...]:
-        """Gradients of q, k, v, attn_mask and block_bias, in their dtypes."""
-        plan = plan_chunks(self.call)
+    def run(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Gradients of q, k, v, attn_mask and block_bias."""
+        plan, call = plan_chunks(self.call), self.call
         for chunk in plan.chunks:
-            self._add(ChunkScores(self.call, chunk, plan.columns))
-        call = self.call
-        return (
-            _tokens(self.grad_q, call.q),
-            _tokens(self.grad_k, call.k),
-            _tokens(self.grad_v, call.v),
-            None if self.grad_mask is None else self.grad_mask.to(call.attn_mask.dtype),  # type: ignore[union-attr]
-            None if self.grad_bias is None else self.grad_bias.to(call.block_bias.dtype),  # type: ignore[union-attr]
-        )
+            self._add(ChunkScores(call, chunk, plan.columns))
+        grads = (_tokens(grad, x) for grad, x in ((self.grad_q, call.q), (self.grad_k, call.k), (self.grad_v, call.v)))
+        return (*grads, self.grad_mask, self.grad_bias)  # type: ignore[return-value]
 
     def _add(self, at: ChunkScores) -> None:
         chunk = at.chunk
@@ -187,7 +184,7 @@ class _Backward:
             dropped = weights * factor
             grad_weights *= factor
         self._add_blocks(self.grad_v, at.flat_kv_block, torch.bmm(dropped.transpose(1, 2), grad_out))
-        grad_scores = grad_weights.sub_(self._delta(at, grad_out)).mul_(weights)
+        grad_scores = grad_weights.sub_(at.without_padding(self._take(self.delta, at))).mul_(weights)
         scale = self.call.scale
         self._add_blocks(self.grad_k, at.flat_kv_block, scaled_product(grad_scores.transpose(1, 2), queries, scale))
         self.grad_q.index_add_(0, chunk.row, scaled_product(grad_scores, keys, scale))
@@ -198,18 +195,11 @@ class _Backward:
             self.grad_mask.index_put_(at.mask_index, grad_scores, accumulate=True)
 
     def _weights(self, at: ChunkScores, scores: Tensor) -> Tensor:
-        """The forward's weights: softmax where the whole row is here, else by the saved lse."""
-        if self.lse is None or at.chunk.whole:
+        """The forward's weights: by the rows' lse where there is one, else softmax over the whole rows at hand."""
+        if self.lse is None:
             return _softmax(scores, at.may_hide_rows, with_lse=False)[0]
         lse = self._take(self.lse, at)
         return scores.sub_(lse.masked_fill(lse == -INF, INF)).exp_()
-
-    def _delta(self, at: ChunkScores, grad_out: Tensor) -> Tensor:
-        """(C, bq, 1): what softmax's gradient takes off every weight's; lse's own gradient enters here."""
-        delta = (self._take(self.out, at) * grad_out).sum(-1, keepdim=True)
-        if self.grad_lse is not None:
-            delta -= at.without_padding(self._take(self.grad_lse, at))
-        return delta
 
     def _take(self, table: BlockTable, at: ChunkScores) -> Tensor:
         return _take_rows(table, at, self.dtype)
@@ -224,6 +214,6 @@ class _Backward:
 
 
 def _tokens(grad: Tensor, like: Tensor) -> Tensor:
-    """A gradient summed by padded blocks as ``like`` (B, H, S, D)."""
+    """A gradient summed by padded blocks in the shape of ``like`` (B, H, S, D)."""
     batch, heads, tokens, head_dim = like.shape
-    return grad.view(batch, heads, -1, head_dim)[:, :, :tokens].to(like.dtype)
+    return grad.view(batch, heads, -1, head_dim)[:, :, :tokens]

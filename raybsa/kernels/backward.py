@@ -1,0 +1,52 @@
+"""attention_backward: the gradients of a part of the keys, for a softmax that was normalised over more of them.
+
+A ring visits a row's keys part by part. With the row's final lse the weights of each part are ``exp(score - lse)``, so
+its gradients need nothing of the other parts (Ring Attention, 2310.01889).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from raybsa.kernels import blocked
+from raybsa.kernels.call import AttentionCall, check_call
+
+BACKENDS = {"blocked": blocked}
+
+
+def attention_backward(
+    call: AttentionCall, lse: Tensor, delta: Tensor, grad_out: Tensor, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v and block_bias (None where there is none), from the keys at hand alone.
+
+    Args:
+        call: the attention over these keys; no ``attn_mask``.
+        lse: (B, H, Sq) of the whole rows, float32 (float64 for float64 inputs); -inf where a row saw nothing.
+        delta: (B, H, Sq) ``row_delta`` of the whole rows.
+        grad_out: (B, H, Sq, D).
+        backend: ``"auto"`` or a name in ``BACKENDS``.
+
+    Returns:
+        (B, H, Sq, D), (B, Hkv, Skv, D) twice and (nnz,), summed and returned in the compute dtype, so that parts can be
+        added before they are rounded.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit together.
+        NotImplementedError: the named backend cannot serve this call; the message says why.
+    """
+    check_call(call)
+    if call.attn_mask is not None:
+        raise ValueError("attention_backward takes no attn_mask")
+    if lse.shape != call.q.shape[:-1] or delta.shape != lse.shape or grad_out.shape != call.q.shape:
+        raise ValueError(
+            f"lse and delta must be {tuple(call.q.shape[:-1])} and grad_out {tuple(call.q.shape)}, "
+            f"got {tuple(lse.shape)}, {tuple(delta.shape)} and {tuple(grad_out.shape)}"
+        )
+    able = {name: module.why_not(call) for name, module in BACKENDS.items()}
+    if backend == "auto":
+        backend = next(name for name, reason in able.items() if reason is None)
+    if backend not in able:
+        raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
+    if able[backend] is not None:
+        raise NotImplementedError(f"backend {backend!r} cannot serve this call: {able[backend]}")
+    return BACKENDS[backend].backward(call, lse, delta, grad_out)

@@ -1,0 +1,63 @@
+"""What the ranks of a ring tell each other before any waits for another: what is wrong, or what is about to run."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from raybsa.comm import Communicator
+from raybsa.ring.plan import RingPlan
+
+
+def signature(
+    q: Tensor,
+    k: Tensor,
+    plan: RingPlan,
+    scale: float | None,
+    segment_ids: Tensor | None,
+    dropout_p: float,
+    seed: int | None,
+) -> str:
+    """What every rank must say alike; tokens differ by rank and are the partition's, which the plan's digest covers."""
+    return (
+        f"plan {plan.digest}, {q.dtype}, batch {q.shape[0]}, {q.shape[1]} query and {k.shape[1]} KV heads of "
+        f"{q.shape[3]}, scale {scale}, segments {segment_ids is not None}, dropout {dropout_p} from seed {seed}"
+    )
+
+
+def problem_with(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: RingPlan,
+    communicator: Communicator,
+    block_bias: Tensor | None,
+    dropout_p: float,
+    seed: int | None,
+) -> str | None:
+    """What is wrong with this rank's arguments; every rank hears of it before any waits for another."""
+    rank = communicator.rank
+    if plan.world_size != communicator.world_size:
+        return f"the plan is for {plan.world_size} ranks, the communicator has {communicator.world_size}"
+    tokens = plan.partition.lengths[rank]
+    if q.shape[2] != tokens or k.shape[2] != tokens or v.shape != k.shape or q.shape[::3] != k.shape[::3]:
+        return (
+            f"rank {rank} holds {tokens} tokens of the plan's partition, got q {tuple(q.shape)}, k {tuple(k.shape)} "
+            f"and v {tuple(v.shape)}"
+        )
+    if len({x.dtype for x in (q, k, v)}) > 1:
+        return f"q, k and v of rank {rank} must share a dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
+    batch, heads, kv_heads = q.shape[0], q.shape[1], k.shape[1]
+    if kv_heads * plan.queries_per_kv != heads:
+        return f"the plan is for {plan.queries_per_kv} query heads a KV head, got {heads} and {kv_heads}"
+    if plan.layout.num_groups not in (1, heads, batch * heads):
+        return (
+            f"the plan's layout must have 1, {heads} (heads) or {batch * heads} (batch * heads) groups, "
+            f"got {plan.layout.num_groups}"
+        )
+    kept = plan.of_rank(rank).layout.nnz_blocks
+    if block_bias is not None and block_bias.shape != (kept,):
+        return (
+            f"block_bias of rank {rank} must be ({kept},), one a block of plan.of_rank({rank}).layout, "
+            f"got {tuple(block_bias.shape)}"
+        )
+    return "dropout_p needs a seed, the same on every rank: got None" if dropout_p and seed is None else None

@@ -1,0 +1,293 @@
+"""ring_attention: the attention, and the gradients, that one device would give, over a sequence split across ranks.
+
+Each hop attends to the KV blocks that have arrived while the next are under way; the parts are merged by their lse. In
+the backward K and V come round again, each hop's gradients follow from the rows' final lse alone, and the sums for
+blocks that came from elsewhere go back along the plan (Ring Attention, 2310.01889).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from raybsa.comm import Communicator, Pending, Phase
+from raybsa.kernels.api import block_sparse_attention
+from raybsa.kernels.backward import attention_backward
+from raybsa.kernels.call import AttentionCall, cast_inputs, compute_dtype
+from raybsa.kernels.delta import row_delta
+from raybsa.kernels.merge import merge
+from raybsa.ring.agreement import problem_with, signature
+from raybsa.ring.plan import Hop, RankPlan, RingPlan
+from raybsa.ring.wire import add_packed, as_blocks, as_tokens, pack, unpack, wire_shape
+
+
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: RingPlan,
+    communicator: Communicator,
+    *,
+    scale: float | None = None,
+    segment_ids: Tensor | None = None,
+    block_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    deterministic: bool | None = None,
+    return_lse: bool = False,
+    gradient_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``block_sparse_attention`` of the whole sequence; every rank gives its tokens and gets its rows.
+
+    Args:
+        q: (B, H, S, D) this rank's tokens, in the order of ``plan.partition.tokens(rank)``.
+        k, v: (B, Hkv, S, D) the same tokens'.
+        plan: made from the whole layout, the same on every rank.
+        communicator: of ``plan.world_size`` ranks.
+        scale: factor on the scores; None means ``1 / sqrt(D)``.
+        segment_ids: (B, S) int, this rank's tokens'; tokens of different segments do not see each other.
+        block_bias: (nnz,) for the blocks of ``plan.of_rank(rank).layout``; differentiable.
+        dropout_p: share of the attention weights to drop, in [0, 1).
+        seed: what dropout is drawn from, the same on every rank; needed with ``dropout_p``.
+        deterministic: as in ``block_sparse_attention``.
+        return_lse: also return lse (B, H, S), differentiable.
+        gradient_dtype: what partial sums of dK and dV travel as; None is the compute dtype (float32, or float64 for
+            float64 inputs). They are summed in the compute dtype.
+        backend: of the forward, as in ``block_sparse_attention``.
+
+    Returns:
+        out (B, H, S, D) in q's dtype, or (out, lse).
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit together, on every rank where ranks disagree.
+    """
+    q, k, v = cast_inputs(q, k, v)
+    problem = problem_with(q, k, v, plan, communicator, block_bias, dropout_p, seed)
+    communicator.agree("the ring's call", problem or signature(q, k, plan, scale, segment_ids, dropout_p, seed))
+    if problem is not None:
+        raise ValueError(problem)
+    ring = _Ring(
+        plan,
+        communicator,
+        1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
+        None if segment_ids is None else _all_segments(segment_ids, plan, communicator),
+        segment_ids,
+        float(dropout_p),
+        seed or 0,
+        torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic,
+        gradient_dtype or compute_dtype(q.dtype),
+        backend,
+    )
+    with torch.autocast(q.device.type, enabled=False):
+        out, lse = _RingAttention.apply(q, k, v, block_bias, ring)
+    return (out, lse) if return_lse else out
+
+
+@dataclass(frozen=True)
+class _Ring:
+    """What stays the same over one call: the plan, who to talk to, and the arguments that are not differentiable."""
+
+    plan: RingPlan
+    communicator: Communicator
+    scale: float
+    all_segments: Tensor | None
+    own_segments: Tensor | None
+    dropout_p: float
+    seed: int
+    deterministic: bool
+    gradient_dtype: torch.dtype
+    backend: str
+
+    @property
+    def mine(self) -> RankPlan:
+        return self.plan.of_rank(self.communicator.rank)
+
+    def arriving(self, k: Tensor, v: Tensor) -> Iterator[tuple[Hop, Tensor, Tensor]]:
+        """Each hop with its K and V (B, Hkv, tokens, D): the own at once, the others as they come, the next one always
+        under way. At most two hops' buffers live."""
+        size = self.plan.layout.kv_block_size
+        keys, values = as_blocks(k, size), as_blocks(v, size)
+        first, *others = self.mine.hops
+        pending = self._start(others[0], keys, values) if others else None
+        yield first, k, v
+        for i, hop in enumerate(others):
+            assert pending is not None
+            following = self._start(others[i + 1], keys, values) if i + 1 < len(others) else None
+            pending[0].wait()
+            came = unpack(pending[1], keys, hop.receive, len(hop.kv_blocks), self.plan.kv_groups)
+            pending = following
+            yield hop, as_tokens(came[0], hop.layout.kv_tokens), as_tokens(came[1], hop.layout.kv_tokens)
+
+    def _start(self, hop: Hop, keys: Tensor, values: Tensor) -> tuple[Pending, Tensor]:
+        groups = self.plan.kv_groups
+        received = keys.new_empty(wire_shape(keys, len(hop.receive), groups))
+        sends = {hop.target: pack(keys, values, hop.send, groups, keys.dtype)} if len(hop.send) else {}
+        receives = {hop.source: received} if len(hop.receive) else {}
+        return self.communicator.exchange("kv", sends, receives, hop=hop.shift), received
+
+    def start_return(self, hop: Hop, grad_k: Tensor, grad_v: Tensor, own: Tensor) -> tuple[Pending, Tensor]:
+        """Sends a hop's dK and dV (B, Hkv, tokens, D) to the rank that owns the blocks; gets those of own blocks."""
+        groups, size = self.plan.kv_groups, self.plan.layout.kv_block_size
+        received = own.new_empty(wire_shape(own, len(hop.send), groups), dtype=self.gradient_dtype)
+        sends = {}
+        if len(hop.receive):
+            keys, values = as_blocks(grad_k, size), as_blocks(grad_v, size)
+            sends[hop.source] = pack(keys, values, hop.receive, groups, self.gradient_dtype)
+        receives = {hop.target: received} if len(hop.send) else {}
+        return self.communicator.exchange("kv_gradient", sends, receives, hop=hop.shift), received
+
+    def segments(self, hop: Hop) -> tuple[Tensor, Tensor] | None:
+        """(B, rows) and (B, keys): the segments of a hop's queries and keys."""
+        if self.own_segments is None or self.all_segments is None:
+            return None
+        layout = hop.layout
+        keys = (layout.kv_block_starts[:, None] + torch.arange(layout.kv_block_size, device=layout.device)).view(-1)
+        return rows_of(self.own_segments, hop, 1), self.all_segments[:, keys[keys < layout.kv_len]]
+
+    def call(self, hop: Hop, q: Tensor, k: Tensor, v: Tensor, block_bias: Tensor | None) -> AttentionCall:
+        """The attention of a hop's query rows over its keys."""
+        bias = None if block_bias is None else block_bias[hop.bias_index]
+        return AttentionCall(
+            q, k, v, hop.layout, self.scale, None, self.segments(hop), bias, self.dropout_p, self.seed,
+            self.deterministic, True,
+        )  # fmt: skip
+
+
+class _RingAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, block_bias: Tensor | None, ring: _Ring) -> Any:
+        parts = _Merged(q)
+        for hop, keys, values in ring.arriving(k, v):
+            if not len(hop.q_blocks):
+                continue
+            with ring.communicator.phase(Phase.FORWARD, "attention", hop.shift):
+                call = ring.call(hop, rows_of(q, hop, 2), keys, values, block_bias)
+                parts.add(hop, *_attend(call, ring.backend))
+        out, lse = parts.out.to(q.dtype), parts.lse
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, block_bias, out, lse)
+        ctx.ring = ring
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, block_bias, out, lse = ctx.saved_tensors
+        ring: _Ring = ctx.ring
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        delta = row_delta(out, grad_out, grad_lse)
+        grads = _Gradients(ring, q, k, v, block_bias)
+        for hop, keys, values in ring.arriving(k, v):
+            if len(hop.q_blocks):
+                with ring.communicator.phase(Phase.BACKWARD, "attention", hop.shift):
+                    call = ring.call(hop, rows_of(q, hop, 2), keys, values, block_bias)
+                    of_rows = (rows_of(x, hop, 2) for x in (lse, delta, grad_out))
+                    parts = attention_backward(call, *of_rows)
+            else:
+                parts = (q[:, :, :0], keys, values, None)
+            grads.add(hop, *parts)
+        return grads.finish()
+
+
+def _attend(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
+    out, lse = block_sparse_attention(
+        call.q,
+        call.k,
+        call.v,
+        call.layout,
+        scale=call.scale,
+        segment_ids=call.segment_ids,
+        block_bias=call.block_bias,
+        dropout_p=call.dropout_p,
+        seed=call.seed,
+        deterministic=call.deterministic,
+        return_lse=True,
+        backend=backend,
+    )
+    return out, lse
+
+
+class _Merged:
+    """out (B, H, S, D) and lse (B, H, S) of the keys seen so far, in the compute dtype."""
+
+    def __init__(self, q: Tensor) -> None:
+        dtype = compute_dtype(q.dtype)
+        self.out = q.new_zeros(q.shape, dtype=dtype)
+        self.lse = q.new_full(q.shape[:-1], -math.inf, dtype=dtype)
+        self._empty = True
+
+    def add(self, hop: Hop, out: Tensor, lse: Tensor) -> None:
+        """Merges a hop's part, of its rows."""
+        if not self._empty:
+            out, lse = merge(rows_of(self.out, hop, 2), rows_of(self.lse, hop, 2), out.to(self.out.dtype), lse)
+        self._empty = False
+        if hop.rows is None:
+            self.out, self.lse = out.to(self.out.dtype), lse
+        else:
+            self.out.index_copy_(2, hop.rows, out.to(self.out.dtype))
+            self.lse.index_copy_(2, hop.rows, lse)
+
+
+class _Gradients:
+    """Sums of the gradients in the compute dtype; one return of dK and dV is under way while the next hop computes."""
+
+    def __init__(self, ring: _Ring, q: Tensor, k: Tensor, v: Tensor, block_bias: Tensor | None) -> None:
+        dtype = compute_dtype(q.dtype)
+        self.ring, self.like = ring, (q, k, v, block_bias)
+        self.q = torch.zeros_like(q, dtype=dtype)
+        size = ring.plan.layout.kv_block_size
+        self.k, self.v = (as_blocks(torch.zeros_like(x, dtype=dtype), size) for x in (k, v))
+        self.bias = None if block_bias is None else torch.zeros_like(block_bias, dtype=dtype)
+        self._under_way: tuple[Hop, Pending, Tensor] | None = None
+
+    def add(self, hop: Hop, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, grad_bias: Tensor | None) -> None:
+        if hop.rows is None:
+            self.q += grad_q
+        elif len(hop.q_blocks):
+            self.q.index_add_(2, hop.rows, grad_q)
+        if self.bias is not None and grad_bias is not None:
+            self.bias.index_add_(0, hop.bias_index, grad_bias)
+        if hop.shift:
+            self._receive()
+            self._under_way = (hop, *self.ring.start_return(hop, grad_k, grad_v, self.k))
+        elif len(hop.q_blocks):
+            size = self.ring.plan.layout.kv_block_size
+            self.k += as_blocks(grad_k, size)
+            self.v += as_blocks(grad_v, size)
+
+    def _receive(self) -> None:
+        if self._under_way is not None:
+            hop, pending, received = self._under_way
+            pending.wait()
+            add_packed(self.k, self.v, received, hop.send, self.ring.plan.kv_groups)
+            self._under_way = None
+
+    def finish(self) -> tuple[Tensor | None, ...]:
+        """Gradients of q, k, v, block_bias in their dtypes, and None for the ring."""
+        self._receive()
+        grad_k, grad_v = (as_tokens(x, self.q.shape[2]) for x in (self.k, self.v))
+        sums = (self.q, grad_k, grad_v, self.bias)
+        return (
+            *(None if x is None or t is None else x.to(t.dtype) for x, t in zip(sums, self.like, strict=True)),
+            None,
+        )
+
+
+def rows_of(x: Tensor, hop: Hop, dim: int) -> Tensor:
+    """The tokens of a hop's query blocks, from a rank's tokens in ``dim``."""
+    return x if hop.rows is None else x.index_select(dim, hop.rows)
+
+
+def _all_segments(own: Tensor, plan: RingPlan, communicator: Communicator) -> Tensor:
+    """(B, seq_len) in global order, from every rank's (B, S)."""
+    longest = max(plan.partition.lengths)
+    padded = torch.nn.functional.pad(own.long(), (0, longest - own.shape[1]))
+    parts = communicator.all_gather("segment_ids", padded)
+    return plan.partition.join([x[:, :n] for x, n in zip(parts, plan.partition.lengths, strict=True)], 1)
