@@ -1,25 +1,215 @@
-"""BlockSparseDistributed: attention over a sequence that is spread over ranks."""
+"""BlockSparseDistributed: attention over a sequence that is split across ranks; each holds its shard of q, k and v."""
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
-_MISSING = "needs ring attention, which is missing; BlockSparseBase attends on one device"
+import torch
+from torch import Tensor, nn
+
+from raybsa.comm import Communicator
+from raybsa.layout import BlockLayout
+from raybsa.ring.attention import ring_attention
+from raybsa.ring.partition import STRATEGIES, Partition, partition_for
+from raybsa.ring.plan import RingPlan, plan_for
+from raybsa.variants.source import PatternLike, fixed_pattern
 
 
+@dataclass(frozen=True)
 class DistributedConfig:
-    """How ranks share a sequence. Not there yet: its constructor raises NotImplementedError."""
+    """How ranks share a sequence. Plain data.
 
-    def __init__(self) -> None:
-        raise NotImplementedError(f"DistributedConfig {_MISSING}")
+    Args:
+        partition: ``"balanced"``, ``"contiguous"``, ``"zigzag"`` or ``"striped"``.
+        equal_counts: ranks hold equally many blocks, give or take one; False lets ``"balanced"`` move more.
+        gradient_dtype: what partial sums of dK and dV travel as, ``"float32"``, ``"bfloat16"`` or ``"float16"``; None
+            is the dtype in which they are summed.
+
+    Raises:
+        ValueError: an unknown partition or dtype.
+    """
+
+    partition: str = "balanced"
+    equal_counts: bool = True
+    gradient_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.partition not in STRATEGIES:
+            raise ValueError(f"partition must be one of {sorted(STRATEGIES)}, got {self.partition!r}")
+        if self.gradient_dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ValueError(
+                f"gradient_dtype must be None, 'float32', 'bfloat16' or 'float16', got {self.gradient_dtype!r}"
+            )
 
 
 class BlockSparseDistributed(nn.Module):
-    """Not there yet: its constructor raises NotImplementedError.
+    """``BlockSparseBase`` over ranks: every rank calls it with its tokens and gets its rows, exactly.
+
+    Unbound it is alone: world size 1, on the same path. ``bind`` gives it its group; ``shard`` cuts a whole tensor.
+    Layers of one model share a partition: ``share_partition`` binds them all.
 
     Args:
-        config: how ranks share the sequence.
+        config: how ranks share the sequence; None is ``DistributedConfig()``.
+        segment_lengths, dilation_rates, pattern, density, block_size, causal, dropout, scale, backend: as in
+            ``BlockSparseBase``.
+
+    Attributes:
+        source: says which blocks the whole sequence keeps.
+        communicator: the group it is bound to.
+        partition: who owns which tokens; None before the first ``shard``, ``prepare`` or ``bind`` with one.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit; the message names what was wanted and what came.
     """
 
-    def __init__(self, config: DistributedConfig | None = None) -> None:
-        raise NotImplementedError(f"BlockSparseDistributed {_MISSING}")
+    def __init__(
+        self,
+        config: DistributedConfig | None = None,
+        segment_lengths: Sequence[int] | None = None,
+        dilation_rates: Sequence[int] | None = None,
+        *,
+        pattern: PatternLike | None = None,
+        density: float | None = None,
+        block_size: int = 64,
+        causal: bool = False,
+        dropout: float = 0.0,
+        scale: float | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if config is not None and not isinstance(config, DistributedConfig):
+            raise TypeError(f"config must be a DistributedConfig, got {type(config).__name__}")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout must lie in [0, 1), got {dropout!r}")
+        self.config = config or DistributedConfig()
+        self.source = fixed_pattern(
+            pattern, segment_lengths, dilation_rates, density=density, block_size=block_size, causal=causal
+        )
+        self.dropout = dropout
+        self.scale = scale
+        self.backend = backend
+        self.communicator = Communicator()
+        self.partition: Partition | None = None
+
+    def bind(self, communicator: Communicator, partition: Partition | None = None) -> BlockSparseDistributed:
+        """Gives the module its group, again after each rebuild; ``partition`` where layers share one. Returns self."""
+        if partition is not None and partition.world_size != communicator.world_size:
+            raise ValueError(
+                f"the partition is for {partition.world_size} ranks, the communicator has {communicator.world_size}"
+            )
+        self.communicator, self.partition = communicator, partition
+        return self
+
+    def prepare(self, seq_len: int, num_heads: int = 1) -> Partition:
+        """Deals a sequence of ``seq_len`` tokens by this module's own layout, and keeps and returns the partition."""
+        if self.partition is None or self.partition.seq_len != seq_len:
+            layouts = [self._layout(seq_len, num_heads, torch.device("cpu"))]
+            self.partition = _deal(layouts, self.communicator.world_size, self.config)
+        return self.partition
+
+    def shard(self, x: Tensor, dim: int = 2) -> Tensor:
+        """This rank's tokens of a whole tensor; (B, H, S, D) by default. Differentiable."""
+        heads = x.shape[1] if x.dim() == 4 and dim in (2, -2) else 1
+        return self.prepare(x.shape[dim], heads).shard(x, self.communicator.rank, dim)
+
+    def gather(self, x: Tensor, dim: int = 2) -> Tensor:
+        """The whole tensor from every rank's shard, on every rank. Not differentiable: take losses on shards."""
+        partition = self._partition_of(x.shape[dim])
+        longest = max(partition.lengths)
+        moved = x.detach().movedim(dim, 0)
+        padded = moved.new_zeros(longest, *moved.shape[1:])
+        padded[: len(moved)] = moved
+        parts = self.communicator.all_gather("gather", padded)
+        return partition.join([p[:n] for p, n in zip(parts, partition.lengths, strict=True)], 0).movedim(0, dim)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, segment_ids: Tensor | None = None) -> Tensor:
+        """(B, H, S, D) in q's dtype: the rows of this rank's tokens. A query with nothing to attend gives 0.
+
+        Args:
+            q: (B, H, S, D) this rank's tokens.
+            k, v: (B, Hkv, S, D) the same tokens', with H a multiple of Hkv.
+            segment_ids: (B, S) int, this rank's tokens'; tokens of different segments do not see each other.
+
+        Raises:
+            ValueError: shards that do not fit the partition or differ between ranks; every rank raises.
+        """
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            if tensor.dim() != 4:
+                raise ValueError(f"{name} must be (batch, heads, tokens, head_dim), got {tuple(tensor.shape)}")
+        dropout = self.dropout if self.training else 0.0
+        wire = self.config.gradient_dtype
+        out = ring_attention(
+            q,
+            k,
+            v,
+            self.plan(q, k),
+            self.communicator,
+            scale=self.scale,
+            segment_ids=segment_ids,
+            dropout_p=dropout,
+            seed=self._shared_seed() if dropout else None,
+            gradient_dtype=None if wire is None else getattr(torch, wire),
+            backend=self.backend,
+        )
+        assert isinstance(out, Tensor)
+        return out
+
+    def plan(self, q: Tensor, k: Tensor) -> RingPlan:
+        """The ring's plan for shards of these shapes: its traffic and balance, known before anything runs."""
+        partition = self._partition_of(q.shape[2])
+        layout = self._layout(partition.seq_len, q.shape[1], q.device)
+        return plan_for(layout, partition, queries_per_kv=max(1, q.shape[1] // max(1, k.shape[1])))
+
+    def _layout(self, seq_len: int, num_heads: int, device: torch.device) -> BlockLayout:
+        return self.source.layout(seq_len, seq_len, num_heads, device)
+
+    def _partition_of(self, tokens: int) -> Partition:
+        if self.communicator.world_size == 1:
+            return self.prepare(tokens)
+        if self.partition is None:
+            raise ValueError(
+                f"a rank of {self.communicator.world_size} cannot know the whole sequence from its {tokens} tokens: "
+                "call shard(x), prepare(seq_len) or bind(communicator, partition) first"
+            )
+        return self.partition
+
+    def _shared_seed(self) -> int:
+        """Rank 0's draw from torch's default CPU generator."""
+        drawn = torch.randint(2**31 - 1, (1,)).to(self.communicator.device)
+        return int(self.communicator.all_gather("seed", drawn)[0])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle is unbound: a group belongs to its process."""
+        return self.__dict__ | {"communicator": None, "partition": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.communicator = Communicator()
+
+    def extra_repr(self) -> str:
+        scale = "" if self.scale is None else f", scale={self.scale:g}"
+        ranks = f"world_size={self.communicator.world_size}, partition={self.config.partition!r}"
+        return f"{self.source}, dropout={self.dropout:g}{scale}, backend={self.backend!r}, {ranks}"
+
+
+def share_partition(model: nn.Module, communicator: Communicator, seq_len: int, num_heads: int = 1) -> Partition:
+    """Binds every ``BlockSparseDistributed`` of a model to one group and one partition, made from all their layouts, so
+    that activations stay where they are between layers. The config of the first of them says how.
+
+    Raises:
+        ValueError: the model holds none.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BlockSparseDistributed)]
+    if not layers:
+        raise ValueError(f"the model must hold a BlockSparseDistributed, got {type(model).__name__} with none")
+    layouts = [layer._layout(seq_len, num_heads, torch.device("cpu")) for layer in layers]
+    partition = _deal(layouts, communicator.world_size, layers[0].config)
+    for layer in layers:
+        layer.bind(communicator, partition)
+    return partition
+
+
+def _deal(layouts: Sequence[BlockLayout], world_size: int, config: DistributedConfig) -> Partition:
+    return partition_for(layouts, world_size, strategy=config.partition, equal_counts=config.equal_counts)

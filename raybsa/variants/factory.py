@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,23 +52,24 @@ def create_block_sparse_attention(
             "(create_multihead_block_sparse makes the multihead variant)"
         )
     density = _density(density, sparsity_ratio)
-    if variant == "distributed":
-        return BlockSparseDistributed(distributed_config)
-    if distributed_config is not None:
+    if distributed_config is not None and variant != "distributed":
         raise ValueError(f"distributed_config goes with variant 'distributed', got it with {variant!r}")
     if variant == "adaptive":
         return BlockSparseAdaptive(segment_lengths, dilation_rates)
-    return BlockSparseBase(
-        segment_lengths,
-        dilation_rates,
-        pattern=pattern,
-        density=density,
-        block_size=block_size,
-        causal=causal,
-        dropout=dropout,
-        scale=scale,
-        backend=backend,
-    )
+    arguments: dict[str, Any] = {
+        "segment_lengths": segment_lengths,
+        "dilation_rates": dilation_rates,
+        "pattern": pattern,
+        "density": density,
+        "block_size": block_size,
+        "causal": causal,
+        "dropout": dropout,
+        "scale": scale,
+        "backend": backend,
+    }
+    if variant == "distributed":
+        return BlockSparseDistributed(distributed_config, **arguments)
+    return BlockSparseBase(**arguments)
 
 
 def create_multihead_block_sparse(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from raybsa import patterns
@@ -60,20 +61,23 @@ class FixedPattern:
 
     def select(self, q: Tensor, k: Tensor) -> tuple[BlockLayout, None]:
         """The rule's layout at these lengths, and no bias."""
-        heads, q_len, kv_len = q.shape[1], q.shape[2], k.shape[2]
+        return self.layout(q.shape[2], k.shape[2], q.shape[1], q.device), None
+
+    def layout(self, q_len: int, kv_len: int, num_heads: int, device: torch.device) -> BlockLayout:
+        """The rule's layout, from the cache where it is there."""
 
         def build() -> BlockLayout:
             return self.rule.layout(
                 q_len,
                 kv_len,
-                num_heads=heads,
+                num_heads=num_heads,
                 q_block_size=self.block_size,
                 causal=self.causal,
                 density=self.density,
-                device=q.device,
+                device=device,
             )
 
-        return self._cache.get((*self._identity, q_len, kv_len, heads, q.device), build), None
+        return self._cache.get((*self._identity, q_len, kv_len, num_heads, device), build)
 
     def __repr__(self) -> str:
         density = "" if self.density is None else f", density={self.density:g}"

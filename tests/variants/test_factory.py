@@ -87,26 +87,23 @@ def test_the_research_block_says_that_the_learned_selector_is_missing():
         run(RESEARCH)
 
 
-def test_the_multi_gpu_block_makes_data_parallel_and_says_that_the_ring_is_missing():
+def test_the_multi_gpu_block_makes_data_parallel_and_a_ring_that_is_alone_until_bound():
     base_model = create_block_sparse_attention(pattern="dense")
-    scope = {"base_model": base_model, "config": None}
-    with pytest.raises(NotImplementedError, match="ring attention"):
-        run(MULTI_GPU, **scope)
-    model = run(MULTI_GPU.partition("# Or")[0], **scope)["model"]
     q = torch.randn(1, 2, 64, 16)
-    assert torch.equal(model(q, q, q), base_model(q, q, q))
+    for config in (None, DistributedConfig(partition="zigzag")):
+        scope = {"base_model": base_model, "config": config}
+        model = run(MULTI_GPU, **scope)["model"]
+        assert isinstance(model, BlockSparseDistributed)
+        assert torch.allclose(model(q, q, q), create_block_sparse_attention()(q, q, q))
+        parallel = run(MULTI_GPU.partition("# Or")[0], **scope)["model"]
+        assert torch.equal(parallel(q, q, q), base_model(q, q, q))
 
 
-@pytest.mark.parametrize("variant", ["adaptive", "distributed"])
-def test_variants_to_come_name_what_is_missing(variant):
+def test_the_learned_variant_names_what_is_missing():
     with pytest.raises(NotImplementedError, match="which is missing"):
-        create_block_sparse_attention(variant)
-
-
-@pytest.mark.parametrize("make", [BlockSparseAdaptive, BlockSparseDistributed, DistributedConfig])
-def test_constructors_to_come_name_what_is_missing(make):
-    with pytest.raises(NotImplementedError, match=f"{make.__name__} needs .* which is missing"):
-        make()
+        create_block_sparse_attention("adaptive")
+    with pytest.raises(NotImplementedError, match=r"BlockSparseAdaptive needs .* which is missing"):
+        BlockSparseAdaptive()
 
 
 def test_auto_is_base():

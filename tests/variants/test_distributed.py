@@ -1,0 +1,193 @@
+"""BlockSparseDistributed gives every rank the rows that BlockSparseBase gives one device, and behaves as a module."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from raybsa import (
+    BlockLayout,
+    BlockSparseBase,
+    BlockSparseDistributed,
+    DistributedConfig,
+    block_sparse_attention,
+    create_block_sparse_attention,
+)
+from raybsa.comm import Communicator
+from raybsa.ring.attention import ring_attention
+from raybsa.ring.partition import partition_for
+from raybsa.ring.plan import plan_for
+from raybsa.ring.runtime import gather_layout
+from raybsa.variants.distributed import share_partition
+from tests.kernels.problems import relative_error
+from tests.ring.ranks import run_ranks
+
+PATTERN = {"pattern": "bigbird", "density": 0.3, "block_size": 16, "causal": True}
+
+
+def whole(seed: int = 0, tokens: int = 250) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, heads, tokens, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)]
+
+
+@pytest.mark.parametrize("partition", ["balanced", "striped"])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_rank_gets_the_rows_of_one_device(world_size: int, partition: str) -> None:
+    wanted = BlockSparseBase(**PATTERN)(*whole())
+
+    def work(communicator: Communicator) -> Tensor:
+        model = create_block_sparse_attention(
+            "distributed", distributed_config=DistributedConfig(partition=partition), **PATTERN
+        )
+        assert model.bind(communicator) is model
+        return model.gather(model(*(model.shard(x) for x in whole())))
+
+    for got in run_ranks(world_size, work):
+        assert relative_error(got, wanted) <= 1e-10
+
+
+def test_gradients_reach_the_whole_through_shard() -> None:
+    leaves = [x.requires_grad_() for x in whole()]
+    BlockSparseBase(**PATTERN)(*leaves).square().sum().backward()
+
+    def work(communicator: Communicator) -> list[Tensor]:
+        model = BlockSparseDistributed(**PATTERN).bind(communicator)
+        mine = [x.requires_grad_() for x in whole()]
+        model(*(model.shard(x) for x in mine)).square().sum().backward()
+        return [communicator.all_reduce("test", x.grad) for x in mine]
+
+    for grads in run_ranks(3, work):
+        for got, leaf in zip(grads, leaves, strict=True):
+            assert relative_error(got, leaf.grad) <= 1e-10
+
+
+class TwoLayers(nn.Module):
+    """Heads of 8, a causal layer and a two-sided one: one partition must serve both."""
+
+    def __init__(self, make) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(make(causal) for causal in (True, False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x, x, x)
+        return x
+
+
+def test_layers_of_one_model_share_a_partition() -> None:
+    x = whole()[0]
+
+    def options(causal: bool) -> dict:
+        return PATTERN | {"causal": causal}
+
+    wanted = TwoLayers(lambda causal: BlockSparseBase(**options(causal)))(x)
+
+    def work(communicator: Communicator) -> tuple[Tensor, bool]:
+        model = TwoLayers(lambda causal: BlockSparseDistributed(**options(causal)))
+        partition = share_partition(model, communicator, x.shape[2], num_heads=4)
+        out = model.layers[0].gather(model(partition.shard(x, communicator.rank)))
+        return out, model.layers[0].partition is model.layers[1].partition
+
+    for got, shared in run_ranks(3, work):
+        assert shared
+        assert relative_error(got, wanted) <= 1e-10
+
+
+def test_dropout_agrees_between_ranks_and_is_off_in_eval() -> None:
+    def work(communicator: Communicator) -> list[Tensor]:
+        torch.manual_seed(communicator.rank)
+        model = BlockSparseDistributed(dropout=0.5, **PATTERN).bind(communicator)
+        shards = [model.shard(x) for x in whole()]
+        return [model.gather(out) for out in (model(*shards), model.eval()(*shards))]
+
+    (dropped, plain), (same_dropped, _) = run_ranks(2, work)
+    assert torch.equal(dropped, same_dropped)
+    assert relative_error(plain, BlockSparseBase(**PATTERN)(*whole())) <= 1e-10
+    assert relative_error(dropped, plain) > 0.1
+
+
+def test_a_bound_module_copies_and_pickles_unbound() -> None:
+    def work(communicator: Communicator) -> list[BlockSparseDistributed]:
+        model = BlockSparseDistributed(**PATTERN).bind(communicator)
+        model.prepare(64)
+        return [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+
+    for model in run_ranks(2, work)[0]:
+        assert model.communicator.world_size == 1
+        q, k, v = whole()
+        assert relative_error(model(q, k, v), BlockSparseBase(**PATTERN)(q, k, v)) <= 1e-10
+
+
+def test_a_rank_that_cannot_know_the_whole_says_what_to_call() -> None:
+    def work(communicator: Communicator) -> None:
+        model = BlockSparseDistributed(**PATTERN).bind(communicator)
+        with pytest.raises(ValueError, match=r"call shard\(x\), prepare\(seq_len\) or bind"):
+            model(*whole())
+
+    run_ranks(2, work)
+
+
+def test_bad_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match="partition must be one of"):
+        DistributedConfig(partition="ring")
+    with pytest.raises(ValueError, match="gradient_dtype must be None"):
+        DistributedConfig(gradient_dtype="int8")
+    with pytest.raises(TypeError, match="config must be a DistributedConfig, got dict"):
+        BlockSparseDistributed({"partition": "zigzag"})
+    with pytest.raises(ValueError, match="must hold a BlockSparseDistributed"):
+        share_partition(nn.Linear(2, 2), Communicator(), 64)
+    with pytest.raises(ValueError, match="the partition is for 1 ranks"):
+        run_ranks(2, lambda c: BlockSparseDistributed(**PATTERN).bind(c, BlockSparseDistributed(**PATTERN).prepare(64)))
+
+
+def test_layouts_chosen_at_run_time_go_through_the_same_ring() -> None:
+    """Every rank picks blocks for its own rows, per sample and head, with a bias: as a learned selector will."""
+    q, k, v = whole(tokens=16 * 13)
+    base = BlockSparseBase(pattern="dense", block_size=16, causal=True)
+    partition = partition_for([base.source.select(q, k)[0]], 3)
+    picture = torch.rand(8, 13, 13) < 0.4
+    size = {"q_len": 208, "kv_len": 208, "q_block_size": 16, "causal": True}
+    layout = BlockLayout.from_dense(picture, **size)
+    bias = torch.randn(layout.nnz_blocks, dtype=torch.float64)
+    wanted = block_sparse_attention(q, k, v, layout, block_bias=bias)
+
+    def work(communicator: Communicator) -> Tensor:
+        own, index = layout.select(partition.blocks(communicator.rank), None, return_index=True)
+        gathered = gather_layout(own, partition, communicator)
+        assert gathered.digest() == layout.digest()
+        plan = plan_for(gathered, partition, queries_per_kv=2)
+        shards = [partition.shard(x, communicator.rank) for x in (q, k, v)]
+        return ring_attention(*shards, plan, communicator, block_bias=bias[index])
+
+    assert relative_error(partition.join(run_ranks(3, work)), wanted) <= 1e-10
+
+
+def test_rows_of_other_blocks_than_ones_own_are_refused_on_every_rank() -> None:
+    layout = BlockLayout.from_dense(torch.ones(8, 8, dtype=torch.bool), q_len=128, kv_len=128, q_block_size=16)
+    partition = partition_for([layout], 2)
+
+    def work(communicator: Communicator) -> str:
+        with pytest.raises(ValueError) as raised:  # noqa: PT011
+            gather_layout(layout.select(partition.blocks(0), None), partition, communicator)
+        return str(raised.value)
+
+    assert all("rank 1 must give the rows of its 4 query blocks" in message for message in run_ranks(2, work))
+
+
+def test_torchrun_alone_compares_a_ring_of_processes_with_one_device() -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "raybsa.ring.check"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        command, cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "every case equals one device" in done.stdout
+    assert "OFF" not in done.stdout
