@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -26,6 +27,16 @@ def test_the_own_pattern_keeps_what_it_says(tmp_path: Path, monkeypatch: pytest.
     wanted = [[1 if j <= i and (i - j) % 3 == 0 else 0 for j in range(8)] for i in range(8)]
     assert layout.to_dense()[0].int().tolist() == wanted
     del sys.modules["mine"]
+
+
+def test_the_ring_example_runs_under_torchrun(tmp_path: Path) -> None:
+    setup = "import torch\nq, k, v = (torch.randn(1, 8, 512, 16) for _ in range(3))\n"
+    (tmp_path / "ring.py").write_text(setup + BLOCKS[2])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(tmp_path / "ring.py")]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("RingPlan: 2 ranks") == 2
 
 
 def test_every_command_names_a_file_that_is_there() -> None:

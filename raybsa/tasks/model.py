@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raybsa.ring.sequence import ShardedSequence
 from raybsa.spec import TrialSpec
 from raybsa.tasks.attention import build_attention
 
@@ -37,11 +38,14 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(width)
         self._initialise(torch.Generator().manual_seed(spec.seed))
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, sequence: ShardedSequence | None = None) -> Tensor:
+        """Where ``sequence`` is split across ranks, ``tokens`` (B, S) and the logits are this rank's; every layer must
+        then attend with the variant "distributed", bound to the same partition."""
+        sequence = sequence or ShardedSequence.whole(tokens.shape[1], tokens.device)
         x = self.embedding(tokens)
-        rotation = rotary(tokens.shape[1], self.head_dim, x)
+        rotation = rotary(sequence.positions, self.head_dim, x)
         for layer in self.layers:
-            x = layer(x, rotation)
+            x = layer(x, rotation, sequence)
         return self.norm(x) @ self.embedding.weight.T
 
     def _initialise(self, generator: torch.Generator) -> None:
@@ -67,24 +71,24 @@ class Layer(nn.Module):
         self.down = nn.Linear(4 * width, width, bias=False)
         self.attention_norm, self.mlp_norm = nn.RMSNorm(width), nn.RMSNorm(width)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], sequence: ShardedSequence) -> Tensor:
         heads = self.qkv(self.attention_norm(x)).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q, k, v = heads.split(self.sizes, dim=1)
-        attended = self.attention(rotate(q, rotation), rotate(shift_half(k), rotation), v.contiguous())
+        attended = self.attention(rotate(q, rotation), rotate(shift_half(k, sequence), rotation), v.contiguous())
         x = x + self.out(attended.transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
 
 
-def shift_half(k: Tensor) -> Tensor:
+def shift_half(k: Tensor, sequence: ShardedSequence) -> Tensor:
     """k (B, H, S, D) whose second half of channels comes from the token before; the first token keeps its own."""
     own, before = k.chunk(2, dim=-1)
-    return torch.cat([own, torch.cat([before[:, :, :1], before[:, :, :-1]], dim=2)], dim=-1)
+    return torch.cat([own, sequence.previous(before)], dim=-1)
 
 
-def rotary(length: int, head_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """(length, head_dim / 2) cosines and sines of the angles of every position, in the dtype of ``like``."""
+def rotary(positions: Tensor, head_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(S, head_dim / 2) cosines and sines of the angles of ``positions`` (S,), in the dtype of ``like``."""
     rates = _ROTARY_BASE ** -(torch.arange(0, head_dim, 2, device=like.device) / head_dim)
-    angles = torch.arange(length, device=like.device)[:, None] * rates
+    angles = positions[:, None] * rates
     return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
 

@@ -194,9 +194,15 @@ class BlockSparseDistributed(nn.Module):
         return f"{self.source}, dropout={self.dropout:g}{scale}, backend={self.backend!r}, {ranks}"
 
 
-def share_partition(model: nn.Module, communicator: Communicator, seq_len: int, num_heads: int = 1) -> Partition:
+def share_partition(
+    model: nn.Module,
+    communicator: Communicator,
+    seq_len: int,
+    num_heads: int = 1,
+    config: DistributedConfig | None = None,
+) -> Partition:
     """Binds every ``BlockSparseDistributed`` of a model to one group and one partition, made from all their layouts, so
-    that activations stay where they are between layers. The config of the first of them says how.
+    that activations stay where they are between layers. ``config`` says how, for all of them; None: the first's.
 
     Raises:
         ValueError: the model holds none.
@@ -205,8 +211,10 @@ def share_partition(model: nn.Module, communicator: Communicator, seq_len: int, 
     if not layers:
         raise ValueError(f"the model must hold a BlockSparseDistributed, got {type(model).__name__} with none")
     layouts = [layer._layout(seq_len, num_heads, torch.device("cpu")) for layer in layers]
-    partition = _deal(layouts, communicator.world_size, layers[0].config)
+    config = config or layers[0].config
+    partition = _deal(layouts, communicator.world_size, config)
     for layer in layers:
+        layer.config = config
         layer.bind(communicator, partition)
     return partition
 

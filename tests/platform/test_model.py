@@ -56,7 +56,7 @@ def test_a_layer_attends_as_the_formula_says():
 
 def test_rotary_scores_depend_on_the_distance_alone():
     q, k = torch.randn(8), torch.randn(8)
-    rotation = rotary(40, 8, q)
+    rotation = rotary(torch.arange(40), 8, q)
     turned_q, turned_k = (rotate(x.expand(1, 1, 40, 8), rotation)[0, 0] for x in (q, k))
     scores = turned_q @ turned_k.T
     torch.testing.assert_close(scores.diagonal(-7), scores[7, 0].expand(33))
