@@ -28,12 +28,17 @@ SETTLE_SLEEP_S = 200e-6
 
 
 class Phase(StrEnum):
-    """What a rank is doing; an observer hears of each begin and end."""
+    """What a rank is doing; an observer hears of each begin and end. The last ones belong to training."""
 
     FORWARD = "forward"
     BACKWARD = "backward"
     TRANSFER = "transfer"
     WAIT = "wait"
+    STEP = "step"
+    EXCHANGE = "exchange"
+    COMMIT = "commit"
+    CHECKPOINT = "checkpoint"
+    RECOVERY = "recovery"
 
 
 class Observer(Protocol):
@@ -44,8 +49,16 @@ class Observer(Protocol):
     def end(self, phase: Phase, kind: str, hop: int) -> None: ...
 
 
-class Cancelled(RuntimeError):
+class Broken(RuntimeError):
+    """This rank is well, but the group it talks to is not."""
+
+
+class Cancelled(Broken):
     """A wait was given up because ``cancel`` was called."""
+
+
+class PeerLost(Broken):
+    """A transfer failed, or took longer than the limit: a peer is gone or hangs."""
 
 
 @dataclass
@@ -68,7 +81,7 @@ class Communicator:
     Args:
         group: a process group of ``torch.distributed``; None means alone (world size 1).
         device: where the tensors live that are sent.
-        timeout_s: a wait of the host that takes longer raises TimeoutError.
+        timeout_s: a wait of the host that takes longer raises PeerLost.
         observer: hears of each phase.
     """
 
@@ -146,13 +159,17 @@ class Communicator:
     def _post(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> list[Any]:
         if not sends and not receives:
             return []
-        assert self.group is not None
-        if self.blocks_host:
-            works = [self.group.recv([x], peer, 0) for peer, x in receives.items()]
-            return works + [self.group.send([x], peer, 0) for peer, x in sends.items()]
-        operations = [dist.P2POp(dist.irecv, x, group=self.group, group_peer=peer) for peer, x in receives.items()]
-        operations += [dist.P2POp(dist.isend, x, group=self.group, group_peer=peer) for peer, x in sends.items()]
-        return dist.batch_isend_irecv(operations)
+        group = self.group
+        assert group is not None
+        if not self.blocks_host:
+            operations = [dist.P2POp(dist.irecv, x, group=group, group_peer=peer) for peer, x in receives.items()]
+            operations += [dist.P2POp(dist.isend, x, group=group, group_peer=peer) for peer, x in sends.items()]
+            return dist.batch_isend_irecv(operations)
+        try:
+            works = [group.recv([x], peer, 0) for peer, x in receives.items()]
+            return works + [group.send([x], peer, 0) for peer, x in sends.items()]
+        except RuntimeError as error:  # gloo refuses to post to a connection that has failed
+            raise PeerLost(f"rank {self.rank} lost a peer: {error}") from error
 
     # ---- between all ranks ---------------------------------------------------------------------------------------
 
@@ -227,7 +244,7 @@ class Communicator:
 
     def _check_time(self, waited: float, kind: str) -> None:
         if waited > self.timeout_s:
-            raise TimeoutError(f"rank {self.rank} waited {waited:.1f} s for {kind}, the limit is {self.timeout_s:g} s")
+            raise PeerLost(f"rank {self.rank} waited {waited:.1f} s for {kind}, the limit is {self.timeout_s:g} s")
 
 
 class Pending:
@@ -248,8 +265,7 @@ class Pending:
 
         Raises:
             Cancelled: the communicator was cancelled.
-            TimeoutError: the wait took longer than ``timeout_s``.
-            RuntimeError: a peer is gone.
+            PeerLost: a peer is gone, or the wait took longer than ``timeout_s``.
         """
         communicator = self._communicator
         communicator.check_cancelled()
@@ -273,7 +289,7 @@ class Pending:
         by_kind = communicator.ledger.waited_s
         by_kind[self._kind] = by_kind.get(self._kind, 0.0) + waited
         if self.error is not None:
-            raise self.error
+            raise PeerLost(f"rank {communicator.rank} lost a peer in {self._kind}: {self.error}") from self.error
 
 
 class _Waiter:

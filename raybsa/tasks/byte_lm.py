@@ -18,33 +18,50 @@ from raybsa.tasks.training import Quality, cross_entropy, fit, prepare
 from raybsa.timing import DeviceLock
 
 
-def judge(spec: TrialSpec, device: torch.device, lock: DeviceLock) -> Quality:
-    """Trains on the text and returns bits per held-out byte.
+class ByteText:
+    """The windows of a text that a trial trains on and is judged by.
 
     ``task_params``: ``text`` (a path; None: the standard library's sources), ``train_batch`` (windows a step, 8) and
     ``eval_windows`` (32), evenly spaced over the held-out text: the same for every trial of this ``train_len``.
+
+    Raises:
+        ValueError: a text shorter than a window, an unknown parameter, or attention that sees the future.
     """
-    params = known_params(spec, {"text": None, "train_batch": 8, "eval_windows": 32})
-    if not spec.causal:
-        raise ValueError("byte_lm predicts the next byte, so its attention must be causal, got causal=False")
+
+    def __init__(self, spec: TrialSpec, device: torch.device) -> None:
+        params = known_params(spec, {"text": None, "train_batch": 8, "eval_windows": 32})
+        if not spec.causal:
+            raise ValueError("byte_lm predicts the next byte, so its attention must be causal, got causal=False")
+        self.spec, self.device = spec, device
+        self.corpus = load_corpus(params["text"])
+        self.train_batch, self.eval_windows = params["train_batch"], params["eval_windows"]
+        for name, part in (("train", self.corpus.train), ("held-out", self.corpus.held_out)):
+            if len(part) <= spec.train_len:
+                raise ValueError(
+                    f"the {name} text must be longer than train_len {spec.train_len}, got {len(part)} bytes"
+                )
+
+    def batches(self, step: int) -> tuple[Tensor, Tensor]:
+        """Tokens and targets (train_batch, train_len) of a step, from the seed and the step alone."""
+        starts = _random_starts(self.spec, step, self.train_batch, len(self.corpus.train))
+        return _windows(self.corpus.train, starts, self.spec, self.device)
+
+    def held_out(self) -> tuple[Tensor, Tensor]:
+        """Tokens and targets (eval_windows, train_len)."""
+        last = len(self.corpus.held_out) - self.spec.train_len - 1
+        starts = torch.arange(self.eval_windows) * last // max(1, self.eval_windows - 1)
+        return _windows(self.corpus.held_out, starts, self.spec, self.device)
+
+
+def judge(spec: TrialSpec, device: torch.device, lock: DeviceLock) -> Quality:
+    """Trains on a ``ByteText`` and returns bits per held-out byte."""
     with lock.shared():
-        corpus = load_corpus(params["text"])
+        text = ByteText(spec, device)
         model, context = prepare(Transformer(spec, 256), device, spec.dtype)
-    for name, part in (("train", corpus.train), ("held-out", corpus.held_out)):
-        if len(part) <= spec.train_len:
-            raise ValueError(f"the {name} text must be longer than train_len {spec.train_len}, got {len(part)} bytes")
-
-    def batches(step: int) -> tuple[Tensor, Tensor]:
-        return _windows(
-            corpus.train, _random_starts(spec, step, params["train_batch"], len(corpus.train)), spec, device
-        )
-
     seconds, curves = fit(
-        model, batches, steps=spec.train_steps, learning_rate=spec.learning_rate, lock=lock, context=context
+        model, text.batches, steps=spec.train_steps, learning_rate=spec.learning_rate, lock=lock, context=context
     )
-    last = len(corpus.held_out) - spec.train_len - 1
-    starts = torch.arange(params["eval_windows"]) * last // max(1, params["eval_windows"] - 1)
-    bits = bits_per_byte(model, *_windows(corpus.held_out, starts, spec, device), context, lock)
+    bits = bits_per_byte(model, *text.held_out(), context, lock)
     return Quality(*QUALITIES["byte_lm"], bits, seconds, curves)
 
 

@@ -59,7 +59,7 @@ def fit(
         batches: step -> (tokens (B, S), targets (B, S)); a target of ``IGNORE`` does not count.
         lock: held shared for one step at a time.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = make_optimizer(model, learning_rate)
     model.train()
     seconds, losses = 0.0, []
     for step, rate in enumerate(learning_rates(steps, learning_rate)):
@@ -73,6 +73,10 @@ def fit(
     return seconds, tuple(("train_loss", step, float(losses[step])) for step in kept)
 
 
+def make_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+
+
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -80,14 +84,19 @@ def train_step(
     targets: Tensor,
     context: AbstractContextManager,
 ) -> Tensor:
-    """One step of gradient descent with the gradient's norm clipped to 1. Returns the loss before it, detached."""
+    """One step of gradient descent. Returns the loss before it, detached."""
     with context:
         loss = cross_entropy(model(tokens), targets)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    descend(model, optimizer)
+    return loss.detach()
+
+
+def descend(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Applies the gradients, their norm clipped to 1."""
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-    return loss.detach()
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:

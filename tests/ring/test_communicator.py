@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from raybsa.comm import Cancelled, Communicator, Phase
+from raybsa.comm import Cancelled, Communicator, PeerLost, Phase
 from tests.ring.ranks import run_ranks
 
 
@@ -100,7 +100,7 @@ def test_a_wait_that_takes_too_long_says_so() -> None:
             done.wait(20.0)
             return
         communicator.timeout_s = 0.1
-        with pytest.raises(TimeoutError, match=r"rank 0 waited 0\.1 s for kv, the limit is 0\.1 s"):
+        with pytest.raises(PeerLost, match=r"rank 0 waited 0\.1 s for kv, the limit is 0\.1 s"):
             communicator.exchange("kv", {}, {1: torch.empty(4)}).wait()
         done.set()
 

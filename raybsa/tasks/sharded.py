@@ -1,0 +1,146 @@
+"""ShardedTraining: one rank of the byte language model's training when its sequence is split across ranks.
+
+Every rank holds all weights and its part of every window. A step has two halves: ``prepare`` makes and exchanges the
+gradients and changes nothing that lasts, ``apply`` changes the weights. So a step whose exchange broke can be made
+again, and gives the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from raybsa.comm import Communicator, Phase
+from raybsa.ring.sequence import ShardedSequence
+from raybsa.spec import TrialSpec
+from raybsa.tasks.byte_lm import ByteText
+from raybsa.tasks.model import Transformer
+from raybsa.tasks.training import cross_entropy, descend, learning_rates, make_optimizer, prepare
+from raybsa.variants.distributed import DistributedConfig, share_partition
+
+
+class ShardedTraining:
+    """The training of a TrialSpec's model, on one rank.
+
+    Args:
+        spec: task "byte_lm" with the variant "distributed" in every layer.
+        device: this rank's.
+        config: how ranks share the sequence.
+
+    Attributes:
+        step: steps applied so far.
+        losses: this rank's share of the loss of every applied step since it was made, (step, nats a token).
+
+    Raises:
+        ValueError: another task or variant.
+    """
+
+    def __init__(self, spec: TrialSpec, device: torch.device, config: DistributedConfig | None = None) -> None:
+        variants = {layer.variant for layer in spec.attention}
+        if spec.task != "byte_lm" or variants != {"distributed"}:
+            raise ValueError(
+                f"training over ranks takes task 'byte_lm' with variant 'distributed', got {spec.task!r} and {variants}"
+            )
+        self.spec, self.config = spec, config or DistributedConfig()
+        self.text = ByteText(spec, device)
+        self.model, self._context = prepare(Transformer(spec, 256), device, spec.dtype)
+        self.optimizer = make_optimizer(self.model, spec.learning_rate)
+        self._rates = list(learning_rates(spec.train_steps, spec.learning_rate))
+        self.step = 0
+        self.losses: list[tuple[int, float]] = []
+        self._prepared_loss: float | None = None
+        _fill_in_state(self.optimizer)
+        self.bind(Communicator(device=device))
+
+    def bind(self, communicator: Communicator) -> None:
+        """Gives the rank its group, again after each rebuild; a step that was prepared before is forgotten."""
+        partition = share_partition(self.model, communicator, self.spec.train_len, self.spec.num_heads, self.config)
+        self.sequence = ShardedSequence(partition, communicator)
+        self._prepared_loss = None
+
+    @property
+    def communicator(self) -> Communicator:
+        return self.sequence.communicator
+
+    def prepare(self) -> None:
+        """Makes the gradients of the next step, summed over ranks; the same bits on every rank."""
+        tokens, targets = self.text.batches(self.step)
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=False)
+        with self.communicator.phase(Phase.STEP, "forward"), self._context:
+            nats = self._nats(tokens, targets) / targets.numel()
+        with self.communicator.phase(Phase.STEP, "backward"):
+            nats.backward()
+        with self.communicator.phase(Phase.EXCHANGE, "gradient"):
+            self._exchange()
+        self._prepared_loss = float(nats.detach())
+
+    def apply(self) -> None:
+        """Changes the weights by the gradients that ``prepare`` made."""
+        assert self._prepared_loss is not None, "prepare comes first"
+        with self.communicator.phase(Phase.COMMIT):
+            pass
+        self.optimizer.param_groups[0]["lr"] = self._rates[self.step]
+        descend(self.model, self.optimizer)
+        self.losses.append((self.step, self._prepared_loss))
+        self.step, self._prepared_loss = self.step + 1, None
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Bits per held-out byte, over all ranks."""
+        self.model.eval()
+        total = torch.zeros(1, dtype=torch.float64, device=self.text.device)
+        tokens, targets = self.text.held_out()
+        for some, wanted in zip(tokens.split(8), targets.split(8), strict=True):
+            with self._context:
+                total += self._nats(some, wanted)
+        return float(self.communicator.all_reduce("evaluation", total)) / targets.numel() / math.log(2)
+
+    def state(self) -> list[Tensor]:
+        """Every tensor that lasts, in one order on all ranks: weights, and the optimizer's moments and counts."""
+        return [*(p.data for p in self.model.parameters()), *_moments(self.optimizer)]
+
+    def _nats(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """This rank's sum over its part of (B, S) windows."""
+        logits = self.model(self.sequence.shard(tokens), self.sequence)
+        return cross_entropy(logits, self.sequence.shard(targets), reduction="sum")
+
+    def _exchange(self) -> None:
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        flat = torch.cat([grad.view(-1) for grad in grads])
+        self.communicator.all_reduce("gradient", flat)
+        for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(summed.view_as(grad))
+
+
+def send_state(training: ShardedTraining, source: int, needy: Iterable[int]) -> None:
+    """Copies ``source``'s state and step to the ``needy`` ranks, rank to rank. Every rank of the group calls it."""
+    communicator, tensors = training.communicator, training.state()
+    step = torch.tensor([training.step], dtype=torch.float64, device=communicator.device)
+    packed = torch.cat([step.view(torch.uint8), *(x.reshape(-1).view(torch.uint8) for x in tensors)])
+    needy = set(needy) - {source}
+    sends = dict.fromkeys(needy, packed) if communicator.rank == source else {}
+    receives = {source: packed} if communicator.rank in needy else {}
+    communicator.exchange("state", sends, receives).wait()
+    if receives:
+        head, *parts = packed.split([step.nbytes, *(x.nbytes for x in tensors)])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.clone().view(tensor.dtype).view_as(tensor))
+        training.step = int(head.clone().view(torch.float64))
+
+
+def _fill_in_state(optimizer: torch.optim.AdamW) -> None:
+    """Makes the moments at once, as zeros, so that every rank has the same tensors before its first step."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            zeros = torch.zeros_like(p, memory_format=torch.preserve_format)
+            optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+
+
+def _moments(optimizer: torch.optim.AdamW) -> Iterator[Tensor]:
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            yield from (optimizer.state[p][name] for name in ("step", "exp_avg", "exp_avg_sq"))

@@ -1,0 +1,104 @@
+"""Training over ranks gives the weights that training on one device gives, and a broken step can be made again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from raybsa.comm import Broken, Communicator, Phase
+from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
+from raybsa.tasks.sharded import ShardedTraining, send_state
+from tests.kernels.problems import relative_error
+from tests.ring.ranks import run_ranks
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def spec(tmp_path) -> TrialSpec:
+    (tmp_path / "text.txt").write_bytes(bytes(range(32, 127)) * 60)
+    attention = AttentionSpec("distributed", PatternSpec("bigbird"), 0.4, 16)
+    params = {"text": str(tmp_path), "train_batch": 2, "eval_windows": 4}
+    return TrialSpec(
+        "byte_lm", (attention,), train_len=16 * 7, train_steps=4, num_heads=2, head_dim=8, dtype="float64",
+        task_params=params,
+    )  # fmt: skip
+
+
+def train(training: ShardedTraining, steps: int) -> None:
+    for _ in range(steps):
+        training.prepare()
+        training.apply()
+
+
+def on_ranks(spec: TrialSpec, world_size: int, steps: int = 4) -> list[tuple[list[Tensor], float, float]]:
+    def work(communicator: Communicator) -> tuple[list[Tensor], float, float]:
+        training = ShardedTraining(spec, CPU)
+        training.bind(communicator)
+        train(training, steps)
+        return training.state(), sum(loss for _, loss in training.losses), training.evaluate()
+
+    return run_ranks(world_size, work)
+
+
+def test_three_ranks_train_the_weights_of_one(spec: TrialSpec) -> None:
+    ((alone, loss, bits),) = on_ranks(spec, 1)
+    ranks = on_ranks(spec, 3)
+    for state, _, some_bits in ranks:
+        assert all(torch.equal(a, b) for a, b in zip(state, ranks[0][0], strict=True)), "ranks must hold the same bits"
+        assert some_bits == pytest.approx(bits, rel=1e-9)
+        assert max(relative_error(a, b) for a, b in zip(state, alone, strict=True)) <= 1e-8
+    assert sum(loss for _, loss, _ in ranks) == pytest.approx(loss, rel=1e-9)
+
+
+def test_a_step_that_broke_is_made_again_with_the_same_bits(spec: TrialSpec) -> None:
+    wanted = on_ranks(spec, 2)[0][0]
+
+    class Break:
+        def begin(self, phase: Phase, kind: str, hop: int) -> None:
+            if phase is Phase.EXCHANGE:
+                raise Broken("injected")
+
+        def end(self, phase: Phase, kind: str, hop: int) -> None: ...
+
+    def work(communicator: Communicator) -> list[Tensor]:
+        training = ShardedTraining(spec, CPU)
+        training.bind(communicator)
+        train(training, 1)
+        communicator.observer = Break()
+        with pytest.raises(Broken):
+            training.prepare()
+        communicator.observer = None
+        training.bind(communicator)
+        train(training, 3)
+        return training.state()
+
+    for state in run_ranks(2, work):
+        assert all(torch.equal(a, b) for a, b in zip(state, wanted, strict=True))
+
+
+def test_a_newcomer_gets_the_state_of_a_survivor(spec: TrialSpec) -> None:
+    wanted = on_ranks(spec, 3)[0][0]
+
+    def work(communicator: Communicator) -> list[Tensor]:
+        training = ShardedTraining(spec, CPU)
+        training.bind(communicator)
+        train(training, 2)
+        if communicator.rank == 1:
+            training = ShardedTraining(spec, CPU)
+            training.bind(communicator)
+        send_state(training, 2, [1])
+        assert training.step == 2
+        train(training, 2)
+        return training.state()
+
+    for state in run_ranks(3, work):
+        assert all(torch.equal(a, b) for a, b in zip(state, wanted, strict=True))
+
+
+def test_other_tasks_and_variants_are_refused(spec: TrialSpec) -> None:
+    with pytest.raises(ValueError, match="takes task 'byte_lm' with variant 'distributed'"):
+        ShardedTraining(replace(spec, attention=(replace(spec.attention[0], variant="base"),)), CPU)
