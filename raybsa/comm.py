@@ -242,6 +242,11 @@ class Communicator:
         if self._waiter is not None:
             self._waiter.close()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no transfer is under way; until then the group must live."""
+        return self._waiter is None or self._waiter.is_idle
+
     def _check_time(self, waited: float, kind: str) -> None:
         if waited > self.timeout_s:
             raise PeerLost(f"rank {self.rank} waited {waited:.1f} s for {kind}, the limit is {self.timeout_s:g} s")
@@ -297,13 +302,19 @@ class _Waiter:
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
+        self._started = self._ended = 0  # the first is the callers', the second the thread's
         threading.Thread(target=self._run, name="raybsa-communicator", daemon=True).start()
 
     def wait_for(self, pending: Pending) -> None:
         if pending.works:
+            self._started += 1
             self._queue.put(pending)
         else:
             pending.done.set()
+
+    @property
+    def is_idle(self) -> bool:
+        return self._started == self._ended
 
     def close(self) -> None:
         """The thread ends when the transfer it waits for does."""
@@ -316,5 +327,6 @@ class _Waiter:
                     work.wait()
             except Exception as error:
                 pending.error = error
+            self._ended += 1
             pending.done.set()
             del pending

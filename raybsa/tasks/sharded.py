@@ -32,7 +32,7 @@ class ShardedTraining:
 
     Attributes:
         step: steps applied so far.
-        losses: this rank's share of the loss of every applied step since it was made, (step, nats a token).
+        losses: (step, nats a token) of the steps applied since the list was last taken, over all ranks.
 
     Raises:
         ValueError: another task or variant.
@@ -76,7 +76,7 @@ class ShardedTraining:
             nats.backward()
         with self.communicator.phase(Phase.EXCHANGE, "gradient"):
             self._exchange()
-        self._prepared_loss = float(nats.detach())
+            self._prepared_loss = float(self.communicator.all_reduce("loss", nats.detach().double().view(1)))
 
     def apply(self) -> None:
         """Changes the weights by the gradients that ``prepare`` made."""

@@ -1,0 +1,102 @@
+"""Durable checkpoints of a training: one file a step, whole or not there, on a local path or any ``pyarrow.fs`` URI.
+
+A file is the SHA-256 of its payload and the payload, ``torch.save`` of plain data and tensors (read back with
+``weights_only``). It is written under a temporary name and renamed; a torn or foreign file is passed over with its
+reason, and the one before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pyarrow as pa
+import torch
+from pyarrow import fs
+from torch import Tensor
+
+_NAME = re.compile(r"step-(\d{9})\.ckpt")
+_DIGEST_BYTES = 32
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What lasts of a training.
+
+    Args:
+        step: steps applied.
+        question: digest of the TrialSpec it belongs to.
+        state: every tensor, in the order of ``ShardedTraining.state``.
+    """
+
+    step: int
+    question: str
+    state: list[Tensor]
+
+
+class CheckpointFolder:
+    """The checkpoints of one training; the last ``keep`` of them stay.
+
+    Args:
+        root: a local path or a URI of ``pyarrow.fs``.
+        keep: how many files stay.
+    """
+
+    def __init__(self, root: str, *, keep: int = 2) -> None:
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}")
+        local = "://" not in root
+        try:
+            self._fs, self._path = fs.FileSystem.from_uri(os.path.abspath(root) if local else root)
+        except pa.ArrowInvalid as error:
+            raise ValueError(
+                f"checkpoints must go to a local path or a pyarrow.fs URI, got {root!r}: {error}"
+            ) from error
+        self._keep = keep
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Writes a checkpoint and drops the oldest beyond ``keep``."""
+        buffer = io.BytesIO()
+        state = [x.detach().cpu() for x in checkpoint.state]
+        torch.save({"step": checkpoint.step, "question": checkpoint.question, "state": state}, buffer)
+        payload = buffer.getvalue()
+        self._fs.create_dir(self._path, recursive=True)
+        temporary = f"{self._path}/.{uuid.uuid4().hex}.tmp"
+        with self._fs.open_output_stream(temporary) as stream:
+            stream.write(hashlib.sha256(payload).digest() + payload)
+        self._fs.move(temporary, f"{self._path}/step-{checkpoint.step:09d}.ckpt")
+        for step in self.steps()[: -self._keep]:
+            self._fs.delete_file(f"{self._path}/step-{step:09d}.ckpt")
+
+    def steps(self) -> list[int]:
+        """The steps at hand, ascending."""
+        files = self._fs.get_file_info(fs.FileSelector(self._path, allow_not_found=True))
+        return sorted(int(match[1]) for file in files if (match := _NAME.fullmatch(file.base_name)))
+
+    def latest(self, question: str, say: Callable[[str], None] = print) -> Checkpoint | None:
+        """The newest checkpoint of this question that is whole; None where there is none. ``say`` hears of others."""
+        for step in reversed(self.steps()):
+            name = f"{self._path}/step-{step:09d}.ckpt"
+            try:
+                checkpoint = self._read(name)
+            except ValueError as error:
+                say(f"checkpoint {name} is passed over: {error}")
+                continue
+            if checkpoint.question == question:
+                return checkpoint
+            say(f"checkpoint {name} is passed over: it belongs to question {checkpoint.question}, not to {question}")
+        return None
+
+    def _read(self, name: str) -> Checkpoint:
+        with self._fs.open_input_file(name) as stream:
+            content = stream.read()
+        digest, payload = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+        if hashlib.sha256(payload).digest() != digest:
+            raise ValueError(f"it is torn ({len(content)} bytes)")
+        data = torch.load(io.BytesIO(payload), weights_only=True)
+        return Checkpoint(data["step"], data["question"], data["state"])

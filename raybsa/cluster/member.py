@@ -1,0 +1,214 @@
+"""Member: one rank of a training that may lose ranks. A plain class; the TrainingCoordinator makes it a Ray actor."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from raybsa.cluster.checkpoint import Checkpoint, CheckpointFolder
+from raybsa.cluster.faults import Fault, FaultInjector
+from raybsa.cluster.membership import Seat
+from raybsa.comm import Broken, Cancelled, Communicator, Phase
+from raybsa.spec import TrialSpec
+from raybsa.tasks.sharded import ShardedTraining, send_state
+from raybsa.variants.distributed import DistributedConfig
+
+ARRIVAL_SLEEP_S = 0.002
+
+
+@dataclass(frozen=True)
+class MemberSettings:
+    """What every member of a training is made with.
+
+    Args:
+        config: how ranks share the sequence.
+        num_threads: CPU threads of PyTorch.
+        checkpoints: a folder or URI; None writes none.
+        checkpoint_every: steps between two checkpoints.
+        timeout_s: the longest that one wait for a peer may take; only the last resort, cancelling comes first.
+        marks: a folder for the marks of injected faults.
+    """
+
+    config: DistributedConfig = field(default_factory=DistributedConfig)
+    num_threads: int = 1
+    checkpoints: str | None = None
+    checkpoint_every: int = 100
+    timeout_s: float = 60.0
+    marks: str | None = None
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a member is: its process, the generation it has joined, the steps it has applied, and a fault that waits to
+    be done from outside."""
+
+    pid: int
+    generation: int
+    step: int
+    asks: Fault | None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a stretch of training led to: the step reached, the loss of each step (nats a token, of all ranks), and
+    what this rank sent, by kind, in bytes."""
+
+    step: int
+    losses: tuple[tuple[int, float], ...]
+    sent: dict[str, int]
+
+
+class Member:
+    """One rank. ``status`` and ``cancel`` may be called from another thread while the others run.
+
+    Args:
+        spec: what is trained.
+        device: ``"cpu"`` or ``"cuda"``.
+        settings: as every member's.
+    """
+
+    def __init__(self, spec: TrialSpec, device: str, settings: MemberSettings) -> None:
+        torch.set_num_threads(settings.num_threads)
+        self._settings = settings
+        self._device = torch.device(device)
+        self._training = ShardedTraining(spec, self._device, settings.config)
+        self._folder = None if settings.checkpoints is None else CheckpointFolder(settings.checkpoints)
+        self._generation = 0
+        self._cancelled: dict[int, str] = {}
+        self._communicator = Communicator(device=self._device)
+        self._left: list[Communicator] = []
+        self._asks: Fault | None = None
+
+    # ---- from any thread -------------------------------------------------------------------------------------------
+
+    def status(self) -> Status:
+        return Status(os.getpid(), self._generation, self._training.step, self._asks)
+
+    def cancel(self, generation: int, reason: str) -> None:
+        """Frees this rank from whatever it waits for in ``generation``."""
+        self._cancelled[generation] = reason
+        if self._generation == generation:
+            self._communicator.cancel(reason)
+
+    # ---- one after the other ---------------------------------------------------------------------------------------
+
+    def join(self, seat: Seat, faults: Sequence[Fault] = ()) -> int:
+        """Takes a place in a new generation; returns the steps this rank has applied.
+
+        Raises:
+            Broken: the generation was cancelled, or a peer was lost on the way.
+        """
+        self._leave()
+        self._generation = seat.generation
+        injector = FaultInjector(faults, seat.rank, lambda: self._training.step, self._settings.marks, self._ask)
+        injector.begin(Phase.RECOVERY, "", 0)
+        group = self._meet(seat) if seat.world_size > 1 else None
+        observer = injector if faults else None
+        self._communicator = Communicator(
+            group, device=self._device, timeout_s=self._settings.timeout_s, observer=observer
+        )
+        if seat.generation in self._cancelled:
+            self._communicator.cancel(self._cancelled[seat.generation])
+        self._training.bind(self._communicator)
+        return self._training.step
+
+    def level(self, source: int, needy: Sequence[int]) -> int:
+        """Copies the state of rank ``source`` to the ``needy``; returns the steps applied. All ranks call it."""
+        send_state(self._training, source, needy)
+        return self._training.step
+
+    def restore(self) -> int:
+        """Takes the newest whole checkpoint of this question, if there is one; returns the steps applied."""
+        found = None if self._folder is None else self._folder.latest(self._training.spec.digest)
+        if found is not None:
+            for tensor, saved in zip(self._training.state(), found.state, strict=True):
+                tensor.copy_(saved)
+            self._training.step = found.step
+        return self._training.step
+
+    def train(self, until: int) -> Progress:
+        """Makes steps until ``until`` of them are applied.
+
+        Raises:
+            Broken: the ring broke; what was applied stays, the running step is forgotten.
+        """
+        training = self._training
+        while training.step < until:
+            training.prepare()
+            training.apply()
+            if self._is_due(training.step):
+                with self._communicator.phase(Phase.CHECKPOINT):
+                    self._save()
+        return self._progress()
+
+    def evaluate(self) -> float:
+        """Bits per held-out byte, over all ranks."""
+        return self._training.evaluate()
+
+    def weights_digest(self) -> str:
+        """A hash of every tensor that lasts: equal where training led to the same bits."""
+        state = hashlib.sha256()
+        for tensor in self._training.state():
+            state.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return state.hexdigest()[:32]
+
+    def weights(self) -> list[torch.Tensor]:
+        """The model's parameters, on the CPU; small models only: they go through Ray's object store."""
+        return [p.detach().cpu() for p in self._training.model.parameters()]
+
+    # ---- for ourselves ---------------------------------------------------------------------------------------------
+
+    def _ask(self, fault: Fault) -> None:
+        self._asks = fault
+
+    def _is_due(self, step: int) -> bool:
+        return self._folder is not None and self._communicator.rank == 0 and step % self._settings.checkpoint_every == 0
+
+    def _save(self) -> None:
+        assert self._folder is not None
+        self._folder.save(Checkpoint(self._training.step, self._training.spec.digest, self._training.state()))
+
+    def _progress(self) -> Progress:
+        training = self._training
+        losses, training.losses = tuple(training.losses), []
+        return Progress(training.step, losses, dict(self._communicator.ledger.sent))
+
+    def _leave(self) -> None:
+        """Lets go of the old group; one with transfers under way is kept till they fail: destroying it waits."""
+        self._communicator.close()
+        self._left = [old for old in (*self._left, self._communicator) if not old.is_idle]
+
+    def _meet(self, seat: Seat) -> Any:
+        """The group of this generation. Ranks announce themselves first, so that one that is lost on the way leaves the
+        others in a wait that can be cancelled."""
+        timeout = datetime.timedelta(seconds=self._settings.timeout_s)
+        store = dist.PrefixStore(
+            f"generation-{seat.generation}/", dist.TCPStore(seat.store_host, seat.store_port, None, False, timeout)
+        )
+        store.set(f"here-{seat.rank}", "1")
+        names = [f"here-{rank}" for rank in range(seat.world_size)]
+        begin = time.monotonic()
+        while not store.check(names):
+            if seat.generation in self._cancelled:
+                raise Cancelled(f"generation {seat.generation}: {self._cancelled[seat.generation]}")
+            if time.monotonic() - begin > self._settings.timeout_s:
+                raise Broken(f"generation {seat.generation} did not meet within {self._settings.timeout_s:g} s")
+            time.sleep(ARRIVAL_SLEEP_S)
+        return _process_group(self._device, store, seat, timeout)
+
+
+def _process_group(device: torch.device, store: Any, seat: Seat, timeout: datetime.timedelta) -> Any:
+    if device.type == "cpu":
+        return dist.ProcessGroupGloo(store, seat.rank, seat.world_size, timeout)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    dist.init_process_group("nccl", store=store, rank=seat.rank, world_size=seat.world_size, timeout=timeout)
+    return dist.group.WORLD
