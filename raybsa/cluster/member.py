@@ -153,7 +153,7 @@ class Member:
         """Bits per held-out byte, over all ranks."""
         return self._training.evaluate()
 
-    def weights_digest(self) -> str:
+    def digest(self) -> str:
         """A hash of every tensor that lasts: equal where training led to the same bits."""
         state = hashlib.sha256()
         for tensor in self._training.state():

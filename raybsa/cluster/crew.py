@@ -1,0 +1,228 @@
+"""Crew: the actors of a training. It makes them, feels their pulse, keeps spares and ends them; it decides nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from raybsa.cluster.faults import Fault
+from raybsa.cluster.member import Member, MemberSettings, Status
+from raybsa.cluster.resources import Say, Share, wait_for
+from raybsa.spec import TrialSpec
+
+TICK_S = 0.02
+
+
+class MemberActor:
+    """The actor: a member, its control methods in a thread group of their own."""
+
+    def __init__(self, spec: TrialSpec, device: str, settings: MemberSettings) -> None:
+        self._member = Member(spec, device, settings)
+
+    @ray.method(concurrency_group="control")
+    def status(self) -> Status:
+        return self._member.status()
+
+    @ray.method(concurrency_group="control")
+    def cancel(self, generation: int, reason: str) -> None:
+        self._member.cancel(generation, reason)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Any other method of the member, one after the other."""
+        return getattr(self._member, method)(*arguments)
+
+
+@dataclass
+class _Worker:
+    """An actor, the sign that it is up, and what was last heard of it."""
+
+    actor: Any
+    made: Any
+    pid: int | None = None
+    ping: Any = None
+    heard_at: float = field(default_factory=time.monotonic)
+    struck: bool = False
+
+
+class Crew:
+    """Workers by number.
+
+    Args:
+        spec, settings: what members are made with.
+        share: what each owns.
+        heartbeat_s: who does not answer for this long hangs.
+        say: where messages go.
+        strike: does to an actor what a fault asks for from outside.
+
+    Attributes:
+        spares: workers that are up and have no rank.
+        arriving: workers that were asked for and are not up yet.
+    """
+
+    def __init__(
+        self,
+        spec: TrialSpec,
+        settings: MemberSettings,
+        share: Share,
+        heartbeat_s: float,
+        say: Say,
+        strike: Callable[[Any, Fault], None],
+    ) -> None:
+        self._made_with, self._share, self._say, self._strike = (spec, share.device, settings), share, say, strike
+        self._heartbeat_s = heartbeat_s
+        self._numbers = count()
+        self._workers: dict[int, _Worker] = {}
+        self.spares: list[int] = []
+        self.arriving: list[int] = []
+
+    # ---- coming and going ------------------------------------------------------------------------------------------
+
+    def recruit(self, number: int, wait_s: float) -> list[int]:
+        """That many workers, all up. Raises TooFewResources, or RayError where one cannot be made."""
+        fresh = [self._make() for _ in range(number)]
+        made = [self._workers[worker].made for worker in fresh]
+        wait_for(made, self._share, len(made), wait_s, self._say)
+        for worker in fresh:
+            self._greet(worker)
+        return fresh
+
+    def stand_ins(self, number: int, wait_s: float) -> list[int]:
+        """Up to that many workers: living spares first, then those that come up within ``wait_s`` seconds."""
+        found: list[int] = []
+        while self.spares and len(found) < number:
+            spare = self.spares.pop(0)
+            if self._answers(spare):
+                found.append(spare)
+            else:
+                self.lose(spare)
+        self.order(number - len(found))
+        deadline = time.monotonic() + wait_s
+        while len(found) < number and self.arriving and time.monotonic() < deadline:
+            ray.wait([self._workers[worker].made for worker in self.arriving], num_returns=1, timeout=TICK_S)
+            found += self.take_arrived(number - len(found))
+        return found
+
+    def order(self, number: int) -> None:
+        """Asks for workers until ``number`` are on their way."""
+        while len(self.arriving) < number:
+            self.arriving.append(self._make())
+
+    def take_arrived(self, most: int) -> list[int]:
+        """Up to ``most`` of the workers that are up by now; they are on their way no more."""
+        arrived = [worker for worker in tuple(self.arriving) if self._has_arrived(worker)][:most]
+        self.arriving = [worker for worker in self.arriving if worker not in arrived]
+        return arrived
+
+    def has_arrived(self) -> bool:
+        """Whether any worker that was asked for is up by now."""
+        return any(self._has_arrived(worker) for worker in tuple(self.arriving))
+
+    def lose(self, number: int) -> None:
+        """Ends a worker's process, also a stopped one on this machine, which Ray alone would take seconds to end."""
+        worker = self._workers.pop(number, None)
+        if worker is None or not ray.is_initialized():
+            return
+        ray.kill(worker.actor)
+        if worker.pid is not None and _is_member(worker.pid):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(worker.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Ends every worker."""
+        for number in tuple(self._workers):
+            self.lose(number)
+        self.spares, self.arriving = [], []
+
+    # ---- talking ---------------------------------------------------------------------------------------------------
+
+    def call(self, number: int, method: str, *arguments: Any) -> Any:
+        """A reference to what the member's method will return."""
+        self._workers[number].heard_at = time.monotonic()
+        return self._workers[number].actor.call.remote(method, *arguments)
+
+    def cancel(self, numbers: Sequence[int], generation: int, reason: str) -> dict[int, Any]:
+        """Tells workers to leave what they wait for; a reference for each."""
+        return {number: self._workers[number].actor.cancel.remote(generation, reason) for number in numbers}
+
+    def silent(self, numbers: Collection[int]) -> dict[int, str]:
+        """Pings workers in turn; those that died or have been silent for too long, and why."""
+        lost = {}
+        for number in numbers:
+            reason = self._feel_pulse(self._workers[number])
+            if reason is not None:
+                lost[number] = reason
+        return lost
+
+    def _feel_pulse(self, worker: _Worker) -> str | None:
+        now = time.monotonic()
+        if worker.ping is not None and ray.wait([worker.ping], timeout=0)[0]:
+            try:
+                status: Status = ray.get(worker.ping)
+            except RayError as error:
+                return cause_of(error)
+            worker.ping, worker.heard_at = None, now
+            if status.asks is not None and not worker.struck:
+                worker.struck = True
+                self._strike(worker.actor, status.asks)
+        if worker.ping is None and now - worker.heard_at > self._heartbeat_s / 8:
+            worker.ping = worker.actor.status.remote()
+        return f"no sign of life for {self._heartbeat_s:g} s" if now - worker.heard_at > self._heartbeat_s else None
+
+    # ---- for ourselves ---------------------------------------------------------------------------------------------
+
+    def _make(self) -> int:
+        number = next(self._numbers)
+        remote: Any = ray.remote(concurrency_groups={"control": 2})  # type: ignore[call-overload]
+        options = {"num_cpus": self._share.num_cpus, "num_gpus": self._share.num_gpus}
+        actor = remote(MemberActor).options(**options).remote(*self._made_with)
+        self._workers[number] = _Worker(actor, actor.status.remote())
+        return number
+
+    def _greet(self, number: int) -> None:
+        worker = self._workers[number]
+        worker.pid = ray.get(worker.made).pid
+
+    def _has_arrived(self, number: int) -> bool:
+        """Whether a worker is up; one that could not be made is expected no more."""
+        if not ray.wait([self._workers[number].made], timeout=0)[0]:
+            return False
+        try:
+            self._greet(number)
+        except RayError as error:
+            self._say(f"a fresh worker could not be made: {cause_of(error)}")
+            self.arriving.remove(number)
+            self.lose(number)
+            return False
+        return True
+
+    def _answers(self, number: int) -> bool:
+        try:
+            ray.get(self._workers[number].actor.status.remote(), timeout=self._heartbeat_s)
+        except RayError:
+            return False
+        return True
+
+
+def cause_of(error: RayError) -> str:
+    """One line that says what happened to a worker."""
+    cause = getattr(error, "cause", None)
+    named = cause if isinstance(cause, BaseException) else error
+    return f"{type(named).__name__}: {next(iter(str(named).strip().splitlines()), '')}"
+
+
+def _is_member(pid: int) -> bool:
+    """Whether the process is a member's on this machine: pids of other machines mean nothing here."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read().startswith(b"ray::MemberActor")
+    except OSError:
+        return False
