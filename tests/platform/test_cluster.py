@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import ray
+from ray.exceptions import OutOfMemoryError
 
 from raybsa.cluster.coordinator import Coordinator, WorkerNotMade
 from raybsa.cluster.resources import Share, TooFewResources, await_resources
@@ -133,6 +134,32 @@ def test_a_worker_that_cannot_be_made_is_an_error_with_its_reason():
         Coordinator(Share(), make=make).__enter__()
     outcome = Coordinator(Share(), make=make).run(SPEC)
     assert "no libfoo on this node" in outcome.error
+
+
+def test_a_worker_that_cannot_say_what_it_is_is_an_error_with_its_reason():
+    class Mute:
+        def describe(self):
+            raise RuntimeError("the driver is too old")
+
+    with pytest.raises(WorkerNotMade, match="the driver is too old"):
+        Coordinator(Share(), make=lambda device, arguments: Mute()).__enter__()
+
+
+def test_a_worker_that_ray_killed_for_its_memory_counts_as_one_that_died(scripted, monkeypatch):
+    """Ray reports it by an error of its own that is no RayActorError."""
+    said, errors, get = [], [OutOfMemoryError("the node ran low on memory")] * 3, ray.get
+
+    def get_or_fail(references, **options):
+        if options.get("timeout") == 0 and errors:
+            raise errors.pop()
+        return get(references, **options)
+
+    with Coordinator(Share(), retries=1, make=scripted, say=said.append) as coordinator:
+        monkeypatch.setattr("raybsa.cluster.coordinator.ray.get", get_or_fail)
+        lost, survived = coordinator.map(asked(0, 0))
+    assert (lost.failures, lost.error) == (2, "its worker died 2 times: the node ran low on memory")
+    assert (survived.failures, survived.error) == (1, None)
+    assert len(said) == 2
 
 
 def test_run_trial_records_the_answer_and_the_failures_that_it_survived(scripted, tmp_path):
