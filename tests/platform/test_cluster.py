@@ -1,7 +1,8 @@
 """Coordinator and search on a real, small Ray cluster: failures, waits, and nothing left behind."""
 
-import glob
 import json
+import os
+import tempfile
 import time
 from dataclasses import replace
 
@@ -177,13 +178,13 @@ def test_run_trial_records_the_answer_and_the_failures_that_it_survived(scripted
     assert TrialSpec.from_dict(json.loads(survived.spec)) == asked(2)[0]
 
 
-def test_a_search_records_every_trial_at_once_and_outlives_those_that_fail(tmp_path):
+def test_a_search_records_every_trial_at_once_and_outlives_those_that_fail(tmp_path, monkeypatch):
     """One family lists its blocks for another length: every trial of it fails, with the reason in its record."""
     elsewhere = str(tmp_path / "blocks.parquet")
     save_blocks(BlockLayout.from_rows([[0]], q_len=16, kv_len=16, q_block_size=16), elsewhere)
     families = {"sliding_window": {}, "blocks": {"path": [elsewhere]}, "random": {}}
     store, stored_when_told = Store.create(tmp_path / "results"), []
-    scratch_before = set(glob.glob("/tmp/raybsa-tune-*"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # another search may run on this machine
 
     def tell(record):
         stored_when_told.append(record in store.read_records())
@@ -204,4 +205,4 @@ def test_a_search_records_every_trial_at_once_and_outlives_those_that_fail(tmp_p
     for record in records:
         assert (record.status == "failed") == (record.pattern == "blocks"), record.error
     assert "lists blocks for q_len 16" in by_id["run-002"].error
-    assert set(glob.glob("/tmp/raybsa-tune-*")) == scratch_before
+    assert sorted(os.listdir(tmp_path)) == ["blocks.parquet", "results"], "nothing of Tune's stays"
