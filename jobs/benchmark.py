@@ -12,20 +12,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-import ray
-
 from dashboards.report import write_report
 from raybsa import patterns
-from raybsa.cluster.coordinator import Coordinator
+from raybsa.cluster.coordinator import Coordinator, WorkerNotMade
 from raybsa.cluster.resources import TooFewResources
 from raybsa.experiments.launch import absolute, cluster, git_commit, worker_share
 from raybsa.experiments.suites import BASE, SUITES, grid
 from raybsa.experiments.table import head_line, line
 from raybsa.experiments.trial import Run, run_trial
+from raybsa.results.record import Record
 from raybsa.results.store import Store
 from raybsa.spec import PatternSpec, TrialSpec
 
@@ -36,21 +36,26 @@ def main() -> int:
     out = absolute("--out", arguments.out)
     store = Store.create(out)
     run = Run.start("benchmark", arguments.git_commit)
-    failed = 0
-    with cluster(arguments.address):
-        cpus = arguments.threads or int(ray.cluster_resources()["CPU"])
-        timing = {"repeats": arguments.repeats, "budget_s": arguments.budget}
-        print(f"{len(specs)} measurements on {worker_share(cpus)}, results in {out}", flush=True)
-        print(head_line())
-        with Coordinator(worker_share(cpus), wait_s=arguments.wait, timing=timing) as coordinator:
-            for number, spec in enumerate(specs):
-                record = run_trial(spec, coordinator, run, trial_id=f"{run.run_id}-{number:03d}", store=store)
-                print(line(record), flush=True)
-                failed += record.status != "ok"
+    records: list[Record] = []
+    try:
+        with cluster(arguments.address):
+            share = worker_share(arguments.threads)
+            timing = {"repeats": arguments.repeats, "budget_s": arguments.budget}
+            print(f"{len(specs)} measurements on {share}, results in {out}", flush=True)
+            print(head_line())
+            with Coordinator(share, wait_s=arguments.wait, trial_s=arguments.limit, timing=timing) as coordinator:
+                for number, spec in enumerate(specs):
+                    trial_id = f"{run.run_id}-{number:03d}"
+                    records.append(run_trial(spec, coordinator, run, trial_id=trial_id, store=store))
+                    print(line(records[-1]), flush=True)
+    except KeyboardInterrupt:
+        print(f"ended after {len(records)} of {len(specs)} measurements")
     print(f"results: {out}")
-    if "://" not in out and failed < len(specs):
+    if "://" not in out and any(record.status == "ok" for record in records):
         print(f"report:  {write_report(out, os.path.join(out, 'report.html'), own_patterns=True)}")
-    return 1 if failed else 0
+    if len(records) < len(specs):
+        return 128 + signal.SIGINT
+    return 0 if all(record.status == "ok" for record in records) else 1
 
 
 def _specs(arguments: argparse.Namespace) -> list[TrialSpec]:
@@ -105,9 +110,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=20, help="timed calls of each side (5 where they are slow)")
     parser.add_argument("--budget", type=float, default=5.0, help="seconds for the timed calls of each side")
-    parser.add_argument("--threads", type=int, help="CPU threads of the worker (all of the cluster's)")
+    parser.add_argument("--threads", type=int, help="CPU threads of the worker (all of the largest machine's)")
     parser.add_argument("--address", help="a running Ray cluster (RAY_ADDRESS, else one of our own)")
     parser.add_argument("--wait", type=float, default=60.0, help="seconds to wait for resources")
+    parser.add_argument("--limit", type=float, default=1800.0, help="seconds that one measurement may take")
     parser.add_argument("--git-commit", default=git_commit(Path(__file__).parent), help="recorded with each row")
     return parser.parse_args()
 
@@ -115,5 +121,5 @@ def _arguments() -> argparse.Namespace:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (ValueError, TypeError, OSError, TooFewResources) as error:
+    except (ValueError, TypeError, OSError, TooFewResources, WorkerNotMade) as error:
         sys.exit(f"error: {error}")

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from raybsa.cluster.head import local_head
+from raybsa.experiments.launch import exit_on_sigterm, git_commit
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,12 +27,15 @@ def main() -> int:
     arguments = _arguments()
     out = arguments.out.resolve()
     started = time.monotonic()
+    exit_on_sigterm()
     print(f"Starting a Ray head with {arguments.num_cpus} CPUs ...", flush=True)
     with local_head(arguments.num_cpus) as head:
         search = ["python", "jobs/search.py", "--preset", "demo", "--out", str(out), *arguments.search_arguments]
+        if commit := git_commit(ROOT):
+            search += ["--git-commit", commit]  # the uploaded copy has no .git
         submit = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", head.address]
         submit += ["--working-dir", str(ROOT), "--", *search]
-        print("$ ray job submit --working-dir . -- " + " ".join(search), flush=True)
+        print("$ ray job submit --working-dir . -- " + shlex.join(search), flush=True)
         code = subprocess.run(submit, env=head.environment, cwd=ROOT, check=False).returncode
     if code:
         print(f"The search failed (exit code {code}); what it had measured is in {out}", file=sys.stderr)
@@ -47,4 +53,9 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (RuntimeError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

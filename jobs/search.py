@@ -18,11 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from dashboards.report import write_report
 from raybsa.cluster.resources import TooFewResources
-from raybsa.experiments.launch import absolute, cluster, git_commit, worker_share
+from raybsa.experiments.launch import absolute, cluster, git_commit, room_for, worker_share
 from raybsa.experiments.presets import PRESETS, Preset
 from raybsa.experiments.progress import Progress
 from raybsa.experiments.search import Pool, search
@@ -92,6 +90,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--cpus-per-worker", type=int, default=1)
     parser.add_argument("--wait", type=float, default=60.0, help="seconds to wait for resources")
+    parser.add_argument("--limit", type=float, default=1800.0, help="seconds that one trial may take")
     parser.add_argument("--git-commit", default=git_commit(Path(__file__).parent), help="recorded with each trial")
     return parser.parse_args()
 
@@ -104,19 +103,17 @@ def _preset(arguments: argparse.Namespace) -> Preset:
     text = None if arguments.text is None else absolute("--text", arguments.text)
     base = replace(base, seed=arguments.seed, task_params={**base.task_params, "text": text}, **sizes)
     trials = preset.trials if arguments.trials is None else arguments.trials
-    if trials < 1:
-        raise ValueError(f"--trials must be at least 1, got {trials}")
+    for option, number in (("--trials", trials), ("--workers", arguments.workers)):
+        if number is not None and number < 1:
+            raise ValueError(f"{option} must be at least 1, got {number}")
     return replace(preset, space=replace(preset.space, base=base), trials=trials)
 
 
 def _pool(arguments: argparse.Namespace, preset: Preset) -> Pool:
     """A worker a GPU; on a cluster without GPUs a worker a CPU share. Never more than there are trials."""
-    total = ray.cluster_resources()
-    gpus, cpus = int(total.get("GPU", 0)), int(total.get("CPU", 0))
     share = worker_share(arguments.cpus_per_worker)
-    fitting = min(cpus // share.num_cpus, gpus or cpus)
-    workers = arguments.workers or max(1, min(preset.trials, fitting))
-    return Pool(share, workers, wait_s=arguments.wait, timing=preset.timing)
+    workers = max(1, min(preset.trials, room_for(share))) if arguments.workers is None else arguments.workers
+    return Pool(share, workers, wait_s=arguments.wait, trial_s=arguments.limit, timing=preset.timing)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "ray": {"raybsa.cluster", "raybsa.experiments", "jobs"},
     "plotly": {"dashboards"},
     "optuna": {"raybsa.experiments"},
-    "pyarrow": {"raybsa.results", "raybsa.patterns", "dashboards"},
+    "pyarrow": {"raybsa.results", "raybsa.patterns", "raybsa.cluster", "dashboards"},
 }
 
 

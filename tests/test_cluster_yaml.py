@@ -18,14 +18,21 @@ def config() -> dict[str, Any]:
     return yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8"))
 
 
-def validate(config: dict[str, Any]) -> None:
+def validate(config: dict[str, Any]) -> dict[str, Any]:
+    """What Ray makes of the file, once its validator has passed it."""
     from ray.autoscaler._private.util import prepare_config, validate_config
 
-    validate_config(prepare_config(copy.deepcopy(config)))
+    prepared = prepare_config(copy.deepcopy(config))
+    validate_config(prepared)
+    return prepared
 
 
-def test_ray_accepts_the_file(config: dict[str, Any]) -> None:
-    validate(config)
+def test_ray_accepts_the_file_and_starts_a_node_for_each_worker_address(config: dict[str, Any]) -> None:
+    prepared = validate(config)
+    (node_type,) = prepared["available_node_types"].values()
+    assert node_type["min_workers"] == node_type["max_workers"] == len(config["provider"]["worker_ips"])
+    for side in ("head", "worker"):
+        assert prepared[f"{side}_start_ray_commands"] == config[f"{side}_start_ray_commands"]
 
 
 def test_ray_refuses_an_unknown_key(config: dict[str, Any]) -> None:

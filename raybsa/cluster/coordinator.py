@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError, WorkerCrashedError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -170,16 +170,16 @@ class Coordinator:
         except GetTimeoutError:
             self._kill(flight.slot)
             return Outcome(spec, None, f"took longer than {self._trial_s:g} s", failures)
-        except (RayActorError, WorkerCrashedError) as error:
+        except RayTaskError as error:
+            if self._share.num_gpus:
+                self._kill(flight.slot)  # a CUDA error may have left the process unusable
+            return Outcome(spec, None, _cause(error), failures)
+        except RayError as error:  # whatever else Ray reports took the worker: its death, its node, its memory
             self._kill(flight.slot)
             if failures < self._retries:
                 self._say(f"a worker died, its trial goes to a fresh one (attempt {failures + 2})")
                 return None
             return Outcome(spec, None, f"its worker died {failures + 1} times: {_first_line(error)}", failures + 1)
-        except RayTaskError as error:
-            if self._share.num_gpus:
-                self._kill(flight.slot)  # a CUDA error may have left the process unusable
-            return Outcome(spec, None, _cause(error), failures)
 
     # ---- workers -----------------------------------------------------------------------------------------------
 
@@ -194,7 +194,7 @@ class Coordinator:
         except BaseException as error:
             for slot in actors:
                 self._kill(slot)
-            if isinstance(error, RayActorError):
+            if isinstance(error, RayError):
                 raise WorkerNotMade(f"a worker on {self._share} could not be made: {_last_line(error)}") from error
             raise
 

@@ -1,9 +1,9 @@
-"""A Ray head of our own on this machine, on loopback and free ports, started and stopped by its pid."""
+"""A Ray head of our own on this machine, on free ports and under a token, started and stopped by its pid."""
 
 from __future__ import annotations
 
 import os
-import shutil
+import secrets
 import signal
 import socket
 import subprocess
@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def local_head(num_cpus: int) -> Iterator[LocalHead]:
     """A head for the ``with`` block, then all of its processes are gone.
 
     Its files lie in a temporary folder of their own, so that no other cluster of this machine is touched or found.
-    Authentication is off: nothing listens beyond loopback.
+    Ray listens on all interfaces, so a token of its own, in ``environment``, keeps everyone else out.
 
     Args:
         num_cpus: CPU shares that the cluster offers.
@@ -42,43 +42,45 @@ def local_head(num_cpus: int) -> Iterator[LocalHead]:
     Raises:
         RuntimeError: the head did not answer within ``START_SECONDS``; the message ends with its last words.
     """
-    folder = Path(tempfile.mkdtemp(prefix="raybsa-"))
+    token = secrets.token_hex(32)
     binaries = str(Path(sys.executable).parent)  # jobs run `python`: this one
     environment = os.environ | {
         "PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}",
-        "RAY_AUTH_MODE": "disabled",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": token,
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_LOGGER_LEVEL": "warning",
+        "no_proxy": ",".join(filter(None, ("127.0.0.1", os.environ.get("no_proxy"), os.environ.get("NO_PROXY")))),
     }
     environment.pop("RAY_ADDRESS", None)
-    port, dashboard_port, agent_port = _free_ports(3)
+    port, client_port, dashboard_port, agent_port = _free_ports(4)
     options = {
         "num-cpus": num_cpus,
         "node-ip-address": "127.0.0.1",
         "port": port,
+        "ray-client-server-port": client_port,
         "dashboard-host": "127.0.0.1",
         "dashboard-port": dashboard_port,
         "dashboard-agent-listen-port": agent_port,  # it runs the jobs; its default port may be another cluster's
-        "temp-dir": folder,
     }
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
-    log = folder / "head.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command + [f"--{name}={value}" for name, value in options.items()],
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is for the caller, who then stops the head in order
-        )
-    try:
-        address = f"http://127.0.0.1:{dashboard_port}"
-        _wait_until_it_answers(process, f"{address}/api/version", log)
-        _wait_until_it_answers(process, f"http://127.0.0.1:{agent_port}/api/local_raylet_healthz", log)
-        yield LocalHead(address, environment)
-    finally:
-        _stop(process)
-        shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="raybsa-", ignore_cleanup_errors=True) as folder:
+        log = Path(folder, "head.log")
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                [*command, f"--temp-dir={folder}", *(f"--{name}={value}" for name, value in options.items())],
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for the caller, who then stops the head in order
+            )
+        try:
+            address = f"http://127.0.0.1:{dashboard_port}"
+            _wait_until_it_answers(process, f"{address}/api/version", token, log)
+            _wait_until_it_answers(process, f"http://127.0.0.1:{agent_port}/api/local_raylet_healthz", token, log)
+            yield LocalHead(address, environment)
+        finally:
+            _stop(process)
 
 
 def _free_ports(count: int) -> list[int]:
@@ -92,11 +94,13 @@ def _free_ports(count: int) -> list[int]:
             one.close()
 
 
-def _wait_until_it_answers(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+def _wait_until_it_answers(process: subprocess.Popen[bytes], url: str, token: str, log: Path) -> None:
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy of the network cannot see loopback
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            with urllib.request.urlopen(url, timeout=2):
+            with direct.open(request, timeout=2):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
@@ -105,10 +109,10 @@ def _wait_until_it_answers(process: subprocess.Popen[bytes], url: str, log: Path
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM makes a blocking head end its own processes; its session is killed if it has not by then."""
+    """SIGTERM makes a blocking head end its own processes; what is left of its session then is killed."""
     process.send_signal(signal.SIGTERM)
-    try:
+    with suppress(subprocess.TimeoutExpired):
         process.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    process.wait()

@@ -5,15 +5,19 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import ray
 
 from raybsa.cluster.resources import Share
+
+_ANSWER_SECONDS = 10.0
 
 
 def absolute(option: str, path: str) -> str:
@@ -43,8 +47,12 @@ def cluster(address: str | None) -> Iterator[None]:
     """A connection to the cluster at ``address`` (or RAY_ADDRESS, else one of our own), closed however the job ends.
 
     SIGTERM, which ``ray job stop`` sends, ends the job as Ctrl-C does: in order.
+
+    Raises:
+        ConnectionError: nothing answers at the address.
     """
     target = address or os.environ.get("RAY_ADDRESS", "local")
+    _require_an_answer(target)
     ray.init(
         address=target,
         include_dashboard=False if target == "local" else None,
@@ -52,13 +60,48 @@ def cluster(address: str | None) -> Iterator[None]:
         logging_level=logging.ERROR,
         namespace="raybsa",
     )
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    exit_on_sigterm()
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def worker_share(cpus: int) -> Share:
-    """``cpus`` and one GPU where the connected cluster has any."""
-    return Share(cpus, 1 if int(ray.cluster_resources().get("GPU", 0)) else 0)
+def exit_on_sigterm() -> None:
+    """SIGTERM leaves every ``with`` block in order, where by default it ends the process at once."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+def worker_share(cpus: int | None) -> Share:
+    """``cpus``, and one GPU where the connected cluster has any; None: all CPUs of the largest machine to be had."""
+    gpus = 1 if any(_has(node, "GPU") for node in _nodes()) else 0
+    if cpus is None:
+        cpus = max([1, *(_has(node, "CPU") for node in _nodes() if _has(node, "GPU") >= gpus)])
+    return Share(cpus, gpus)
+
+
+def room_for(share: Share) -> int:
+    """How many workers the connected cluster can hold at once: none of them lies on two machines."""
+    return sum(min(_has(node, what) // int(amount) for what, amount in share.bundle.items()) for node in _nodes())
+
+
+def _require_an_answer(target: str) -> None:
+    """Ray itself would wait for many minutes, without a word."""
+    host, colon, port = target.rpartition("://")[2].partition("/")[0].rpartition(":")
+    if not colon:
+        return  # "local" and "auto" are no addresses
+    try:
+        socket.create_connection((host, int(port)), timeout=_ANSWER_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise ConnectionError(
+            f"a running Ray cluster was wanted at {target!r}, nothing answers there: {error}"
+        ) from error
+
+
+def _nodes() -> list[dict[str, Any]]:
+    """The resources of each machine that is up."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _has(node: dict[str, Any], what: str) -> int:
+    return int(node.get(what, 0))

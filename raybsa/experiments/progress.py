@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from typing import TextIO
@@ -29,7 +30,9 @@ class Progress:
         if self._stream.isatty():
             filled = _BAR * self._count // self._total
             end = "\n" if self._count == self._total else ""
-            self._stream.write(f"\r\033[K[{'█' * filled}{'·' * (_BAR - filled)}] {text}{end}")
+            shown = f"[{'█' * filled}{'·' * (_BAR - filled)}] {text}"
+            width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be drawn over
+            self._stream.write(f"\r\033[K{shown[:width]}{end}")
         else:
             self._stream.write(f"{text}\n")
         self._stream.flush()

@@ -140,10 +140,10 @@ class _TrialActor(tune.Trainable):
 
 
 class _Questions(OptunaSearch):
-    """Tells Optuna that a failed trial failed, where Tune only sees a trial that ended."""
+    """Tells Optuna that a trial without all of its objectives failed, where Tune only sees a trial that ended."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        failed = error or result is None or result["outcome"].error is not None
+        failed = error or result is None or not all(math.isfinite(result[name]) for name in self.metric)
         super().on_trial_complete(trial_id, None if failed else result, error=failed)
 
 
@@ -159,7 +159,8 @@ class _Recorder(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """The trial's own actor was lost, not only its worker."""
-        self._keep(trials.index(trial), Outcome(self._space.spec(trial.config), None, "its trial actor was lost", 1))
+        error = f"its trial actor was lost: {str(trial.get_error()).strip().splitlines()[-1]}"
+        self._keep(trials.index(trial), Outcome(self._space.spec(trial.config), None, error, 1))
 
     def _keep(self, index: int, outcome: Outcome) -> None:
         record = record_of(outcome, self._run, f"{self._run.run_id}-{index:03d}")
@@ -169,5 +170,6 @@ class _Recorder(tune.Callback):
 
 
 def _value(outcome: Outcome, objective: Objective) -> float:
-    """The objective of an outcome; NaN where it failed."""
-    return math.nan if outcome.measurement is None else float(getattr(outcome.measurement, objective.column))
+    """The objective of an outcome; NaN where it was not measured."""
+    value = getattr(outcome.measurement, objective.column, None)
+    return math.nan if value is None else float(value)

@@ -79,7 +79,6 @@ def record_of(outcome: Outcome, run: Run, trial_id: str) -> Record:
         variant="/".join(dict.fromkeys(layer.variant for layer in spec.attention)),
         pattern="/".join(layer.pattern.name if layer.pattern else layer.variant for layer in spec.attention),
         block_size=first.block_size,
-        density=measured.pop("density", None),
         seq_len=spec.seq_len,
         train_len=None if spec.task == "speed" else spec.train_len,
         batch=spec.batch,

@@ -70,15 +70,20 @@ def block_sparse_attention(
         segment_ids,
         block_bias,
         float(dropout_p),
-        _seed(seed, dropout_p),
+        draw_seed(dropout_p) if seed is None else int(seed),
         torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic,
         return_lse,
     )
+    out, lse = run_call(call, backend)
+    return (out, lse) if return_lse else out
+
+
+def run_call(call: AttentionCall, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """out and lse (only where the call asks for it) of a call made elsewhere; raises as ``block_sparse_attention``."""
     check_call(call)
     module = BACKENDS[choose_backend(call)] if backend == "auto" else _named(backend, call)
-    with torch.autocast(q.device.type, enabled=False):
-        out, lse = module.run(call)
-    return (out, lse) if return_lse else out
+    with torch.autocast(call.q.device.type, enabled=False):
+        return module.run(call)
 
 
 def choose_backend(call: AttentionCall) -> str:
@@ -98,7 +103,6 @@ def _named(name: str, call: AttentionCall) -> ModuleType:
     return BACKENDS[name]
 
 
-def _seed(seed: int | None, dropout_p: float) -> int:
-    if seed is not None:
-        return int(seed)
+def draw_seed(dropout_p: float) -> int:
+    """A seed for dropout from torch's default CPU generator, which is left alone where nothing is dropped."""
     return int(torch.randint(2**31 - 1, ())) if dropout_p else 0

@@ -7,15 +7,11 @@ from dataclasses import dataclass
 SCHEMA_VERSION = 1
 
 
-@dataclass(frozen=True)
-class Record:
-    """What one trial measured. Times are milliseconds, sizes bytes; None means not measured.
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """Whose answer a Record is, and to which question.
 
-    ``status`` is ``"ok"`` or ``"failed"`` (``error`` then says why); ``created_at`` is UTC, ISO 8601. ``peak_bytes`` is
-    what forward and backward need beyond their inputs.
-    ``quality_goal`` is ``"min"`` or ``"max"``. ``dense_*`` are torch SDPA's on the same shapes, measured in the same
-    run on the same device; the share of the ideal speed-up is ``dense / (density * own)``. ``error_*`` are relative
-    errors (max abs difference / max abs reference) against the float64 reference.
+    ``status`` is ``"ok"`` or ``"failed"`` (``error`` then says why); ``created_at`` is UTC, ISO 8601.
     """
 
     trial_id: str
@@ -32,7 +28,6 @@ class Record:
     variant: str
     pattern: str
     block_size: int
-    density: float | None
     seq_len: int
     train_len: int | None
     batch: int
@@ -41,6 +36,19 @@ class Record:
     causal: bool
     dtype: str
     backend: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What only the worker can know. Times are milliseconds, sizes bytes; None means not measured.
+
+    ``peak_bytes`` is what forward and backward need beyond their inputs. ``quality_goal`` is ``"min"`` or ``"max"``.
+    ``dense_*`` are torch SDPA's on the same shapes, measured in the same run on the same device; the share of the ideal
+    speed-up is ``dense / (density * own)``. ``error_*`` are relative errors (max abs difference / max abs reference)
+    against the float64 reference.
+    """
+
+    density: float | None = None
 
     quality_name: str | None = None
     quality_goal: str | None = None
@@ -57,17 +65,30 @@ class Record:
     dense_forward_backward_ms_p50: float | None = None
     peak_bytes: int | None = None
     dense_peak_bytes: int | None = None
-    wire_bytes: int = 0
     error_forward: float | None = None
     error_gradient: float | None = None
-    failures_survived: int = 0
 
     device: str = ""
     device_name: str = ""
     num_threads: int | None = None
     torch_version: str = ""
-    ray_version: str = ""
     python_version: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement(Measured):
+    """What a worker sends up: its part of a Record, and the curves (name, step, value)."""
+
+    curves: tuple[tuple[str, int, float], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record(Measured, Asked):  # the fields of the last base come first
+    """What was asked and what one trial measured, with what the job adds."""
+
+    wire_bytes: int = 0
+    failures_survived: int = 0
+    ray_version: str = ""
     raybsa_version: str = ""
     git_commit: str = ""
     schema_version: int = SCHEMA_VERSION
@@ -82,32 +103,3 @@ class SeriesPoint:
     step: int
     rank: int
     value: float
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What a worker sends up: the fields of a Record that only it can know, and the curves (name, step, value)."""
-
-    density: float
-    quality_name: str | None = None
-    quality_goal: str | None = None
-    quality: float | None = None
-    train_seconds: float | None = None
-    forward_ms_p20: float | None = None
-    forward_ms_p50: float | None = None
-    forward_ms_p80: float | None = None
-    forward_backward_ms_p20: float | None = None
-    forward_backward_ms_p50: float | None = None
-    forward_backward_ms_p80: float | None = None
-    dense_forward_ms_p50: float | None = None
-    dense_forward_backward_ms_p50: float | None = None
-    peak_bytes: int | None = None
-    dense_peak_bytes: int | None = None
-    error_forward: float | None = None
-    error_gradient: float | None = None
-    device: str = ""
-    device_name: str = ""
-    num_threads: int | None = None
-    torch_version: str = ""
-    python_version: str = ""
-    curves: tuple[tuple[str, int, float], ...] = ()

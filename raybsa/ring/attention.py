@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from raybsa.comm import Communicator, Pending, Phase
-from raybsa.kernels.api import block_sparse_attention
+from raybsa.kernels.api import run_call
 from raybsa.kernels.backward import attention_backward
 from raybsa.kernels.call import AttentionCall, cast_inputs, compute_dtype
 from raybsa.kernels.delta import row_delta
@@ -169,7 +169,7 @@ class _RingAttention(torch.autograd.Function):
                 continue
             with ring.communicator.phase(Phase.FORWARD, "attention", hop.shift):
                 call = ring.call(hop, rows_of(q, hop, 2), keys, values, block_bias)
-                parts.add(hop, *_attend(call, ring.backend))
+                parts.add(hop, *run_call(call, ring.backend))
         out, lse = parts.out.to(q.dtype), parts.lse
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, block_bias, out, lse)
@@ -194,24 +194,6 @@ class _RingAttention(torch.autograd.Function):
                 parts = (q[:, :, :0], keys, values, None)
             grads.add(hop, *parts)
         return grads.finish()
-
-
-def _attend(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
-    out, lse = block_sparse_attention(
-        call.q,
-        call.k,
-        call.v,
-        call.layout,
-        scale=call.scale,
-        segment_ids=call.segment_ids,
-        block_bias=call.block_bias,
-        dropout_p=call.dropout_p,
-        seed=call.seed,
-        deterministic=call.deterministic,
-        return_lse=True,
-        backend=backend,
-    )
-    return out, lse
 
 
 class _Merged:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from raybsa.kernels.api import block_sparse_attention
+from raybsa.kernels.api import run_call
 from raybsa.kernels.call import AttentionCall, compute_dtype
 from raybsa.kernels.merge import merge
 from raybsa.kernels.reference import dropout_factor
@@ -22,26 +22,8 @@ def attend(call: AttentionCall, extra: tuple[Tensor, Tensor] | None, backend: st
         extra: keys and values (B, H, E, D), or None.
         backend: as in ``block_sparse_attention``.
     """
-    result = block_sparse_attention(
-        call.q,
-        call.k,
-        call.v,
-        call.layout,
-        scale=call.scale,
-        attn_mask=call.attn_mask,
-        segment_ids=call.segment_ids,
-        block_bias=call.block_bias,
-        dropout_p=call.dropout_p,
-        seed=call.seed,
-        deterministic=call.deterministic,
-        return_lse=call.return_lse,
-        backend=backend,
-    )
-    if isinstance(result, Tensor):
-        return result
-    assert extra is not None
-    out, lse = result
-    return merge(out, lse, *_attend_extra(call, *extra, out.dtype))[0]
+    out, lse = run_call(call, backend)
+    return out if extra is None else merge(out, lse, *_attend_extra(call, *extra, out.dtype))[0]
 
 
 def _attend_extra(call: AttentionCall, keys: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

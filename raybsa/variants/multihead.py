@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raybsa.kernels.api import draw_seed
 from raybsa.kernels.call import AttentionCall
 from raybsa.variants.mha_extra import attend
 from raybsa.variants.mha_inputs import check_inputs, translate_masks
@@ -159,7 +160,7 @@ class BlockSparseMultihead(nn.MultiheadAttention):
             segment_ids=segment_ids,
             block_bias=block_bias,
             dropout_p=dropout,
-            seed=int(torch.randint(2**31 - 1, ())) if dropout else 0,
+            seed=draw_seed(dropout),
             deterministic=torch.are_deterministic_algorithms_enabled(),
             return_lse=with_lse,
         )

@@ -6,11 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from jobs import benchmark as job
+from raybsa.cluster.coordinator import Outcome
+from raybsa.cluster.resources import Share
+from raybsa.results.record import Measurement
 from raybsa.results.store import Store
+from raybsa.spec import TrialSpec
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -72,3 +78,34 @@ def test_an_unwritable_results_path_is_refused_before_anything_is_measured(tmp_p
     assert done.returncode == 1
     assert str(file) in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_keeps_what_was_measured_and_reports_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupted:
+        """A coordinator whose second trial the user does not wait for."""
+
+        def __init__(self, *_: object, **__: object) -> None:
+            self.outcomes = iter([Measurement(density=0.5, forward_ms_p50=1.0)])
+
+        def __enter__(self) -> Interrupted:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def run(self, spec: TrialSpec) -> Outcome:
+            measured = next(self.outcomes, None)
+            if measured is None:
+                raise KeyboardInterrupt
+            return Outcome(spec, measured, None, 0)
+
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--out", str(tmp_path), "--lengths", "128", "256", "512"])
+    monkeypatch.setattr(job, "cluster", lambda address: nullcontext())
+    monkeypatch.setattr(job, "worker_share", lambda cpus: Share())
+    monkeypatch.setattr(job, "Coordinator", Interrupted)
+    assert job.main() == 130
+    assert len(Store(str(tmp_path)).read_records()) == 1
+    assert (tmp_path / "report.html").exists()
+    assert "ended after 1 of 3 measurements" in capsys.readouterr().out

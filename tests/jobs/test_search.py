@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -51,8 +53,10 @@ def processes_with(word: str) -> list[str]:
         (["--out", "OUT", "--text", "EMPTY"], {}, "empty"),
         (["--out", "OUT", "--objectives", "quality,beauty"], {}, "objectives must be different ones of"),
         (["--out", "OUT", "--trials", "0"], {}, "--trials must be at least 1, got 0"),
+        (["--out", "OUT", "--workers", "-1"], {}, "--workers must be at least 1, got -1"),
+        (["--out", "OUT", "--address", "127.0.0.1:1"], {}, "wanted at '127.0.0.1:1', nothing answers there"),
     ],
-    ids=["relative out", "unwritable out", "empty text", "unknown objective", "no trials"],
+    ids=["relative out", "unwritable out", "empty text", "unknown objective", "no trials", "no workers", "no cluster"],
 )
 def test_bad_input_is_one_line_before_anything_starts(
     arguments: list[str], environment: dict[str, str], message: str, tmp_path: Path
@@ -67,9 +71,14 @@ def test_bad_input_is_one_line_before_anything_starts(
 
 @pytest.mark.cluster
 @pytest.mark.timeout(240)
-def test_a_submitted_search_ends_whole_and_a_stopped_one_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_submitted_search_ends_whole_and_a_stopped_one_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # a proxy that loopback must not go through
     with local_head(2) as head:
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"{head.address}/api/jobs/", timeout=10)
         submit = ["job", "submit", "--address", head.address, "--working-dir", str(ROOT)]
         job = ["python", "jobs/search.py", "--preset", "quick"]
         done = ray_cli(head, *submit, "--", *job, "--trials", "3", "--out", str(whole))

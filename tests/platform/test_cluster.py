@@ -1,12 +1,14 @@
 """Coordinator and search on a real, small Ray cluster: failures, waits, and nothing left behind."""
 
-import glob
 import json
+import os
+import tempfile
 import time
 from dataclasses import replace
 
 import pytest
 import ray
+from ray.exceptions import OutOfMemoryError
 
 from raybsa.cluster.coordinator import Coordinator, WorkerNotMade
 from raybsa.cluster.resources import Share, TooFewResources, await_resources
@@ -135,6 +137,32 @@ def test_a_worker_that_cannot_be_made_is_an_error_with_its_reason():
     assert "no libfoo on this node" in outcome.error
 
 
+def test_a_worker_that_cannot_say_what_it_is_is_an_error_with_its_reason():
+    class Mute:
+        def describe(self):
+            raise RuntimeError("the driver is too old")
+
+    with pytest.raises(WorkerNotMade, match="the driver is too old"):
+        Coordinator(Share(), make=lambda device, arguments: Mute()).__enter__()
+
+
+def test_a_worker_that_ray_killed_for_its_memory_counts_as_one_that_died(scripted, monkeypatch):
+    """Ray reports it by an error of its own that is no RayActorError."""
+    said, errors, get = [], [OutOfMemoryError("the node ran low on memory")] * 3, ray.get
+
+    def get_or_fail(references, **options):
+        if options.get("timeout") == 0 and errors:
+            raise errors.pop()
+        return get(references, **options)
+
+    with Coordinator(Share(), retries=1, make=scripted, say=said.append) as coordinator:
+        monkeypatch.setattr("raybsa.cluster.coordinator.ray.get", get_or_fail)
+        lost, survived = coordinator.map(asked(0, 0))
+    assert (lost.failures, lost.error) == (2, "its worker died 2 times: the node ran low on memory")
+    assert (survived.failures, survived.error) == (1, None)
+    assert len(said) == 2
+
+
 def test_run_trial_records_the_answer_and_the_failures_that_it_survived(scripted, tmp_path):
     store = Store.create(tmp_path / "results")
     run = Run("run", "test", "abc123")
@@ -150,13 +178,13 @@ def test_run_trial_records_the_answer_and_the_failures_that_it_survived(scripted
     assert TrialSpec.from_dict(json.loads(survived.spec)) == asked(2)[0]
 
 
-def test_a_search_records_every_trial_at_once_and_outlives_those_that_fail(tmp_path):
+def test_a_search_records_every_trial_at_once_and_outlives_those_that_fail(tmp_path, monkeypatch):
     """One family lists its blocks for another length: every trial of it fails, with the reason in its record."""
     elsewhere = str(tmp_path / "blocks.parquet")
     save_blocks(BlockLayout.from_rows([[0]], q_len=16, kv_len=16, q_block_size=16), elsewhere)
     families = {"sliding_window": {}, "blocks": {"path": [elsewhere]}, "random": {}}
     store, stored_when_told = Store.create(tmp_path / "results"), []
-    scratch_before = set(glob.glob("/tmp/raybsa-tune-*"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # another search may run on this machine
 
     def tell(record):
         stored_when_told.append(record in store.read_records())
@@ -177,4 +205,4 @@ def test_a_search_records_every_trial_at_once_and_outlives_those_that_fail(tmp_p
     for record in records:
         assert (record.status == "failed") == (record.pattern == "blocks"), record.error
     assert "lists blocks for q_len 16" in by_id["run-002"].error
-    assert set(glob.glob("/tmp/raybsa-tune-*")) == scratch_before
+    assert sorted(os.listdir(tmp_path)) == ["blocks.parquet", "results"], "nothing of Tune's stays"

@@ -32,6 +32,13 @@ def test_a_terminal_gets_a_bar_that_fills_up_on_one_line(record):
     assert "█" * 30 in stream.getvalue()
 
 
+def test_a_bar_never_wraps_to_a_line_that_the_next_one_could_not_draw_over(record, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    stream = Terminal()
+    Progress(2, stream).tell(record(status="failed", error="ValueError: " + "long " * 30))
+    assert len(stream.getvalue().removeprefix("\r\033[K")) == 59
+
+
 def test_the_dense_baseline_has_no_block_size(record):
     dense = record(variant="dense", pattern="dense", density=1.0, peak_bytes=3 << 20)
     assert summary(dense) == "dense 100%: 3.0 MiB"

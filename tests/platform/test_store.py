@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
 
+from raybsa.results.__main__ import main as command_line
 from raybsa.results.record import Record, SeriesPoint
 from raybsa.results.store import Store, StoreError
 
@@ -56,6 +57,22 @@ def test_compaction_keeps_every_trial_once_and_leaves_one_file(store, record):
     assert store.read_records() == written
     assert len(store.read_series()) == 5
     assert len(store._list("records")) == len(store._list("series")) == 1
+
+
+def test_the_command_line_compacts_and_says_what_it_did(tmp_path, record, capsys):
+    store = Store.create(tmp_path)
+    for i in range(3):
+        store.write_record(record(f"run-{i:03d}"))
+    assert command_line(["compact", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"3 records in one file under {tmp_path}\n"
+    assert len(os.listdir(tmp_path / "records")) == 1
+    assert len(store.read_records()) == 3
+
+
+def test_the_command_line_says_where_it_found_nothing(tmp_path, capsys):
+    assert command_line(["compact", str(tmp_path / "nowhere")]) == 1
+    assert "found none under" in capsys.readouterr().err
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_a_trial_written_after_compaction_wins_over_its_compacted_row(store, record):

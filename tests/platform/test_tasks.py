@@ -24,14 +24,23 @@ TEXT = TrialSpec(
 RECALL = TrialSpec(
     "recall",
     (AttentionSpec("dense"),),
-    train_len=128,
-    train_steps=150,
+    train_len=64,
+    train_steps=100,
     num_layers=1,
     num_heads=1,
     head_dim=32,
     learning_rate=1e-2,
-    task_params={"distance": 64},
+    task_params={"distance": 32},
 )
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small only lose by a second thread, and many times over where a neighbour computes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -104,13 +113,13 @@ def sparse(name, **params):
 
 
 def test_a_pattern_that_reaches_the_distance_learns_to_recall(lock):
-    reaches = recall.judge(sparse("strided", stride=4), CPU, lock)
+    reaches = recall.judge(sparse("strided", stride=2), CPU, lock)
     assert reaches.value > 0.8
     assert (reaches.name, reaches.goal) == ("recall_accuracy", "max")
 
 
 def test_a_pattern_that_does_not_reach_stays_at_chance(lock):
-    assert recall.judge(sparse("sliding_window", window=32), CPU, lock).value < 0.25
+    assert recall.judge(sparse("sliding_window", window=1), CPU, lock).value < 0.25
 
 
 def test_every_query_asks_for_the_pair_that_lies_the_distance_before_it():
@@ -130,9 +139,9 @@ def test_steps_and_seeds_give_other_sequences_and_the_same_give_the_same():
     assert not any(drawn[0].equal(other) for other in drawn[1:3])
 
 
-@pytest.mark.parametrize("distance", [7, 121])
+@pytest.mark.parametrize("distance", [7, 57])
 def test_a_distance_without_room_for_the_keys_is_refused(lock, distance):
-    with pytest.raises(ValueError, match=rf"distance must lie in 8\.\.120 for 8 keys, got {distance}"):
+    with pytest.raises(ValueError, match=rf"distance must lie in 8\.\.56 for 8 keys, got {distance}"):
         recall.judge(replace(RECALL, task_params={"distance": distance}), CPU, lock)
 
 

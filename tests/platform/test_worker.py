@@ -1,13 +1,12 @@
 """Worker: one trial on one device, without Ray."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
 
 from raybsa import patterns
 from raybsa.cluster.worker import Worker
-from raybsa.results.record import Measurement, Record
 from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
 from raybsa.tasks.attention import timed_attention
 from raybsa.tasks.fidelity import relative_errors
@@ -107,8 +106,3 @@ def test_a_question_about_what_does_not_exist_is_refused(worker, change, message
 def test_a_cuda_worker_needs_a_cuda_device():
     with pytest.raises(ValueError, match="asked for a CUDA device"):
         Worker("cuda")
-
-
-def test_everything_that_is_measured_has_its_column():
-    measured = {field.name for field in fields(Measurement)} - {"curves"}
-    assert measured <= {field.name for field in fields(Record)}

@@ -1,5 +1,7 @@
 """The factories, and the four blocks of the origin's "Recommendations by Use Case" as they were written."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn as nn
@@ -171,3 +173,18 @@ def test_every_argument_of_the_base_factory_arrives():
 def test_bad_arguments_say_what_was_wanted_and_what_came(arguments, message):
     with pytest.raises(ValueError, match=message):
         create_block_sparse_attention(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("factory", "variant", "own"),
+    [
+        (create_block_sparse_attention, BlockSparseBase, {"variant", "sparsity_ratio", "distributed_config"}),
+        (create_multihead_block_sparse, BlockSparseMultihead, {"sparsity_ratio"}),
+    ],
+)
+def test_a_factory_offers_what_its_variant_takes_with_the_same_defaults(factory, variant, own):
+    offered, taken = (
+        {name: parameter.default for name, parameter in inspect.signature(make).parameters.items()}
+        for make in (factory, variant)
+    )
+    assert {name: default for name, default in offered.items() if name not in own} == taken

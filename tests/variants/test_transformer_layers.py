@@ -188,5 +188,10 @@ def test_an_encoder_layer_trains_like_torchs_under_the_mask(hidden):
 def test_a_checkpoint_of_torchs_encoder_loads_into_the_sparse_one_and_back():
     theirs, ours = twins()
     pair = [nn.TransformerEncoder(layer, 2, enable_nested_tensor=False) for layer in (theirs, ours)]
+    torchs = {name: torch.randn_like(weight) for name, weight in pair[0].state_dict().items()}
+    pair[0].load_state_dict(torchs)
     pair[1].load_state_dict(pair[0].state_dict(), strict=True)
+    pair[0].load_state_dict({name: torch.zeros_like(weight) for name, weight in torchs.items()})
     pair[0].load_state_dict(pair[1].state_dict(), strict=True)
+    for encoder in pair:
+        torch.testing.assert_close(dict(encoder.state_dict()), torchs, rtol=0, atol=0)

@@ -1,0 +1,58 @@
+"""Finding a cluster and what it can hold: workers lie on one machine each, and a silent address is an error at once."""
+
+import time
+
+import pytest
+
+from raybsa.cluster.resources import Share
+from raybsa.experiments import launch
+
+
+@pytest.fixture
+def machines(monkeypatch):
+    """Makes the connected cluster one of these machines."""
+
+    def make(*resources, down=()):
+        nodes = [{"Alive": True, "Resources": one} for one in resources]
+        nodes += [{"Alive": False, "Resources": one} for one in down]
+        monkeypatch.setattr(launch.ray, "nodes", lambda: nodes)
+
+    return make
+
+
+def test_the_default_worker_has_all_cpus_of_the_largest_machine_not_of_all_together(machines):
+    machines({"CPU": 4.0}, {"CPU": 16.0}, {}, down=[{"CPU": 64.0}])
+    assert launch.worker_share(None) == Share(16, 0)
+    assert launch.worker_share(3) == Share(3, 0)
+
+
+def test_where_there_are_gpus_a_worker_lies_beside_one(machines):
+    machines({"CPU": 64.0}, {"CPU": 8.0, "GPU": 2.0})
+    assert launch.worker_share(None) == Share(8, 1)
+
+
+def test_a_cluster_without_cpus_is_asked_for_one(machines):
+    machines({"memory": 1e9})
+    assert launch.worker_share(None) == Share(1, 0)
+
+
+@pytest.mark.parametrize(
+    ("share", "resources", "room"),
+    [
+        (Share(3), [{"CPU": 4.0}] * 3, 3),
+        (Share(1), [{"CPU": 2.0}, {"CPU": 1.0}, {}], 3),
+        (Share(2, 1), [{"CPU": 8.0, "GPU": 2.0}, {"CPU": 3.0, "GPU": 4.0}, {"CPU": 64.0}], 3),
+        (Share(8), [{"CPU": 4.0}] * 4, 0),
+    ],
+)
+def test_room_is_counted_machine_by_machine(machines, share, resources, room):
+    machines(*resources)
+    assert launch.room_for(share) == room
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:nine"])
+def test_an_address_at_which_nothing_answers_is_an_error_at_once(address):
+    start = time.monotonic()
+    with pytest.raises(ConnectionError, match=f"wanted at '{address}', nothing answers there"):
+        launch.cluster(address).__enter__()
+    assert time.monotonic() - start < 5

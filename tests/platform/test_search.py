@@ -1,0 +1,50 @@
+"""What a search tells its sampler and its store when a trial does not give what was asked."""
+
+import math
+from types import SimpleNamespace
+
+import optuna
+import pytest
+
+from raybsa.cluster.coordinator import Outcome
+from raybsa.experiments.search import _Questions, _Recorder, _value
+from raybsa.experiments.space import SearchSpace
+from raybsa.experiments.trial import Run
+from raybsa.results.pareto import DENSITY, LATENCY
+from raybsa.results.record import Measurement
+from raybsa.results.store import Store
+from raybsa.spec import AttentionSpec, TrialSpec
+
+SPACE = SearchSpace(TrialSpec("speed", (AttentionSpec("dense"),)), {"random": {}})
+
+
+@pytest.mark.parametrize(
+    ("measured", "wanted"),
+    [
+        (Measurement(density=0.5, forward_backward_ms_p50=2.0), "COMPLETE"),
+        (Measurement(density=0.5, forward_backward_ms_p50=math.nan), "FAIL"),
+        (Measurement(density=0.5), "FAIL"),
+        (None, "FAIL"),
+    ],
+    ids=["measured", "not a number", "not measured", "failed"],
+)
+def test_the_sampler_learns_only_from_trials_with_every_objective(measured, wanted):
+    questions = _Questions(space=SPACE.suggest, metric=["latency", "density"], mode=["min", "min"])
+    questions.suggest("one")
+    outcome = Outcome(SPACE.base, measured, None if measured else "ValueError: no", 0)
+    values = {objective.name: _value(outcome, objective) for objective in (LATENCY, DENSITY)}
+    questions.on_trial_complete("one", {**values, "outcome": outcome})
+    (trial,) = questions._ot_study.trials
+    assert trial.state == optuna.trial.TrialState[wanted]
+
+
+def test_a_lost_trial_actor_is_recorded_with_the_reason(tmp_path):
+    store, told = Store.create(tmp_path), []
+    lost = SimpleNamespace(
+        config={"family": "dense"}, get_error=lambda: RuntimeError("Traceback ...\nActorDiedError: its node is gone\n")
+    )
+    _Recorder(SPACE, store, Run("run", "test"), told.append).on_trial_error(0, [None, lost], lost)
+    (record,) = store.read_records()
+    assert told == [record]
+    assert (record.trial_id, record.status) == ("run-001", "failed")
+    assert record.error == "its trial actor was lost: ActorDiedError: its node is gone"
