@@ -100,8 +100,8 @@ class Member:
 
     # ---- one after the other ---------------------------------------------------------------------------------------
 
-    def join(self, seat: Seat, faults: Sequence[Fault] = ()) -> int:
-        """Takes a place in a new generation; returns the steps this rank has applied.
+    def join(self, seat: Seat, faults: Sequence[Fault] = ()) -> Progress:
+        """Takes a place in a new generation; returns where this rank stands, and the losses that it has not told yet.
 
         Raises:
             Broken: the generation was cancelled, or a peer was lost on the way.
@@ -118,7 +118,7 @@ class Member:
         if seat.generation in self._cancelled:
             self._communicator.cancel(self._cancelled[seat.generation])
         self._training.bind(self._communicator)
-        return self._training.step
+        return self._progress()
 
     def level(self, source: int, needy: Sequence[int]) -> int:
         """Copies the state of rank ``source`` to the ``needy``; returns the steps applied. All ranks call it."""

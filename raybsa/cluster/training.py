@@ -25,8 +25,6 @@ from raybsa.cluster.resources import Say, Share
 from raybsa.comm import Broken
 from raybsa.spec import TrialSpec
 
-MAX_FAILURES_AT_A_STEP = 5
-
 
 class TrainingFailed(RuntimeError):
     """Training cannot go on; the message says what was tried."""
@@ -93,6 +91,7 @@ class TrainingCoordinator:
         heartbeat_s: a rank that does not answer for this long hangs and is lost.
         replace_s: how long a lost rank without a spare waits for a fresh worker before the ring shrinks.
         min_ranks: the fewest ranks to go on with.
+        max_failures: how often a step may fail before the training has.
         wait_s: the longest wait for the workers at the start.
         plan: faults to inject: its k-th entry is armed in the k-th generation.
         tell: hears the steps applied and the last loss after each stretch.
@@ -111,6 +110,7 @@ class TrainingCoordinator:
         heartbeat_s: float = 2.0,
         replace_s: float = 10.0,
         min_ranks: int = 1,
+        max_failures: int = 5,
         wait_s: float = 60.0,
         plan: FaultPlan = (),
         tell: Callable[[int, float], None] = lambda step, loss: None,
@@ -126,6 +126,7 @@ class TrainingCoordinator:
         self._crew = Crew(spec, settings, share, heartbeat_s, say, strike)
         self._spec, self._wanted, self._num_spares, self._min_ranks = spec, world_size, spares, min_ranks
         self._heartbeat_s, self._replace_s, self._wait_s = heartbeat_s, replace_s, wait_s
+        self._max_failures = max_failures
         self._plan, self._tell, self._say = plan, tell, say
         self._members = Membership(0, ())
         self._losses: dict[int, float] = {}
@@ -185,7 +186,7 @@ class TrainingCoordinator:
             except _Wreck as wreck:
                 recovered = self._recover(wreck, resume)
                 failures = failures + 1 if recovered == step else 1
-                if failures > MAX_FAILURES_AT_A_STEP:
+                if failures > self._max_failures:
                     raise TrainingFailed(f"step {step} failed {failures} times, last with {wreck.lost}") from wreck
                 step = recovered
 
@@ -225,9 +226,12 @@ class TrainingCoordinator:
             Seat(members.generation, rank, members.world_size, _host(), self._store.port)
             for rank in range(members.world_size)
         ]
-        return self._gather(
+        stand = self._gather(
             {w: self._crew.call(w, "join", seat, armed) for w, seat in zip(members.workers, seats, strict=True)}
         )
+        for progress in stand:
+            self._take(progress)
+        return [progress.step for progress in stand]
 
     def _restore(self) -> list[int]:
         """Forms the ring; rank 0 takes the newest checkpoint. Returns the steps of all ranks."""
@@ -291,7 +295,7 @@ class TrainingCoordinator:
         """Brings the ring back; returns the step it goes on from."""
         broken, noticed_at, lost = self._members.generation, wreck.noticed_at, dict(wreck.lost)
         reached = max(self._losses, default=-1) + 1
-        for _ in range(MAX_FAILURES_AT_A_STEP):
+        for _ in range(self._max_failures):
             filled = self._next_membership(wreck)
             try:
                 steps = self._form()

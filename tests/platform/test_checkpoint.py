@@ -1,0 +1,55 @@
+"""Checkpoints are whole or not there; torn and foreign ones are passed over with their reason."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from raybsa.cluster.checkpoint import Checkpoint, CheckpointFolder
+
+
+def checkpoint(step: int, question: str = "q") -> Checkpoint:
+    return Checkpoint(step, question, [torch.full((2, 2), float(step)), torch.tensor(float(step))])
+
+
+@pytest.mark.parametrize("as_uri", [False, True], ids=["path", "uri"])
+def test_the_newest_comes_back_and_the_oldest_go(tmp_path: Path, as_uri: bool) -> None:
+    folder = CheckpointFolder(f"file://{tmp_path}/c" if as_uri else str(tmp_path / "c"), keep=2)
+    assert folder.latest("q") is None
+    for step in (10, 20, 30):
+        folder.save(checkpoint(step))
+    assert folder.steps() == [20, 30]
+    newest = folder.latest("q")
+    assert newest is not None
+    assert newest.step == 30
+    assert torch.equal(newest.state[0], torch.full((2, 2), 30.0))
+    assert [path.suffix for path in (tmp_path / "c").iterdir()] == [".ckpt"] * 2, "no temporary file stays"
+
+
+def test_a_torn_checkpoint_gives_way_to_the_one_before(tmp_path: Path) -> None:
+    folder = CheckpointFolder(str(tmp_path))
+    folder.save(checkpoint(10))
+    folder.save(checkpoint(20))
+    newest = tmp_path / "step-000000020.ckpt"
+    newest.write_bytes(newest.read_bytes()[:-7])
+    said: list[str] = []
+    found = folder.latest("q", said.append)
+    assert found is not None
+    assert found.step == 10
+    assert len(said) == 1
+    assert "step-000000020.ckpt is passed over: it is torn" in said[0]
+
+
+def test_a_checkpoint_of_another_question_is_not_taken(tmp_path: Path) -> None:
+    folder = CheckpointFolder(str(tmp_path))
+    folder.save(checkpoint(10, "other"))
+    said: list[str] = []
+    assert folder.latest("q", said.append) is None
+    assert "it belongs to question other, not to q" in said[0]
+
+
+def test_bad_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match="keep must be at least 1"):
+        CheckpointFolder("x", keep=0)
+    with pytest.raises(ValueError, match=r"must go to a local path or a pyarrow\.fs URI, got 'nowhere://x'"):
+        CheckpointFolder("nowhere://x")

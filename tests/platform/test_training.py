@@ -1,0 +1,162 @@
+"""Training on a real, small Ray cluster: faults of every kind, and the weights of the run without any."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from torch import Tensor
+
+from raybsa.cluster.faults import Fault, FaultKind, FaultPlace, FaultPlan, mark_file
+from raybsa.cluster.member import MemberSettings
+from raybsa.cluster.resources import Share, TooFewResources
+from raybsa.cluster.training import TrainingCoordinator, TrainingFailed, TrainingResult
+from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
+from tests.kernels.problems import relative_error
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
+STEPS = 12
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def everything_is_given_back() -> Iterator[None]:
+    yield
+    deadline = time.monotonic() + 20
+    while ray.available_resources().get("CPU", 0) < 6:
+        assert time.monotonic() < deadline, f"6 CPUs should be free again, there are {ray.available_resources()}"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "text.txt").write_bytes(bytes(range(32, 127)) * 60)
+    return str(folder)
+
+
+def spec(text: str) -> TrialSpec:
+    attention = AttentionSpec("distributed", PatternSpec("bigbird"), 0.5, 16)
+    params = {"text": text, "train_batch": 2, "eval_windows": 2}
+    return TrialSpec(
+        "byte_lm", (attention,), train_len=16 * 9, train_steps=STEPS, num_heads=2, head_dim=8, dtype="float64",
+        task_params=params,
+    )  # fmt: skip
+
+
+Trained = tuple[TrainingResult, list[Tensor]]
+
+
+def train(question: TrialSpec, plan: FaultPlan = (), marks: Path | None = None, **options) -> Trained:
+    """The result and the weights of rank 0."""
+    settings = options.pop("settings", None) or MemberSettings(marks=None if marks is None else str(marks))
+    resume = options.pop("resume", False)
+    options = {"world_size": 3, "heartbeat_s": 1.5, "say": lambda text: None} | options
+    with TrainingCoordinator(question, Share(1), settings=settings, plan=plan, **options) as coordinator:
+        return coordinator.run(stretch=4, resume=resume), coordinator.weights()
+
+
+def assert_same_up_to_rounding(weights: list[Tensor], wanted: list[Tensor]) -> None:
+    assert max(relative_error(a, b) for a, b in zip(weights, wanted, strict=True)) <= 1e-6
+
+
+@pytest.fixture(scope="module")
+def undisturbed(text: str) -> Trained:
+    result, weights = train(spec(text))
+    assert not result.recoveries
+    assert list(result.losses) == list(range(STEPS))
+    return result, weights
+
+
+PLAN = (
+    (Fault(FaultKind.EXIT, FaultPlace.FORWARD_HOP, 1, 2, hop=1),),
+    (Fault(FaultKind.SIGKILL, FaultPlace.BEFORE_COMMIT, 2, 4),),
+    (Fault(FaultKind.SIGSTOP, FaultPlace.EXCHANGE, 0, 5),),
+    (Fault(FaultKind.OUT_OF_MEMORY, FaultPlace.BACKWARD_HOP, 1, 6, hop=0),),
+    (Fault(FaultKind.RAY_KILL, FaultPlace.BEFORE_FORWARD, 2, 8),),
+    (
+        Fault(FaultKind.EXIT, FaultPlace.EXCHANGE, 0, 9),
+        Fault(FaultKind.SIGKILL, FaultPlace.EXCHANGE, 1, 9),
+    ),
+    (Fault(FaultKind.EXIT, FaultPlace.RECOVERY, 1, -1),),
+)
+
+
+def test_after_every_kind_of_fault_the_weights_are_those_of_the_run_without(
+    text: str, undisturbed: Trained, tmp_path: Path
+) -> None:
+    result, _ = train(spec(text), PLAN, tmp_path, spares=2, replace_s=60.0)
+    for faults in PLAN:
+        for fault in faults:
+            assert mark_file(str(tmp_path), fault).exists(), f"{fault} never struck"
+    assert [len(recovery.lost) for recovery in result.recoveries] == [1, 1, 1, 1, 1, 3]
+    for faults, recovery in zip(PLAN, result.recoveries, strict=False):
+        committed = faults[0].place is FaultPlace.BEFORE_COMMIT  # the others may have applied the step
+        assert recovery.step in (faults[0].step, faults[0].step + committed), recovery
+        assert (recovery.steps_lost, recovery.world_size) == (0, 3), recovery
+    assert "no sign of life" in result.recoveries[2].lost[0][1]
+    assert "injected: out of memory" in result.recoveries[3].lost[0][1]
+    assert result.digest == undisturbed[0].digest
+    assert result.losses == undisturbed[0].losses
+    assert result.bits_per_byte == undisturbed[0].bits_per_byte
+
+
+def test_a_ring_shrinks_without_a_stand_in_and_grows_back(text: str, undisturbed: Trained, tmp_path: Path) -> None:
+    plan = ((Fault(FaultKind.SIGKILL, FaultPlace.EXCHANGE, 2, 2),),)
+
+    def wait_for_the_fresh_one(step: int, loss: float) -> None:
+        deadline = time.monotonic() + 60
+        while step == 4 and not coordinator._crew.has_arrived() and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    with TrainingCoordinator(
+        spec(text), Share(1), world_size=3, plan=plan, replace_s=0.0, tell=wait_for_the_fresh_one, say=lambda text: None
+    ) as coordinator:
+        result = coordinator.run(stretch=4)
+        assert [recovery.filled for recovery in result.recoveries] == ["shrunk", "grown"]
+        assert [recovery.world_size for recovery in result.recoveries] == [2, 3]
+        assert_same_up_to_rounding(coordinator.weights(), undisturbed[1])
+
+
+def test_a_training_whose_driver_died_goes_on_from_its_checkpoint(
+    text: str, undisturbed: Trained, tmp_path: Path
+) -> None:
+    settings = MemberSettings(checkpoints=str(tmp_path / "checkpoints"), checkpoint_every=5)
+
+    def die(step: int, loss: float) -> None:
+        if step == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(spec(text), settings=settings, world_size=2, tell=die)
+    result, weights = train(spec(text), settings=settings, world_size=2, resume=True)
+    assert list(result.losses) == list(range(5, STEPS)), "the checkpoint of step 5 is where it goes on"
+    assert_same_up_to_rounding(weights, undisturbed[1])
+
+
+def test_what_fails_again_and_again_ends_with_its_reason(text: str) -> None:
+    plan = tuple((Fault(FaultKind.OUT_OF_MEMORY, FaultPlace.BEFORE_FORWARD, 0, 0),) for _ in range(3))
+    with pytest.raises(TrainingFailed, match=r"step 0 failed 2 times, last with .*injected: out of memory"):
+        train(spec(text), plan, world_size=1, max_failures=1, replace_s=60.0)
+
+
+def test_too_few_ranks_left_is_an_error(text: str) -> None:
+    plan = ((Fault(FaultKind.EXIT, FaultPlace.EXCHANGE, 0, 1),),)
+    with pytest.raises(TrainingFailed, match="1 ranks are left, at least 2 are wanted"):
+        train(spec(text), plan, world_size=2, min_ranks=2, replace_s=0.0)
+
+
+def test_more_ranks_than_resources_is_a_bounded_wait_and_a_clear_error(text: str) -> None:
+    with pytest.raises(TooFewResources, match="9 workers of 1 CPU and 0 GPU wanted, the cluster has 6 CPU"):
+        train(spec(text), world_size=9, wait_s=1.0)
+    with pytest.raises(ValueError, match="needs 1 <= min_ranks <= world_size"):
+        TrainingCoordinator(spec(text), Share(1), world_size=0)
