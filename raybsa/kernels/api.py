@@ -8,11 +8,16 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from raybsa.kernels import blocked, flex, reference
+from raybsa.kernels import blocked, flex, reference, triton_backend
 from raybsa.kernels.call import AttentionCall, check_call
 from raybsa.layout import BlockLayout
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "blocked": blocked, "flex": flex}
+BACKENDS: dict[str, ModuleType] = {
+    "reference": reference,
+    "blocked": blocked,
+    "triton": triton_backend,
+    "flex": flex,
+}
 
 
 def block_sparse_attention(
@@ -82,10 +87,9 @@ def block_sparse_attention(
 
 
 def choose_backend(call: AttentionCall) -> str:
-    """The backend that ``auto`` takes: FlexAttention on CUDA where it can serve the call, else blocked."""
-    if call.q.device.type == "cuda" and flex.why_not(call) is None:
-        return "flex"
-    return "blocked"
+    """The backend that ``auto`` takes: on CUDA the first of triton and flex that can serve the call, else blocked."""
+    on_cuda = ("triton", "flex") if call.q.device.type == "cuda" else ()
+    return next((name for name in on_cuda if BACKENDS[name].why_not(call) is None), "blocked")
 
 
 def _named(name: str, call: AttentionCall) -> ModuleType:
