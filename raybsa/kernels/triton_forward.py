@@ -30,7 +30,8 @@ from raybsa.kernels.triton_scores import (
     load_blocks,
     load_tokens,
     store_tokens,
-    tile_offsets,
+    tile_first,
+    tile_pointers,
     tile_slots,
 )
 from raybsa.kernels.triton_tiles import choose_tile, padded_head_dim
@@ -199,6 +200,7 @@ def forward_kernel(
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, DP], tl.float32)
+    lane = tl.arange(0, COLS) % KV_BLOCK if KV_BLOCK < COLS else tl.arange(0, COLS)
     whole = (turn - begin) * KV_BLOCK // COLS
     tiles = tl.cdiv((end - begin) * KV_BLOCK, COLS)
     for phase in tl.static_range(2 if CUTS else 1):
@@ -206,16 +208,16 @@ def forward_kernel(
         last = tiles if phase else whole
         for tile in tl.range(first, last):
             slots = tile_slots(begin, tile, KV_BLOCK, COLS)
-            offsets = tile_offsets(tile, KV_BLOCK, COLS)
+            offset = tile_first(tile, KV_BLOCK, COLS)
             kv_block = load_blocks(col_indices, slots, end, KV_BLOCK, COLS)
-            k_token = kv_block * KV_BLOCK + offsets
+            k_token = kv_block * KV_BLOCK + (offset + lane)
             k_inside = (k_token < kv_tokens) & (slots < end)
-            steps = k_token.to(tl.int64)[:, None]
-            keys = load_tokens(k_base + steps * k_t + dim[None, :] * k_d, k_inside, dim, phase == 0, D, DP)
+            k_at = tile_pointers(k_base, 0, kv_block, offset, lane, dim, k_t, k_d, KV_BLOCK, COLS)
+            keys = load_tokens(k_at, k_inside, dim, phase == 0, D, DP)
             scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
             k_position = k_token
             if kv_starts is not None:
-                k_position = tl.load(kv_starts + kv_block).to(tl.int32) + offsets
+                k_position = tl.load(kv_starts + kv_block).to(tl.int32) + (offset + lane)
             if PLAIN and phase == 0:
                 new_top = tl.maximum(top, tl.max(scores, 1) * scale)
                 weights = tl.math.exp2(scores * scale - new_top[:, None])
@@ -246,7 +248,8 @@ def forward_kernel(
             if DROPOUT:
                 kept = is_kept(hash_base, flat_head, q_position[:, None], k_position[None, :], threshold)
                 weights = tl.where(kept, weights, 0.0)
-            values = load_tokens(v_base + steps * v_t + dim[None, :] * v_d, k_inside, dim, phase == 0, D, DP)
+            v_at = tile_pointers(v_base, 0, kv_block, offset, lane, dim, v_t, v_d, KV_BLOCK, COLS)
+            values = load_tokens(v_at, k_inside, dim, phase == 0, D, DP)
             sums = tl.dot(weights.to(values.dtype), values, sums * fade[:, None], input_precision=PRECISION)
             top = new_top
 
@@ -255,11 +258,12 @@ def forward_kernel(
     if DROPOUT:
         result *= keep_factor
     natural = (top + tl.math.log2(safe)) * LN2
-    if part >= 0:
-        at = (tl.program_id(1) * parts + part).to(tl.int64) * Q_BLOCK + in_block
-        tl.store(part_lse + at, natural, mask=in_block < Q_BLOCK)
-        store_tokens(part_out + at[:, None] * D + dim[None, :], result, in_block < Q_BLOCK, dim, False, D, DP)
-    else:
+    if part_out is not None:
+        if part >= 0:
+            at = (tl.program_id(1) * parts + part).to(tl.int64) * Q_BLOCK + in_block
+            tl.store(part_lse + at, natural, mask=in_block < Q_BLOCK)
+            store_tokens(part_out + at[:, None] * D + dim[None, :], result, in_block < Q_BLOCK, dim, False, D, DP)
+    if part < 0:
         tl.store(lse + flat_head.to(tl.int64) * q_tokens + q_token, natural, mask=q_inside)
         out_base = out + b.to(tl.int64) * out_b + h.to(tl.int64) * out_h
         pointers = out_base + q_token.to(tl.int64)[:, None] * out_t + dim[None, :] * out_d

@@ -28,7 +28,8 @@ from raybsa.kernels.triton_scores import (
     load_blocks,
     load_tokens,
     store_tokens,
-    tile_offsets,
+    tile_first,
+    tile_pointers,
     tile_slots,
 )
 from raybsa.kernels.triton_tiles import choose_tile, padded_head_dim
@@ -188,6 +189,7 @@ def grad_kv_kernel(
 
     sums_k = tl.zeros([ROWS, DP], tl.float32)
     sums_v = tl.zeros([ROWS, DP], tl.float32)
+    lane = tl.arange(0, COLS) % Q_BLOCK if Q_BLOCK < COLS else tl.arange(0, COLS)
     cut = tl.cdiv((turn - begin) * Q_BLOCK, COLS)
     tiles = tl.cdiv((end - begin) * Q_BLOCK, COLS)
     for phase in tl.static_range(0 if CAUSAL else 1, 2):
@@ -195,17 +197,21 @@ def grad_kv_kernel(
         last = tiles if phase else cut
         for tile in tl.range(first, last):
             slots = tile_slots(begin, tile, Q_BLOCK, COLS)
-            offsets = tile_offsets(tile, Q_BLOCK, COLS)
+            offset = tile_first(tile, Q_BLOCK, COLS)
             entry = load_blocks(entries, slots, end, Q_BLOCK, COLS)
             q_block = entry & BLOCK_BITS
             h = kv_head * queries_per_kv + (entry >> SHIFT)
             flat_head = b * heads + h
-            q_token = q_block * Q_BLOCK + offsets
+            q_token = q_block * Q_BLOCK + (offset + lane)
             q_inside = (q_token < q_tokens) & (slots < end)
-            q_offset = h.to(tl.int64) * q_h + q_token.to(tl.int64) * q_t
-            do_offset = h.to(tl.int64) * do_h + q_token.to(tl.int64) * do_t
-            queries = load_tokens(q_base + q_offset[:, None] + dim[None, :] * q_d, q_inside, dim, Q_EVEN, D, DP)
-            grads = load_tokens(do_base + do_offset[:, None] + dim[None, :] * do_d, q_inside, dim, Q_EVEN, D, DP)
+            q_at = tile_pointers(
+                q_base, h.to(tl.int64) * q_h, q_block, offset, lane, dim, q_t, q_d, Q_BLOCK, COLS
+            )
+            do_at = tile_pointers(
+                do_base, h.to(tl.int64) * do_h, q_block, offset, lane, dim, do_t, do_d, Q_BLOCK, COLS
+            )
+            queries = load_tokens(q_at, q_inside, dim, Q_EVEN, D, DP)
+            grads = load_tokens(do_at, q_inside, dim, Q_EVEN, D, DP)
             grads = grads.to(queries.dtype)
             at_row = flat_head.to(tl.int64) * q_tokens + q_token
             if Q_EVEN:
@@ -217,7 +223,7 @@ def grad_kv_kernel(
             scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * scale
             q_position = q_token
             if q_starts is not None:
-                q_position = tl.load(q_starts + q_block).to(tl.int32) + offsets
+                q_position = tl.load(q_starts + q_block).to(tl.int32) + (offset + lane)
             if bias is not None:
                 if Q_BLOCK >= COLS:
                     scores += tl.load(bias + slots).to(tl.float32) * LOG2E
@@ -246,11 +252,12 @@ def grad_kv_kernel(
             sums_k = tl.dot(of_scores.to(queries.dtype), queries, sums_k, input_precision=PRECISION)
 
     sums_k = sums_k * (scale / LOG2E)
-    if part >= 0:
-        at = ((tl.program_id(1) * parts + part).to(tl.int64) * KV_BLOCK + in_block)[:, None] * D + dim[None, :]
-        store_tokens(part_k + at, sums_k, in_block < KV_BLOCK, dim, False, D, DP)
-        store_tokens(part_v + at, sums_v, in_block < KV_BLOCK, dim, False, D, DP)
-    else:
+    if part_k is not None:
+        if part >= 0:
+            at = ((tl.program_id(1) * parts + part).to(tl.int64) * KV_BLOCK + in_block)[:, None] * D + dim[None, :]
+            store_tokens(part_k + at, sums_k, in_block < KV_BLOCK, dim, False, D, DP)
+            store_tokens(part_v + at, sums_v, in_block < KV_BLOCK, dim, False, D, DP)
+    if part < 0:
         dk_base = grad_k + b.to(tl.int64) * dk_b + kv_head.to(tl.int64) * dk_h
         dv_base = grad_v + b.to(tl.int64) * dv_b + kv_head.to(tl.int64) * dv_h
         store_tokens(dk_base + k_steps * dk_t + dim[None, :] * dk_d, sums_k, k_inside, dim, K_EVEN, D, DP)

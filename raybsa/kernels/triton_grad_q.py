@@ -24,7 +24,8 @@ from raybsa.kernels.triton_scores import (
     load_blocks,
     load_tokens,
     store_tokens,
-    tile_offsets,
+    tile_first,
+    tile_pointers,
     tile_slots,
 )
 from raybsa.kernels.triton_tiles import choose_tile, padded_head_dim
@@ -193,6 +194,7 @@ def grad_q_kernel(
         q_segment = tl.load(q_ids + b * q_ids_b + q_token * q_ids_t, mask=q_inside, other=0)
 
     sums = tl.zeros([ROWS, DP], tl.float32)
+    lane = tl.arange(0, COLS) % KV_BLOCK if KV_BLOCK < COLS else tl.arange(0, COLS)
     whole = (turn - begin) * KV_BLOCK // COLS
     tiles = tl.cdiv((end - begin) * KV_BLOCK, COLS)
     for phase in tl.static_range(2 if CUTS else 1):
@@ -200,17 +202,18 @@ def grad_q_kernel(
         last = tiles if phase else whole
         for tile in tl.range(first, last):
             slots = tile_slots(begin, tile, KV_BLOCK, COLS)
-            offsets = tile_offsets(tile, KV_BLOCK, COLS)
+            offset = tile_first(tile, KV_BLOCK, COLS)
             kv_block = load_blocks(col_indices, slots, end, KV_BLOCK, COLS)
-            k_token = kv_block * KV_BLOCK + offsets
+            k_token = kv_block * KV_BLOCK + (offset + lane)
             k_inside = (k_token < kv_tokens) & (slots < end)
-            steps = k_token.to(tl.int64)[:, None]
-            keys = load_tokens(k_base + steps * k_t + dim[None, :] * k_d, k_inside, dim, phase == 0, D, DP)
-            values = load_tokens(v_base + steps * v_t + dim[None, :] * v_d, k_inside, dim, phase == 0, D, DP)
+            k_at = tile_pointers(k_base, 0, kv_block, offset, lane, dim, k_t, k_d, KV_BLOCK, COLS)
+            keys = load_tokens(k_at, k_inside, dim, phase == 0, D, DP)
+            v_at = tile_pointers(v_base, 0, kv_block, offset, lane, dim, v_t, v_d, KV_BLOCK, COLS)
+            values = load_tokens(v_at, k_inside, dim, phase == 0, D, DP)
             scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
             k_position = k_token
             if kv_starts is not None:
-                k_position = tl.load(kv_starts + kv_block).to(tl.int32) + offsets
+                k_position = tl.load(kv_starts + kv_block).to(tl.int32) + (offset + lane)
             if bias is not None:
                 if KV_BLOCK >= COLS:
                     scores += tl.load(bias + slots).to(tl.float32) * LOG2E
@@ -248,9 +251,10 @@ def grad_q_kernel(
             sums = tl.dot(of_scores.to(keys.dtype), keys, sums, input_precision=PRECISION)
 
     sums = sums * (scale / LOG2E)
-    if part >= 0:
-        at = (tl.program_id(1) * parts + part).to(tl.int64) * Q_BLOCK + in_block
-        store_tokens(part_grad + at[:, None] * D + dim[None, :], sums, in_block < Q_BLOCK, dim, False, D, DP)
-    else:
+    if part_grad is not None:
+        if part >= 0:
+            at = (tl.program_id(1) * parts + part).to(tl.int64) * Q_BLOCK + in_block
+            store_tokens(part_grad + at[:, None] * D + dim[None, :], sums, in_block < Q_BLOCK, dim, False, D, DP)
+    if part < 0:
         grad_base = grad + b.to(tl.int64) * grad_b + h.to(tl.int64) * grad_h
         store_tokens(grad_base + q_steps * grad_t + dim[None, :] * grad_d, sums, q_inside, dim, Q_EVEN, D, DP)

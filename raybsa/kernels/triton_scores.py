@@ -23,12 +23,26 @@ def tile_slots(begin, tile, SIZE: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def tile_offsets(tile, SIZE: tl.constexpr, TILE: tl.constexpr):
-    """(TILE,) each token's place within its block."""
-    if SIZE >= TILE:
-        return (tile % (SIZE // TILE)) * TILE + tl.arange(0, TILE)
+def tile_first(tile, SIZE: tl.constexpr, TILE: tl.constexpr):
+    """Where in its block the tile begins: not 0 only where a block holds several tiles."""
+    if SIZE > TILE:
+        return (tile % (SIZE // TILE)) * TILE
     else:
-        return tl.arange(0, TILE) % SIZE
+        return 0
+
+
+@triton.jit
+def tile_pointers(base, offset, blocks, first, lane, dim, step, dim_step, SIZE: tl.constexpr, TILE: tl.constexpr):
+    """(TILE, DP) pointers to the tokens ``first + lane`` of ``blocks``, beyond ``base + offset``.
+
+    What changes from tile to tile is one number where a block holds the tile, one a token where blocks are gathered.
+    """
+    corner = offset + (blocks * SIZE + first).to(tl.int64) * step
+    spread = lane[:, None] * step + dim[None, :] * dim_step
+    if SIZE >= TILE:
+        return base + corner + spread
+    else:
+        return base + corner[:, None] + spread
 
 
 @triton.jit
