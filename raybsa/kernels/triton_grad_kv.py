@@ -204,12 +204,8 @@ def grad_kv_kernel(
             flat_head = b * heads + h
             q_token = q_block * Q_BLOCK + (offset + lane)
             q_inside = (q_token < q_tokens) & (slots < end)
-            q_at = tile_pointers(
-                q_base, h.to(tl.int64) * q_h, q_block, offset, lane, dim, q_t, q_d, Q_BLOCK, COLS
-            )
-            do_at = tile_pointers(
-                do_base, h.to(tl.int64) * do_h, q_block, offset, lane, dim, do_t, do_d, Q_BLOCK, COLS
-            )
+            q_at = tile_pointers(q_base, h.to(tl.int64) * q_h, q_block, offset, lane, dim, q_t, q_d, Q_BLOCK, COLS)
+            do_at = tile_pointers(do_base, h.to(tl.int64) * do_h, q_block, offset, lane, dim, do_t, do_d, Q_BLOCK, COLS)
             queries = load_tokens(q_at, q_inside, dim, Q_EVEN, D, DP)
             grads = load_tokens(do_at, q_inside, dim, Q_EVEN, D, DP)
             grads = grads.to(queries.dtype)
