@@ -36,7 +36,7 @@ def repair_interpreter() -> None:
 
     patch_tensor = interpreter._patch_lang_tensor
 
-    def patch(tensor, scope):  # type: ignore[no-untyped-def]
+    def patch(tensor, scope):
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
@@ -59,4 +59,7 @@ def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program may take; an H100's under the interpreter."""
     if device.type != "cuda":
         return 232_448
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    from triton.runtime import driver
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return driver.active.utils.get_device_properties(index)["max_shared_mem"]

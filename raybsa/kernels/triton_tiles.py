@@ -1,9 +1,9 @@
 """The tunables of the Triton kernels: tile sizes, warps and pipeline stages, in one place for a sweep to replace.
 
-A program keeps ``rows`` tokens (queries in the forward and in dQ, keys in dK/dV) and walks the other side ``cols`` tokens
-at a time. Blocks smaller than ``cols`` are gathered into one tile; blocks larger than ``rows`` are shared by several
-programs. Chosen by compiling for an H100 and reading registers, spills and shared memory; none of these numbers has been
-measured on a GPU yet (docs/kernel-log.md).
+A program keeps ``rows`` tokens (queries in the forward and in dQ, keys in dK/dV) and walks the other side ``cols``
+tokens at a time. Blocks smaller than ``cols`` are gathered into one tile; blocks larger than ``rows`` are shared by
+several programs. Chosen by compiling for an H100 and reading registers, spills and shared memory; none of these numbers
+has been measured on a GPU yet (docs/kernel-log.md).
 """
 
 from __future__ import annotations
