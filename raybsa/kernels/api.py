@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from raybsa.kernels import blocked, flex, reference, triton_backend
+from raybsa.kernels import blocked, flex, reference, triton_backend, triton_op
 from raybsa.kernels.call import AttentionCall, check_call
 from raybsa.layout import BlockLayout
 
@@ -39,7 +39,8 @@ def block_sparse_attention(
     """The true softmax attention over the kept blocks of each row, with exact gradients.
 
     A row with nothing to attend gives output 0, lse -inf and zero gradients. Under ``torch.autocast`` q, k and v are
-    cast to its dtype, as SDPA does.
+    cast to its dtype, as SDPA does. Under ``torch.compile`` a call that the Triton kernels serve is one operator,
+    without a graph break (give ``seed`` with dropout).
 
     Args:
         q: (B, H, Sq, D) float16, bfloat16, float32 or float64.
@@ -65,6 +66,23 @@ def block_sparse_attention(
         NotImplementedError: the named backend cannot serve this call; the message says why.
     """
     q, k, v = _tensors(q, k, v)
+    if torch.compiler.is_compiling() and triton_op.can_serve(q, attn_mask, backend):
+        q_ids, kv_ids = segment_ids or (None, None)
+        scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+        out, lse = triton_op.triton_attention(
+            q,
+            k,
+            v,
+            attn_mask,
+            q_ids,
+            kv_ids,
+            block_bias,
+            layout.handle,
+            scale,
+            float(dropout_p),
+            _seed(seed, dropout_p),
+        )
+        return (out, lse) if return_lse else out
     call = AttentionCall(
         q,
         k,

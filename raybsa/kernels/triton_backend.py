@@ -7,6 +7,7 @@ kept block in the backward instead of 5), so nothing beyond delta, lse and the p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -69,14 +70,14 @@ def backward(
         grad_out: (B, H, Sq, D).
         grad_bias: whether block_bias's gradient is wanted, if there is a block_bias.
     """
-    _prepare()
-    from raybsa.kernels.triton_grad_kv import grad_kv
-    from raybsa.kernels.triton_grad_q import grad_q
+    with _ready(call.q):
+        from raybsa.kernels.triton_grad_kv import grad_kv
+        from raybsa.kernels.triton_grad_q import grad_q
 
-    lse, delta = lse.contiguous(), delta.contiguous()
-    of_q, of_bias = grad_q(call, lse, delta, grad_out, grad_bias and call.block_bias is not None)
-    of_k, of_v = grad_kv(call, lse, delta, grad_out)
-    return of_q, of_k, of_v, of_bias
+        lse, delta = lse.contiguous(), delta.contiguous()
+        of_q, of_bias = grad_q(call, lse, delta, grad_out, grad_bias and call.block_bias is not None)
+        of_k, of_v = grad_kv(call, lse, delta, grad_out)
+        return of_q, of_k, of_v, of_bias
 
 
 class _Triton(torch.autograd.Function):
@@ -93,25 +94,36 @@ class _Triton(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, out, lse = ctx.saved_tensors
-        from raybsa.kernels.triton_reduce import delta_of
-
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        delta = delta_of(out, grad_out, grad_lse)
         call = _with_tensors(ctx.rest, tensors)
-        of_q, of_k, of_v, of_bias = backward(call, lse, delta, grad_out, ctx.needs_input_grad[4])
+        of_q, of_k, of_v, of_bias = backward_from_out(call, out, lse, grad_out, grad_lse, ctx.needs_input_grad[4])
         return of_q, of_k, of_v, None, of_bias, None
 
 
+def backward_from_out(
+    call: AttentionCall, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, grad_bias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """``backward`` of a call whose own output and lse these are."""
+    with _ready(out):
+        from raybsa.kernels.triton_reduce import delta_of
+
+        delta = delta_of(out, grad_out, grad_lse)
+    return backward(call, lse, delta, grad_out, grad_bias)
+
+
 def _forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    _prepare()
-    from raybsa.kernels.triton_forward import forward
+    with _ready(call.q):
+        from raybsa.kernels.triton_forward import forward
 
-    return forward(call)
+        return forward(call)
 
 
-def _prepare() -> None:
-    if interpreting():
-        repair_interpreter()
+def _ready(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device: where the tensors lie, for the time of a launch."""
+    if tensor.device.type == "cuda":
+        return torch.cuda.device(tensor.device)
+    repair_interpreter()
+    return nullcontext()
 
 
 def _with_tensors(call: AttentionCall, tensors: Sequence[Any]) -> AttentionCall:
