@@ -11,34 +11,31 @@ from torch import Tensor
 
 from raybsa.counter import Stream, mix_words
 from raybsa.kernels.call import AttentionCall
+from raybsa.kernels.triton_tiles import Tile, padded_head_dim
 
 LOG2E = 1.4426950408889634
 
 
-def position_arguments(call: AttentionCall) -> tuple[Any, ...]:
-    """q_starts, kv_starts: (blocks,) int64 global positions of the blocks at hand where they are a selection."""
-    layout = call.layout
+def feature_tensors(call: AttentionCall) -> tuple[Tensor | None, ...]:
+    """Global positions of the query and KV blocks where they are a selection, attn_mask, both segment_ids."""
+    layout, mask = call.layout, call.attn_mask
     return (
         None if layout.q_block_ids is None else layout.q_block_starts,
         None if layout.kv_block_ids is None else layout.kv_block_starts,
+        mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask,
+        *(call.segment_ids or (None, None)),
     )
 
 
-def feature_arguments(call: AttentionCall) -> tuple[Any, ...]:
-    """attn_mask and its four strides, both segment_ids and their strides, block_bias."""
-    mask, mask_strides = None, (0, 0, 0, 0)
-    if call.attn_mask is not None:
-        mask = call.attn_mask.view(torch.uint8) if call.attn_mask.dtype == torch.bool else call.attn_mask
-        missing = 4 - mask.dim()
-        steps = [step if size > 1 else 0 for size, step in zip(mask.shape, mask.stride(), strict=True)]
-        mask_strides = tuple([0] * missing + steps)  # type: ignore[assignment]
-    q_ids, kv_ids = call.segment_ids or (None, None)
-    ids_strides = (0, 0) if q_ids is None else q_ids.stride()
-    ids_strides += (0, 0) if kv_ids is None else kv_ids.stride()
-    return (mask, *mask_strides, q_ids, kv_ids, *ids_strides)
+def feature_strides(call: AttentionCall) -> tuple[int, ...]:
+    """attn_mask's four strides, 0 where it broadcasts, and two of each of segment_ids."""
+    mask, ids = call.attn_mask, call.segment_ids
+    steps = [] if mask is None else [step if n > 1 else 0 for n, step in zip(mask.shape, mask.stride(), strict=True)]
+    of_ids = (0, 0, 0, 0) if ids is None else (*ids[0].stride(), *ids[1].stride())
+    return (*[0] * (4 - len(steps)), *steps, *of_ids)
 
 
-def number_arguments(call: AttentionCall) -> tuple[Any, ...]:
+def numbers(call: AttentionCall) -> tuple[int | float, ...]:
     """heads, queries_per_kv, q_tokens, kv_tokens, scale in base 2, and dropout's hash base, threshold and factor."""
     return (
         call.q.shape[1],
@@ -50,22 +47,22 @@ def number_arguments(call: AttentionCall) -> tuple[Any, ...]:
     )
 
 
-def constants(call: AttentionCall, rows: int, cols: int, padded_head_dim: int) -> dict[str, Any]:
-    """What the kernels are compiled for, beyond the types of their tensors."""
-    layout = call.layout
-    return {
-        "Q_BLOCK": layout.q_block_size,
-        "KV_BLOCK": layout.kv_block_size,
-        "ROWS": rows,
-        "COLS": cols,
-        "D": call.q.shape[-1],
-        "DP": padded_head_dim,
-        "CAUSAL": layout.causal,
-        "Q_RAGGED": layout.q_tokens % layout.q_block_size != 0,
-        "KV_RAGGED": layout.kv_tokens % layout.kv_block_size != 0,
-        "DROPOUT": call.dropout_p > 0.0,
-        "PRECISION": dot_precision(call.q.dtype),
-    }
+def constants(call: AttentionCall, tile: Tile) -> tuple[Any, ...]:
+    """What the kernels are compiled for, beyond the types of their tensors, in the order of their signatures."""
+    layout, head_dim = call.layout, call.q.shape[-1]
+    return (
+        layout.q_block_size,
+        layout.kv_block_size,
+        tile.rows,
+        tile.cols,
+        head_dim,
+        padded_head_dim(head_dim),
+        layout.causal,
+        layout.q_tokens % layout.q_block_size != 0,
+        layout.kv_tokens % layout.kv_block_size != 0,
+        call.dropout_p > 0.0,
+        dot_precision(call.q.dtype),
+    )
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -83,10 +80,10 @@ def _dropout_arguments(seed: int, p: float) -> tuple[int, int, float]:
 def _threshold(p: float) -> int:
     """The least k for which float32 ``k / 2**24 >= p``, by torch's own comparison."""
     near = max(0, math.floor(p * 2**24) - 2)
-    numbers = torch.arange(near, near + 5, device="cpu")
-    return near + int((numbers.to(torch.float32) * 2.0**-24 < p).sum())
+    drawn = torch.arange(near, near + 5, device="cpu").to(torch.float32) * 2.0**-24
+    return near + int((drawn < p).sum())
 
 
 def strides(*tensors: Tensor) -> tuple[int, ...]:
     """All strides of (B, H, S, D) tensors, one after another."""
-    return tuple(step for tensor in tensors for step in tensor.stride())
+    return sum((tensor.stride() for tensor in tensors), ())

@@ -6,22 +6,15 @@ row that the diagonal, the ragged end or the end of the list cuts. Parts of spli
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from raybsa.kernels.call import AttentionCall
-from raybsa.kernels.triton_arguments import (
-    constants,
-    feature_arguments,
-    number_arguments,
-    position_arguments,
-    strides,
-)
-from raybsa.kernels.triton_plan import plan_rows
+from raybsa.kernels.triton_arguments import constants, feature_strides, feature_tensors, numbers, strides
+from raybsa.kernels.triton_launch import launch
+from raybsa.kernels.triton_plan import Work, plan_rows
 from raybsa.kernels.triton_scores import (
     LN2,
     LOG2E,
@@ -52,59 +45,50 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     parts = (work.parts * copies, layout.q_block_size)
     part_out = lse.new_empty(*parts, head_dim) if splits else None
     part_lse = lse.new_empty(parts) if splits else None
-    fixed = constants(call, tile.rows, tile.cols, padded_head_dim(head_dim))
     positive = call.scale >= 0
     plain = call.attn_mask is None and call.segment_ids is None and call.block_bias is None and positive
-    per_block = max(1, layout.q_block_size // tile.rows)
-    forward_kernel[(items * per_block, copies)](
-        call.q,
-        call.k,
-        call.v,
-        out,
-        lse,
-        part_out,
-        part_lse,
-        work.items,
-        layout.col_indices,
-        *position_arguments(call),
-        *feature_arguments(call),
-        call.block_bias,
-        *strides(call.q, call.k, call.v, out),
-        layout.num_groups,
-        layout.num_q_blocks,
-        work.parts,
-        *number_arguments(call),
-        **fixed,
-        PLAIN=plain,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+    tensors = (call.q, call.k, call.v, out, lse, part_out, part_lse, work.items, layout.col_indices)
+    launch(
+        forward_kernel,
+        (items * max(1, layout.q_block_size // tile.rows), copies),
+        (*tensors, *feature_tensors(call), call.block_bias),
+        feature_strides(call) + strides(call.q, call.k, call.v, out),
+        (layout.num_groups, layout.num_q_blocks, work.parts, *numbers(call)),
+        (*constants(call, tile), plain),
+        tile.warps,
+        tile.stages,
     )
-    if splits:
-        rows = min(MERGE_ROWS, layout.q_block_size)
-        merge_parts_kernel[(splits * (layout.q_block_size // rows), copies)](
-            part_out,
-            part_lse,
-            out,
-            lse,
-            work.splits,
-            *strides(out),
-            layout.num_groups,
-            layout.num_q_blocks,
-            work.parts,
-            heads,
-            tokens,
-            **_merge_constants(call, rows),
-        )
+    if part_out is not None and part_lse is not None:
+        _merge_parts(call, work, part_out, part_lse, out, lse)
     return out, lse
 
 
-def _merge_constants(call: AttentionCall, rows: int) -> dict[str, Any]:
-    head_dim = call.q.shape[-1]
-    return {"BLOCK": call.layout.q_block_size, "ROWS": rows, "D": head_dim, "DP": padded_head_dim(head_dim)}
+def _merge_parts(call: AttentionCall, work: Work, part_out: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Writes the split rows of out and lse."""
+    (batch, heads, tokens, head_dim), layout = call.q.shape, call.layout
+    rows = min(MERGE_ROWS, layout.q_block_size)
+    launch(
+        merge_parts_kernel,
+        (work.sizes()[1] * (layout.q_block_size // rows), batch * heads // layout.num_groups),
+        (part_out, part_lse, out, lse, work.splits),
+        strides(out),
+        (layout.num_groups, layout.num_q_blocks, work.parts, heads, tokens),
+        (layout.q_block_size, rows, head_dim, padded_head_dim(head_dim)),
+    )
 
 
 @triton.jit(
-    do_not_specialize=["groups", "q_blocks", "parts", "heads", "q_tokens", "kv_tokens", "hash_base", "threshold"]
+    do_not_specialize=[
+        "groups",
+        "q_blocks",
+        "parts",
+        "heads",
+        "queries_per_kv",
+        "q_tokens",
+        "kv_tokens",
+        "hash_base",
+        "threshold",
+    ]
 )
 def forward_kernel(
     q,
@@ -119,17 +103,17 @@ def forward_kernel(
     q_starts,
     kv_starts,
     mask,
+    q_ids,
+    kv_ids,
+    bias,
     mask_b,
     mask_h,
     mask_q,
     mask_k,
-    q_ids,
-    kv_ids,
     q_ids_b,
     q_ids_t,
     kv_ids_b,
     kv_ids_t,
-    bias,
     q_b,
     q_h,
     q_t,

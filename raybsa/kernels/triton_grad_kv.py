@@ -12,13 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from raybsa.kernels.call import AttentionCall
-from raybsa.kernels.triton_arguments import (
-    constants,
-    feature_arguments,
-    number_arguments,
-    position_arguments,
-    strides,
-)
+from raybsa.kernels.triton_arguments import constants, feature_strides, feature_tensors, numbers, strides
+from raybsa.kernels.triton_launch import launch
 from raybsa.kernels.triton_plan import MAX_BLOCKS, MEMBER_SHIFT, plan_columns
 from raybsa.kernels.triton_reduce import sum_parts
 from raybsa.kernels.triton_scores import (
@@ -32,7 +27,7 @@ from raybsa.kernels.triton_scores import (
     tile_pointers,
     tile_slots,
 )
-from raybsa.kernels.triton_tiles import choose_tile, padded_head_dim
+from raybsa.kernels.triton_tiles import choose_tile
 
 SHIFT, BLOCK_BITS = tl.constexpr(MEMBER_SHIFT), tl.constexpr(MAX_BLOCKS - 1)
 
@@ -50,8 +45,8 @@ def grad_kv(call: AttentionCall, lse: Tensor, delta: Tensor, grad_out: Tensor) -
     parts_k, parts_v = (
         lse.new_empty(work.parts * copies, layout.kv_block_size, head_dim) if splits else None for _ in range(2)
     )
-    per_block = max(1, layout.kv_block_size // tile.rows)
-    grad_kv_kernel[(items * per_block, copies)](
+    bias = None if call.block_bias is None else call.block_bias[columns.source]
+    tensors = (
         call.q,
         call.k,
         call.v,
@@ -64,17 +59,16 @@ def grad_kv(call: AttentionCall, lse: Tensor, delta: Tensor, grad_out: Tensor) -
         parts_v,
         work.items,
         columns.entries,
-        *position_arguments(call),
-        *feature_arguments(call),
-        None if call.block_bias is None else call.block_bias[columns.source],
-        *strides(call.q, call.k, call.v, grad_out, grad_k, grad_v),
-        columns.groups,
-        layout.num_kv_blocks,
-        work.parts,
-        *number_arguments(call),
-        **constants(call, tile.rows, tile.cols, padded_head_dim(head_dim)),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+    )
+    launch(
+        grad_kv_kernel,
+        (items * max(1, layout.kv_block_size // tile.rows), copies),
+        (*tensors, *feature_tensors(call), bias),
+        feature_strides(call) + strides(call.q, call.k, call.v, grad_out, grad_k, grad_v),
+        (columns.groups, layout.num_kv_blocks, work.parts, *numbers(call)),
+        constants(call, tile),
+        tile.warps,
+        tile.stages,
     )
     if parts_k is not None and parts_v is not None:
         sum_parts(parts_k, grad_k, work, columns.groups, layout.kv_block_size)
@@ -83,7 +77,17 @@ def grad_kv(call: AttentionCall, lse: Tensor, delta: Tensor, grad_out: Tensor) -
 
 
 @triton.jit(
-    do_not_specialize=["groups", "kv_blocks", "parts", "heads", "q_tokens", "kv_tokens", "hash_base", "threshold"]
+    do_not_specialize=[
+        "groups",
+        "kv_blocks",
+        "parts",
+        "heads",
+        "queries_per_kv",
+        "q_tokens",
+        "kv_tokens",
+        "hash_base",
+        "threshold",
+    ]
 )
 def grad_kv_kernel(
     q,
@@ -101,17 +105,17 @@ def grad_kv_kernel(
     q_starts,
     kv_starts,
     mask,
+    q_ids,
+    kv_ids,
+    bias,
     mask_b,
     mask_h,
     mask_q,
     mask_k,
-    q_ids,
-    kv_ids,
     q_ids_b,
     q_ids_t,
     kv_ids_b,
     kv_ids_t,
-    bias,
     q_b,
     q_h,
     q_t,

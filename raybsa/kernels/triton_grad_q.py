@@ -8,13 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from raybsa.kernels.call import AttentionCall
-from raybsa.kernels.triton_arguments import (
-    constants,
-    feature_arguments,
-    number_arguments,
-    position_arguments,
-    strides,
-)
+from raybsa.kernels.triton_arguments import constants, feature_strides, feature_tensors, numbers, strides
+from raybsa.kernels.triton_launch import launch
 from raybsa.kernels.triton_plan import plan_rows
 from raybsa.kernels.triton_reduce import sum_parts
 from raybsa.kernels.triton_scores import (
@@ -28,7 +23,7 @@ from raybsa.kernels.triton_scores import (
     tile_pointers,
     tile_slots,
 )
-from raybsa.kernels.triton_tiles import choose_tile, padded_head_dim
+from raybsa.kernels.triton_tiles import choose_tile
 
 
 def grad_q(
@@ -45,30 +40,16 @@ def grad_q(
     bias_sums = lse.new_empty(copies * per_block, layout.nnz_blocks, per_key_block) if with_bias else None
     parts = lse.new_empty(work.parts * copies, layout.q_block_size, head_dim) if splits else None
     if items:
-        grad_q_kernel[(items * per_block, copies)](
-            call.q,
-            call.k,
-            call.v,
-            grad_out,
-            lse,
-            delta,
-            grad,
-            parts,
-            bias_sums,
-            work.items,
-            layout.col_indices,
-            *position_arguments(call),
-            *feature_arguments(call),
-            call.block_bias,
-            *strides(call.q, call.k, call.v, grad_out, grad),
-            layout.num_groups,
-            layout.num_q_blocks,
-            work.parts,
-            layout.nnz_blocks,
-            *number_arguments(call),
-            **constants(call, tile.rows, tile.cols, padded_head_dim(head_dim)),
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+        tensors = (call.q, call.k, call.v, grad_out, lse, delta, grad, parts, bias_sums, work.items, layout.col_indices)
+        launch(
+            grad_q_kernel,
+            (items * per_block, copies),
+            (*tensors, *feature_tensors(call), call.block_bias),
+            feature_strides(call) + strides(call.q, call.k, call.v, grad_out, grad),
+            (layout.num_groups, layout.num_q_blocks, work.parts, layout.nnz_blocks, *numbers(call)),
+            constants(call, tile),
+            tile.warps,
+            tile.stages,
         )
     if parts is not None:
         sum_parts(parts, grad, work, layout.num_groups, layout.q_block_size)
@@ -84,6 +65,7 @@ def grad_q(
         "parts",
         "nnz_blocks",
         "heads",
+        "queries_per_kv",
         "q_tokens",
         "kv_tokens",
         "hash_base",
@@ -105,17 +87,17 @@ def grad_q_kernel(
     q_starts,
     kv_starts,
     mask,
+    q_ids,
+    kv_ids,
+    bias,
     mask_b,
     mask_h,
     mask_q,
     mask_k,
-    q_ids,
-    kv_ids,
     q_ids_b,
     q_ids_t,
     kv_ids_b,
     kv_ids_t,
-    bias,
     q_b,
     q_h,
     q_t,

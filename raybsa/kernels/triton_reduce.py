@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from raybsa.kernels.triton_arguments import strides
+from raybsa.kernels.triton_launch import launch
 from raybsa.kernels.triton_plan import Work
 from raybsa.kernels.triton_scores import load_tokens, store_tokens
 from raybsa.kernels.triton_tiles import padded_head_dim
@@ -21,19 +22,13 @@ def delta_of(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
     delta = torch.empty(batch, heads, tokens, dtype=torch.float32, device=out.device)
     if not tokens:
         return delta
-    lse_strides = (0, 0, 0) if grad_lse is None else grad_lse.stride()
-    delta_kernel[(triton.cdiv(tokens, DELTA_ROWS), batch * heads)](
-        out,
-        grad_out,
-        grad_lse,
-        delta,
-        *strides(out, grad_out),
-        *lse_strides,
-        heads,
-        tokens,
-        ROWS=DELTA_ROWS,
-        D=head_dim,
-        DP=padded_head_dim(head_dim),
+    launch(
+        delta_kernel,
+        (triton.cdiv(tokens, DELTA_ROWS), batch * heads),
+        (out, grad_out, grad_lse, delta),
+        strides(out, grad_out) + ((0, 0, 0) if grad_lse is None else grad_lse.stride()),
+        (heads, tokens),
+        (DELTA_ROWS, head_dim, padded_head_dim(head_dim)),
     )
     return delta
 
@@ -46,20 +41,13 @@ def sum_parts(parts: Tensor, target: Tensor, work: Work, groups: int, block_size
     _, heads, tokens, head_dim = target.shape
     rows = min(SUM_ROWS, block_size)
     copies = target.shape[0] * heads // groups
-    sum_parts_kernel[(work.sizes()[1] * (block_size // rows), copies)](
-        parts,
-        target,
-        work.splits,
-        *strides(target),
-        groups,
-        -(-tokens // block_size),
-        work.parts,
-        heads,
-        tokens,
-        BLOCK=block_size,
-        ROWS=rows,
-        D=head_dim,
-        DP=padded_head_dim(head_dim),
+    launch(
+        sum_parts_kernel,
+        (work.sizes()[1] * (block_size // rows), copies),
+        (parts, target, work.splits),
+        strides(target),
+        (groups, -(-tokens // block_size), work.parts, heads, tokens),
+        (block_size, rows, head_dim, padded_head_dim(head_dim)),
     )
 
 
