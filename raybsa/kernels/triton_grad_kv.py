@@ -45,7 +45,7 @@ def grad_kv(call: AttentionCall, lse: Tensor, delta: Tensor, grad_out: Tensor) -
     parts_k, parts_v = (
         lse.new_empty(work.parts * copies, layout.kv_block_size, head_dim) if splits else None for _ in range(2)
     )
-    bias = None if call.block_bias is None else call.block_bias[columns.source]
+    bias = None if call.block_bias is None or columns.source is None else call.block_bias[columns.source]
     tensors = (
         call.q,
         call.k,

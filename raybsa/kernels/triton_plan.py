@@ -51,13 +51,13 @@ class Columns:
 
     Args:
         entries: (n,) int32, see ``MEMBER_SHIFT``; of each column first the blocks that the diagonal cuts.
-        source: (n,) int64: each entry's place in the layout's storage order.
+        source: (n,) int32: each entry's place in the layout's storage order; None unless there is a block_bias.
         groups: how many different KV heads' lists there are.
         work: over the columns, ``group * num_kv_blocks + block``.
     """
 
     entries: Tensor
-    source: Tensor
+    source: Tensor | None
     groups: int
     work: Work
 
@@ -82,12 +82,14 @@ def plan_columns(call: AttentionCall, tile: int) -> Columns:
     """The columns' work for tiles of ``tile`` queries, kept as long as the layout lives."""
     plans, layout = _PLANS.setdefault(call.layout, {}), call.layout
     copies = call.q.shape[0] * call.q.shape[1] // layout.num_groups
-    key = ("columns", copies, call.queries_per_kv, tile)
+    with_bias = call.block_bias is not None
+    key = ("columns", copies, call.queries_per_kv, tile, with_bias)
     if key not in plans:
         bound = _part_blocks(layout.nnz_blocks * copies, layout.q_block_size, tile, layout.device)
         entries, source, offsets, turn = _column_lists(layout, call.queries_per_kv)
         work = _cut(offsets, turn, bound, max(1, tile // layout.q_block_size))
-        plans[key] = Columns(entries, source, max(1, layout.num_groups // call.queries_per_kv), work)
+        groups = max(1, layout.num_groups // call.queries_per_kv)
+        plans[key] = Columns(entries, source.to(torch.int32) if with_bias else None, groups, work)
     found = plans[key]
     assert isinstance(found, Columns)
     return found
