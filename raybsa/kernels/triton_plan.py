@@ -2,7 +2,8 @@
 
 Rows (lists of KV blocks) serve the forward and dQ, columns (lists of query blocks) serve dK/dV. A list longer than a
 fair share of the whole work is split into parts that a second kernel adds up in a fixed order, so that one global row
-or column does not hold up the launch. Longest items come first. A plan is made once for a layout, on its device, with
+or column does not hold up the launch. The longest items come first; all short ones stay in storage order, a head after the
+other, so that what runs at one time reads the same keys and values. A plan is made once for a layout, on its device, with
 O(nnz) tensor operations and one read back of three numbers.
 """
 
@@ -20,6 +21,7 @@ from raybsa.layout import BlockLayout
 
 MIN_PART_TOKENS = 1024  # no list shorter than this is split
 SHARES = 4  # a part is at most this fraction of one processor's share of the work
+LENGTHS = 4  # items count as equally long within this fraction of the bound, and then keep their order
 MEMBER_SHIFT = 22  # an entry of a column is ``(query head within its KV head << 22) | query block``
 MAX_BLOCKS, MAX_MEMBERS = 2**MEMBER_SHIFT, 2 ** (31 - MEMBER_SHIFT)
 
@@ -29,7 +31,7 @@ class Work:
     """Items of work, one a program.
 
     Args:
-        items: (n, 8) int32, longest first: list, begin, turn, end, part, and three unused. ``begin .. end`` are places
+        items: (n, 8) int32, the longest first: list, begin, turn, end, part, and three unused. ``begin .. end`` are places
             among all blocks; masking begins at ``turn`` in a row and ends there in a column; ``part`` is -1 where the
             item is its whole list. An empty list has an item too, which writes its zeros.
         splits: (m, 4) int32: list, first part, number of parts, one unused.
@@ -136,7 +138,7 @@ def _column_lists(layout: BlockLayout, members: int) -> tuple[Tensor, Tensor, Te
 
 
 def _cut(offsets: Tensor, turn: Tensor, bound: int, step: int) -> Work:
-    """Items of at most ``bound`` blocks (a multiple of ``step``) from lists at ``offsets``, longest first."""
+    """Items of at most ``bound`` blocks (a multiple of ``step``) from lists at ``offsets``, the longest first."""
     counts = offsets.diff()
     pieces = (-(-counts // bound)).clamp(min=1)
     is_split = pieces > 1
@@ -153,7 +155,7 @@ def _cut(offsets: Tensor, turn: Tensor, bound: int, step: int) -> Work:
     part = torch.where(is_split[of], first_part[of] + piece, -1)
     fields = [of, begin, torch.minimum(torch.maximum(turn[of], begin), end), end, part]
     fields += [torch.zeros_like(of)] * 3
-    longest_first = torch.argsort(end - begin, descending=True, stable=True)
+    longest_first = torch.argsort((end - begin) * LENGTHS // bound, descending=True, stable=True)
     where = torch.argsort(is_split, descending=True, stable=True)[:splits]
     split = torch.stack([where, first_part[where], pieces[where], torch.zeros_like(where)], 1)
     return Work(torch.stack(fields, 1)[longest_first].to(torch.int32), split.to(torch.int32), parts)
