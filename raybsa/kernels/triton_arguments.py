@@ -47,7 +47,7 @@ def numbers(call: AttentionCall) -> tuple[int | float, ...]:
     )
 
 
-def constants(call: AttentionCall, tile: Tile) -> tuple[Any, ...]:
+def constants(call: AttentionCall, tile: Tile, descriptors: bool) -> tuple[Any, ...]:
     """What the kernels are compiled for, beyond the types of their tensors, in the order of their signatures."""
     layout, head_dim = call.layout, call.q.shape[-1]
     return (
@@ -62,6 +62,7 @@ def constants(call: AttentionCall, tile: Tile) -> tuple[Any, ...]:
         layout.kv_tokens % layout.kv_block_size != 0,
         call.dropout_p > 0.0,
         dot_precision(call.q.dtype),
+        descriptors,
     )
 
 

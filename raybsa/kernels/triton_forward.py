@@ -13,6 +13,7 @@ from torch import Tensor
 
 from raybsa.kernels.call import AttentionCall
 from raybsa.kernels.triton_arguments import constants, feature_strides, feature_tensors, numbers, strides
+from raybsa.kernels.triton_descriptors import as_descriptors
 from raybsa.kernels.triton_launch import launch
 from raybsa.kernels.triton_plan import Work, plan_rows
 from raybsa.kernels.triton_scores import (
@@ -47,14 +48,15 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     part_lse = lse.new_empty(parts) if splits else None
     positive = call.scale >= 0
     plain = call.attn_mask is None and call.segment_ids is None and call.block_bias is None and positive
-    tensors = (call.q, call.k, call.v, out, lse, part_out, part_lse, work.items, layout.col_indices)
+    (keys, values), descriptors = as_descriptors(layout.kv_block_size, tile, call.k, call.v)
+    tensors = (call.q, keys, values, out, lse, part_out, part_lse, work.items, layout.col_indices)
     launch(
         forward_kernel,
         (items * max(1, layout.q_block_size // tile.rows), copies),
         (*tensors, *feature_tensors(call), call.block_bias),
         feature_strides(call) + strides(call.q, call.k, call.v, out),
         (layout.num_groups, layout.num_q_blocks, work.parts, *numbers(call)),
-        (*constants(call, tile), plain),
+        (*constants(call, tile, descriptors), plain),
         tile.warps,
         tile.stages,
     )
@@ -152,6 +154,7 @@ def forward_kernel(
     KV_RAGGED: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
     """Program (item and tile within the query block, copy of the group): ROWS queries."""
@@ -176,8 +179,10 @@ def forward_kernel(
     queries = load_tokens(
         q_base + q_token.to(tl.int64)[:, None] * q_t + dim[None, :] * q_d, q_inside, dim, Q_EVEN, D, DP
     )
-    k_base = k + b.to(tl.int64) * k_b + (h // queries_per_kv).to(tl.int64) * k_h
-    v_base = v + b.to(tl.int64) * v_b + (h // queries_per_kv).to(tl.int64) * v_h
+    kv_head = h // queries_per_kv
+    if not DESCRIPTORS:
+        k_base = k + b.to(tl.int64) * k_b + kv_head.to(tl.int64) * k_h
+        v_base = v + b.to(tl.int64) * v_b + kv_head.to(tl.int64) * v_h
     if q_ids is not None:
         q_segment = tl.load(q_ids + b * q_ids_b + q_token * q_ids_t, mask=q_inside, other=0)
 
@@ -196,8 +201,11 @@ def forward_kernel(
             kv_block = load_blocks(col_indices, slots, end, KV_BLOCK, COLS)
             k_token = kv_block * KV_BLOCK + (offset + lane)
             k_inside = (k_token < kv_tokens) & (slots < end)
-            k_at = tile_pointers(k_base, 0, kv_block, offset, lane, dim, k_t, k_d, KV_BLOCK, COLS)
-            keys = load_tokens(k_at, k_inside, dim, phase == 0, D, DP)
+            if DESCRIPTORS:
+                keys = tl.reshape(k.load([b, kv_head, kv_block * KV_BLOCK + offset, 0]), [COLS, DP])
+            else:
+                k_at = tile_pointers(k_base, 0, kv_block, offset, lane, dim, k_t, k_d, KV_BLOCK, COLS)
+                keys = load_tokens(k_at, k_inside, dim, phase == 0, D, DP)
             scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
             k_position = k_token
             if kv_starts is not None:
@@ -232,8 +240,11 @@ def forward_kernel(
             if DROPOUT:
                 kept = is_kept(hash_base, flat_head, q_position[:, None], k_position[None, :], threshold)
                 weights = tl.where(kept, weights, 0.0)
-            v_at = tile_pointers(v_base, 0, kv_block, offset, lane, dim, v_t, v_d, KV_BLOCK, COLS)
-            values = load_tokens(v_at, k_inside, dim, phase == 0, D, DP)
+            if DESCRIPTORS:
+                values = tl.reshape(v.load([b, kv_head, kv_block * KV_BLOCK + offset, 0]), [COLS, DP])
+            else:
+                v_at = tile_pointers(v_base, 0, kv_block, offset, lane, dim, v_t, v_d, KV_BLOCK, COLS)
+                values = load_tokens(v_at, k_inside, dim, phase == 0, D, DP)
             sums = tl.dot(weights.to(values.dtype), values, sums * fade[:, None], input_precision=PRECISION)
             top = new_top
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from raybsa.kernels.call import AttentionCall
 from raybsa.kernels.triton_arguments import constants, feature_strides, feature_tensors, numbers, strides
+from raybsa.kernels.triton_descriptors import as_descriptors
 from raybsa.kernels.triton_launch import launch
 from raybsa.kernels.triton_plan import MAX_BLOCKS, MEMBER_SHIFT, plan_columns
 from raybsa.kernels.triton_reduce import sum_parts
@@ -46,27 +47,16 @@ def grad_kv(call: AttentionCall, lse: Tensor, delta: Tensor, grad_out: Tensor) -
         lse.new_empty(work.parts * copies, layout.kv_block_size, head_dim) if splits else None for _ in range(2)
     )
     bias = None if call.block_bias is None or columns.source is None else call.block_bias[columns.source]
-    tensors = (
-        call.q,
-        call.k,
-        call.v,
-        grad_out,
-        lse,
-        delta,
-        grad_k,
-        grad_v,
-        parts_k,
-        parts_v,
-        work.items,
-        columns.entries,
-    )
+    (queries, grads), descriptors = as_descriptors(layout.q_block_size, tile, call.q, grad_out)
+    inputs = (lse, queries, call.k, call.v, grads, delta)
+    tensors = (*inputs, grad_k, grad_v, parts_k, parts_v, work.items, columns.entries)
     launch(
         grad_kv_kernel,
         (items * max(1, layout.kv_block_size // tile.rows), copies),
         (*tensors, *feature_tensors(call), bias),
         feature_strides(call) + strides(call.q, call.k, call.v, grad_out, grad_k, grad_v),
         (columns.groups, layout.num_kv_blocks, work.parts, *numbers(call)),
-        constants(call, tile),
+        constants(call, tile, descriptors),
         tile.warps,
         tile.stages,
     )
@@ -90,11 +80,11 @@ def grad_kv(call: AttentionCall, lse: Tensor, delta: Tensor, grad_out: Tensor) -
     ]
 )
 def grad_kv_kernel(
+    lse,
     q,
     k,
     v,
     grad_out,
-    lse,
     delta,
     grad_k,
     grad_v,
@@ -162,6 +152,7 @@ def grad_kv_kernel(
     KV_RAGGED: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
     """Program (item and tile within the KV block, copy of the group): ROWS keys."""
     TILES: tl.constexpr = KV_BLOCK // ROWS if KV_BLOCK > ROWS else 1
@@ -187,7 +178,8 @@ def grad_kv_kernel(
     v_base = v + b.to(tl.int64) * v_b + kv_head.to(tl.int64) * v_h
     keys = load_tokens(k_base + k_steps * k_t + dim[None, :] * k_d, k_inside, dim, K_EVEN, D, DP)
     values = load_tokens(v_base + k_steps * v_t + dim[None, :] * v_d, k_inside, dim, K_EVEN, D, DP)
-    q_base, do_base = q + b.to(tl.int64) * q_b, grad_out + b.to(tl.int64) * do_b
+    if not DESCRIPTORS:
+        q_base, do_base = q + b.to(tl.int64) * q_b, grad_out + b.to(tl.int64) * do_b
     if q_ids is not None:
         k_segment = tl.load(kv_ids + b * kv_ids_b + k_token * kv_ids_t, mask=k_inside, other=0)
 
@@ -208,10 +200,15 @@ def grad_kv_kernel(
             flat_head = b * heads + h
             q_token = q_block * Q_BLOCK + (offset + lane)
             q_inside = (q_token < q_tokens) & (slots < end)
-            q_at = tile_pointers(q_base, h.to(tl.int64) * q_h, q_block, offset, lane, dim, q_t, q_d, Q_BLOCK, COLS)
-            do_at = tile_pointers(do_base, h.to(tl.int64) * do_h, q_block, offset, lane, dim, do_t, do_d, Q_BLOCK, COLS)
-            queries = load_tokens(q_at, q_inside, dim, Q_EVEN, D, DP)
-            grads = load_tokens(do_at, q_inside, dim, Q_EVEN, D, DP)
+            if DESCRIPTORS:
+                queries = tl.reshape(q.load([b, h, q_block * Q_BLOCK + offset, 0]), [COLS, DP])
+                grads = tl.reshape(grad_out.load([b, h, q_block * Q_BLOCK + offset, 0]), [COLS, DP])
+            else:
+                q_first, do_first = h.to(tl.int64) * q_h, h.to(tl.int64) * do_h
+                q_at = tile_pointers(q_base, q_first, q_block, offset, lane, dim, q_t, q_d, Q_BLOCK, COLS)
+                do_at = tile_pointers(do_base, do_first, q_block, offset, lane, dim, do_t, do_d, Q_BLOCK, COLS)
+                queries = load_tokens(q_at, q_inside, dim, Q_EVEN, D, DP)
+                grads = load_tokens(do_at, q_inside, dim, Q_EVEN, D, DP)
             grads = grads.to(queries.dtype)
             at_row = flat_head.to(tl.int64) * q_tokens + q_token
             if Q_EVEN:

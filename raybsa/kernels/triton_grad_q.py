@@ -9,6 +9,7 @@ from torch import Tensor
 
 from raybsa.kernels.call import AttentionCall
 from raybsa.kernels.triton_arguments import constants, feature_strides, feature_tensors, numbers, strides
+from raybsa.kernels.triton_descriptors import as_descriptors
 from raybsa.kernels.triton_launch import launch
 from raybsa.kernels.triton_plan import plan_rows
 from raybsa.kernels.triton_reduce import sum_parts
@@ -40,14 +41,15 @@ def grad_q(
     bias_sums = lse.new_empty(copies * per_block, layout.nnz_blocks, per_key_block) if with_bias else None
     parts = lse.new_empty(work.parts * copies, layout.q_block_size, head_dim) if splits else None
     if items:
-        tensors = (call.q, call.k, call.v, grad_out, lse, delta, grad, parts, bias_sums, work.items, layout.col_indices)
+        (keys, values), descriptors = as_descriptors(layout.kv_block_size, tile, call.k, call.v)
+        tensors = (call.q, keys, values, grad_out, lse, delta, grad, parts, bias_sums, work.items, layout.col_indices)
         launch(
             grad_q_kernel,
             (items * per_block, copies),
             (*tensors, *feature_tensors(call), call.block_bias),
             feature_strides(call) + strides(call.q, call.k, call.v, grad_out, grad),
             (layout.num_groups, layout.num_q_blocks, work.parts, layout.nnz_blocks, *numbers(call)),
-            constants(call, tile),
+            constants(call, tile, descriptors),
             tile.warps,
             tile.stages,
         )
@@ -141,6 +143,7 @@ def grad_q_kernel(
     KV_RAGGED: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
     """Program (item and tile within the query block, copy of the group): ROWS queries."""
     TILES: tl.constexpr = Q_BLOCK // ROWS if Q_BLOCK > ROWS else 1
@@ -170,8 +173,10 @@ def grad_q_kernel(
     row_lse = tl.load(lse + at_row, mask=q_inside, other=float("inf"))
     row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse) * LOG2E
     row_delta = tl.load(delta + at_row, mask=q_inside, other=0.0)
-    k_base = k + b.to(tl.int64) * k_b + (h // queries_per_kv).to(tl.int64) * k_h
-    v_base = v + b.to(tl.int64) * v_b + (h // queries_per_kv).to(tl.int64) * v_h
+    kv_head = h // queries_per_kv
+    if not DESCRIPTORS:
+        k_base = k + b.to(tl.int64) * k_b + kv_head.to(tl.int64) * k_h
+        v_base = v + b.to(tl.int64) * v_b + kv_head.to(tl.int64) * v_h
     if q_ids is not None:
         q_segment = tl.load(q_ids + b * q_ids_b + q_token * q_ids_t, mask=q_inside, other=0)
 
@@ -188,10 +193,16 @@ def grad_q_kernel(
             kv_block = load_blocks(col_indices, slots, end, KV_BLOCK, COLS)
             k_token = kv_block * KV_BLOCK + (offset + lane)
             k_inside = (k_token < kv_tokens) & (slots < end)
-            k_at = tile_pointers(k_base, 0, kv_block, offset, lane, dim, k_t, k_d, KV_BLOCK, COLS)
-            keys = load_tokens(k_at, k_inside, dim, phase == 0, D, DP)
-            v_at = tile_pointers(v_base, 0, kv_block, offset, lane, dim, v_t, v_d, KV_BLOCK, COLS)
-            values = load_tokens(v_at, k_inside, dim, phase == 0, D, DP)
+            if DESCRIPTORS:
+                keys = tl.reshape(k.load([b, kv_head, kv_block * KV_BLOCK + offset, 0]), [COLS, DP])
+            else:
+                k_at = tile_pointers(k_base, 0, kv_block, offset, lane, dim, k_t, k_d, KV_BLOCK, COLS)
+                keys = load_tokens(k_at, k_inside, dim, phase == 0, D, DP)
+            if DESCRIPTORS:
+                values = tl.reshape(v.load([b, kv_head, kv_block * KV_BLOCK + offset, 0]), [COLS, DP])
+            else:
+                v_at = tile_pointers(v_base, 0, kv_block, offset, lane, dim, v_t, v_d, KV_BLOCK, COLS)
+                values = load_tokens(v_at, k_inside, dim, phase == 0, D, DP)
             scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
             k_position = k_token
             if kv_starts is not None:

@@ -18,7 +18,7 @@ _COMPILED: dict[tuple[Any, ...], Any] = {}
 def launch(
     kernel: Any,
     grid: tuple[int, int],
-    tensors: tuple[Tensor | None, ...],
+    tensors: tuple[Any, ...],
     sizes: tuple[int, ...],
     numbers: tuple[int | float, ...],
     constants: tuple[Any, ...],
@@ -29,13 +29,12 @@ def launch(
 
     Args:
         grid: programs along x and y.
-        tensors: the first argument is a tensor, of the device to run on; None where a feature is not wanted.
+        tensors: tensors, of which the first says the device to run on, descriptors, and None for what is not wanted.
         sizes: integers that Triton may specialise on (strides).
         numbers: those named in the kernel's ``do_not_specialize``, below 2**31, and floats.
         constants: the kernel's ``tl.constexpr`` arguments, in its order.
     """
-    assert tensors[0] is not None
-    kinds = tuple([None if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors])
+    kinds = tuple([None if t is None else _kind(t) for t in tensors])
     key = (kernel.__name__, tensors[0].device, kinds, sizes, constants, warps, stages)
     compiled = _COMPILED.get(key)
     if compiled is not None:
@@ -52,3 +51,10 @@ def launch(
     )
     if not interpreting():
         _COMPILED[key] = made
+
+
+def _kind(tensor: Any) -> tuple[Any, ...]:
+    """What Triton compiles for: a tensor's type and alignment, a descriptor's type and tile."""
+    if isinstance(tensor, Tensor):
+        return tensor.dtype, tensor.data_ptr() % 16
+    return tensor.base.dtype, *tensor.block_shape

@@ -2,9 +2,9 @@
 
 Rows (lists of KV blocks) serve the forward and dQ, columns (lists of query blocks) serve dK/dV. A list longer than a
 fair share of the whole work is split into parts that a second kernel adds up in a fixed order, so that one global row
-or column does not hold up the launch. The longest items come first; all short ones stay in storage order, a head after the
-other, so that what runs at one time reads the same keys and values. A plan is made once for a layout, on its device, with
-O(nnz) tensor operations and one read back of three numbers.
+or column does not hold up the launch. The longest items come first; all short ones stay in storage order, a head after
+the other, so that what runs at one time reads the same keys and values. A plan is made once for a layout, on its
+device, with O(nnz) tensor operations and one read back of three numbers.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Work:
     """Items of work, one a program.
 
     Args:
-        items: (n, 8) int32, the longest first: list, begin, turn, end, part, and three unused. ``begin .. end`` are places
-            among all blocks; masking begins at ``turn`` in a row and ends there in a column; ``part`` is -1 where the
-            item is its whole list. An empty list has an item too, which writes its zeros.
+        items: (n, 8) int32, the longest first: list, begin, turn, end, part, and three unused. ``begin .. end`` are
+            places among all blocks; masking begins at ``turn`` in a row and ends there in a column; ``part`` is -1
+            where the item is its whole list. An empty list has an item too, which writes its zeros.
         splits: (m, 4) int32: list, first part, number of parts, one unused.
         parts: how many parts there are.
     """

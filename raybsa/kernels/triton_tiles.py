@@ -19,18 +19,20 @@ Pass = Literal["forward", "grad_q", "grad_kv"]
 
 
 class Tile(NamedTuple):
-    """rows, cols: tokens, powers of two from 16. warps, stages: Triton's launch options."""
+    """rows, cols: tokens, powers of two from 16. warps, stages: Triton's launch options. descriptors: load the walked
+    side by TMA where blocks hold whole tiles (``triton_descriptors``)."""
 
     rows: int
     cols: int
     warps: int
     stages: int
+    descriptors: bool = False
 
 
 # (pass, bytes of a number, padded head_dim up to): the first tile whose rows fit into the block serves it.
 TILES: dict[tuple[Pass, int, int], list[Tile]] = {
-    ("forward", 2, 64): [Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(32, 64, 2, 3), Tile(16, 64, 2, 3)],
-    ("forward", 2, 128): [Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2), Tile(16, 64, 4, 2)],
+    ("forward", 2, 64): [Tile(128, 64, 4, 3, True), Tile(64, 64, 4, 3, True), Tile(32, 64, 2, 3), Tile(16, 64, 2, 3)],
+    ("forward", 2, 128): [Tile(128, 64, 4, 2, True), Tile(64, 64, 4, 2, True), Tile(32, 64, 4, 2), Tile(16, 64, 4, 2)],
     ("forward", 2, 256): [Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(32, 32, 4, 2), Tile(16, 32, 4, 2)],
     ("grad_q", 2, 64): [Tile(128, 64, 8, 3), Tile(64, 64, 4, 3), Tile(32, 64, 4, 3), Tile(16, 64, 2, 3)],
     ("grad_q", 2, 128): [Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2), Tile(16, 64, 4, 2)],
