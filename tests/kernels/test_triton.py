@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from raybsa import BlockLayout, block_sparse_attention
-from raybsa.kernels import triton_arguments, triton_plan, triton_setup
+from raybsa.kernels import triton_arguments, triton_plan, triton_setup, triton_tiles
 from raybsa.kernels.merge import merge
 from tests.kernels.problems import PROBLEMS, Problem, in_double, outputs_and_gradients, relative_error
 from tests.kernels.test_backends import _dense_in_low_precision
 
 pytest.importorskip("triton")
+from raybsa.kernels import triton_forward, triton_grad_kv, triton_grad_q
 
 SMALL = [
     Problem("per-head-causal-ragged", causal=True, batch=1, heads=2, kv_heads=2, groups=2, q_len=101, kv_len=101),
@@ -116,6 +117,25 @@ def test_split_rows_and_columns_equal_the_reference(
     assert any(made) or max(longest) <= 128, "nothing was split"
 
 
+@on_both([SMALL[5], SMALL[7]], LARGE)
+@pytest.mark.parametrize("with_descriptors", [True, False])
+def test_tiles_by_descriptors_and_by_pointers_equal_the_reference(
+    problem: Problem, device: str, with_descriptors: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    choose = triton_tiles.choose_tile
+
+    def choose_with(*arguments: Any) -> triton_tiles.Tile:
+        asked.append(with_descriptors)
+        return choose(*arguments)._replace(descriptors=with_descriptors)
+
+    for kernel in (triton_forward, triton_grad_q, triton_grad_kv):
+        monkeypatch.setattr(kernel, "choose_tile", choose_with)
+    layout = problem.layout(device)
+    assert_equals_reference(problem, device, layout, **everything(problem, layout))
+    assert len(asked) == 3
+
+
 @on_both([SMALL[0]], LARGE[:3])
 @pytest.mark.parametrize("shape", [(), (-1,), (1, -2), (4, 1, 1), (2, 1, -2, -1), (1, 4, -2, 1)], ids=str)
 @pytest.mark.parametrize("kind", ["bool", "float"])
@@ -167,7 +187,7 @@ def test_backward_of_parts_with_the_global_lse_adds_up_to_the_whole(problem: Pro
             assert relative_error(grad[place], leaf.grad[:, :, here]) <= TOLERANCE[1]
 
 
-@on_both([SMALL[0], SMALL[6]], PROBLEMS + LARGE)
+@on_both([SMALL[0], SMALL[7]], PROBLEMS + LARGE)
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=str)
 def test_16_bit_errors_stay_within_twice_those_of_dense_torch(
     problem: Problem, device: str, dtype: torch.dtype
