@@ -9,6 +9,7 @@ device, with O(nnz) tensor operations and one read back of three numbers.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -20,7 +21,7 @@ from raybsa.kernels.triton_setup import processors
 from raybsa.layout import BlockLayout
 
 MIN_PART_TOKENS = 1024  # no list shorter than this is split
-SHARES = 4  # a part is at most this fraction of one processor's share of the work
+SHARES = 2  # a part is at most this fraction of one processor's share of the work, or twice the mean list
 LENGTHS = 4  # items count as equally long within this fraction of the bound, and then keep their order
 MEMBER_SHIFT = 22  # an entry of a column is ``(query head within its KV head << 22) | query block``
 MAX_BLOCKS, MAX_MEMBERS = 2**MEMBER_SHIFT, 2 ** (31 - MEMBER_SHIFT)
@@ -73,7 +74,8 @@ def plan_rows(call: AttentionCall, tile: int) -> Work:
     copies = call.q.shape[0] * call.q.shape[1] // layout.num_groups
     key = ("rows", copies, tile)
     if key not in plans:
-        bound = _part_blocks(layout.nnz_blocks * copies, layout.kv_block_size, tile, layout.device)
+        lists = max(1, layout.num_groups * layout.num_q_blocks * copies)
+        bound = _part_blocks(layout.nnz_blocks * copies, lists, layout.kv_block_size, tile, layout.device)
         plans[key] = _cut(*_row_lists(layout), bound, max(1, tile // layout.kv_block_size))
     found = plans[key]
     assert isinstance(found, Work)
@@ -87,7 +89,8 @@ def plan_columns(call: AttentionCall, tile: int) -> Columns:
     with_bias = call.block_bias is not None
     key = ("columns", copies, call.queries_per_kv, tile, with_bias)
     if key not in plans:
-        bound = _part_blocks(layout.nnz_blocks * copies, layout.q_block_size, tile, layout.device)
+        lists = max(1, call.k.shape[0] * call.k.shape[1] * layout.num_kv_blocks)
+        bound = _part_blocks(layout.nnz_blocks * copies, lists, layout.q_block_size, tile, layout.device)
         entries, source, offsets, turn = _column_lists(layout, call.queries_per_kv)
         work = _cut(offsets, turn, bound, max(1, tile // layout.q_block_size))
         groups = max(1, layout.num_groups // call.queries_per_kv)
@@ -97,11 +100,15 @@ def plan_columns(call: AttentionCall, tile: int) -> Columns:
     return found
 
 
-def _part_blocks(total_blocks: int, block_size: int, tile: int, device: torch.device) -> int:
-    """The most blocks that one program walks, a whole number of tiles."""
-    tokens = max(MIN_PART_TOKENS, total_blocks * block_size // (SHARES * processors(device)))
+def _part_blocks(blocks: int, lists: int, block_size: int, tile: int, device: torch.device) -> int:
+    """The most blocks that one program walks, a whole number of tiles, where ``lists`` hold ``blocks`` in all.
+
+    Where there are lists enough for every processor, those up to twice the mean stay whole.
+    """
+    share = blocks / (SHARES * processors(device))
+    most = max(share, MIN_PART_TOKENS / block_size, 2 * blocks / lists if lists >= SHARES * processors(device) else 0)
     step = max(1, tile // block_size)
-    return step * -(-tokens // (step * block_size))
+    return step * max(1, math.ceil(most / step))
 
 
 def _row_lists(layout: BlockLayout) -> tuple[Tensor, Tensor]:
