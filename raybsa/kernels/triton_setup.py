@@ -29,7 +29,7 @@ def interpreting() -> bool:
 def repair_interpreter() -> None:
     """Lets the interpreter of Triton 3.6 run loops under numpy 2.4.
 
-    There a loop's bound is a numpy array of one element, which numpy no longer turns into an int (Triton 3.9 squeezes
+    There a loop's bound is a numpy array of one element, which numpy no longer turns into an int (Triton 3.7 squeezes
     it itself).
     """
     from triton.runtime import interpreter
