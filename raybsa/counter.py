@@ -33,9 +33,17 @@ def hash_u32(seed: int, stream: Stream, *counters: Tensor) -> Tensor:
     ``counters`` are one or more integer tensors on one device, where the numbers are made.
     """
     first, *others = counters
-    state = _mix(_mix(_mix(seed & 0xFFFFFFFF) ^ int(stream)) ^ (first.long() & 0xFFFFFFFF))
+    state = _mix(mix_words(seed, int(stream)) ^ (first.long() & 0xFFFFFFFF))
     for counter in others:
         state = _mix(state ^ (counter.long() & 0xFFFFFFFF))
+    return state
+
+
+def mix_words(*words: int) -> int:
+    """The state of the hash after these words: what a kernel that goes on with counters of its own starts from."""
+    state = 0
+    for word in words:
+        state = _mix(state ^ (word & 0xFFFFFFFF))
     return state
 
 

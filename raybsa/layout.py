@@ -7,15 +7,19 @@ Blocks are stored as CSR (the words are those of ``torch.sparse``): memory is O(
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, overload
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 _SHADES = " ░▒▓█"
+_NEXT_HANDLE = itertools.count()
+_BY_HANDLE: WeakValueDictionary[int, BlockLayout] = WeakValueDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +43,7 @@ class BlockLayout:
         q_block_ids: (num_q_blocks,) int64, strictly increasing global positions of the query blocks at hand;
             None means all of them, ``0 .. ceil(q_len / q_block_size) - 1``.
         kv_block_ids: the same for KV blocks.
+        handle: a number of this process by which ``of_handle`` finds the layout, never given.
     """
 
     crow_indices: Tensor
@@ -50,6 +55,7 @@ class BlockLayout:
     causal: bool = False
     q_block_ids: Tensor | None = None
     kv_block_ids: Tensor | None = None
+    handle: int = field(init=False, repr=False, default=-1)
 
     def __post_init__(self) -> None:
         check_geometry(self.q_len, self.kv_len, self.q_block_size, self.kv_block_size)
@@ -67,6 +73,21 @@ class BlockLayout:
         wanted = num_blocks(self.q_len, self.q_block_size) if self.q_block_ids is None else len(self.q_block_ids)
         if crow.shape[1] - 1 != wanted:
             raise ValueError(f"crow_indices must have {wanted} + 1 columns, got {crow.shape[1]}")
+        self._take_handle()
+
+    def _take_handle(self) -> None:
+        object.__setattr__(self, "handle", next(_NEXT_HANDLE))
+        _BY_HANDLE[self.handle] = self
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """A copy, or what came from another process, is known here by a handle of its own."""
+        self.__dict__.update(state)
+        self._take_handle()
+
+    @staticmethod
+    def of_handle(handle: int) -> BlockLayout:
+        """The living layout of this process whose ``handle`` it is: how an operator of torch is given a layout."""
+        return _BY_HANDLE[handle]
 
     # ---- sizes -------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,12 @@
 """Shared by all tests: one seed, one place that says which devices a test runs on."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its kernels then run on the CPU
 
 
 @pytest.fixture(autouse=True)

@@ -8,11 +8,16 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from raybsa.kernels import blocked, flex, reference
+from raybsa.kernels import blocked, flex, reference, triton_backend, triton_op
 from raybsa.kernels.call import AttentionCall, cast_inputs, check_call
 from raybsa.layout import BlockLayout
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "blocked": blocked, "flex": flex}
+BACKENDS: dict[str, ModuleType] = {
+    "reference": reference,
+    "blocked": blocked,
+    "triton": triton_backend,
+    "flex": flex,
+}
 
 
 def block_sparse_attention(
@@ -34,7 +39,8 @@ def block_sparse_attention(
     """The true softmax attention over the kept blocks of each row, with exact gradients.
 
     A row with nothing to attend gives output 0, lse -inf and zero gradients. Under ``torch.autocast`` q, k and v are
-    cast to its dtype, as SDPA does.
+    cast to its dtype, as SDPA does. Under ``torch.compile`` a call that the Triton kernels serve is one operator,
+    without a graph break (give ``seed`` with dropout).
 
     Args:
         q: (B, H, Sq, D) float16, bfloat16, float32 or float64.
@@ -60,6 +66,23 @@ def block_sparse_attention(
         NotImplementedError: the named backend cannot serve this call; the message says why.
     """
     q, k, v = cast_inputs(q, k, v)
+    if torch.compiler.is_compiling() and triton_op.can_serve(q, attn_mask, backend):
+        q_ids, kv_ids = segment_ids or (None, None)
+        scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+        out, lse = triton_op.triton_attention(
+            q,
+            k,
+            v,
+            attn_mask,
+            q_ids,
+            kv_ids,
+            block_bias,
+            layout.handle,
+            scale,
+            float(dropout_p),
+            draw_seed(dropout_p) if seed is None else int(seed),
+        )
+        return (out, lse) if return_lse else out
     call = AttentionCall(
         q,
         k,
@@ -87,10 +110,9 @@ def run_call(call: AttentionCall, backend: str = "auto") -> tuple[Tensor, Tensor
 
 
 def choose_backend(call: AttentionCall) -> str:
-    """The backend that ``auto`` takes: FlexAttention on CUDA where it can serve the call, else blocked."""
-    if call.q.device.type == "cuda" and flex.why_not(call) is None:
-        return "flex"
-    return "blocked"
+    """The backend that ``auto`` takes: on CUDA the first of triton and flex that can serve the call, else blocked."""
+    on_cuda = ("triton", "flex") if call.q.device.type == "cuda" else ()
+    return next((name for name in on_cuda if BACKENDS[name].why_not(call) is None), "blocked")
 
 
 def _named(name: str, call: AttentionCall) -> ModuleType:

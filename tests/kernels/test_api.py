@@ -38,7 +38,11 @@ def attend(**changes: Any) -> Any:
         ),
         ({"segment_ids": (torch.zeros(2, 128), torch.zeros(2, 128))}, ValueError, "pair of int tensors"),
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must lie in \[0, 1\), got 1.0"),
-        ({"backend": "cuda"}, ValueError, r"backend must be 'auto' or one of \['blocked', 'flex', 'reference'\]"),
+        (
+            {"backend": "cuda"},
+            ValueError,
+            r"backend must be 'auto' or one of \['blocked', 'flex', 'reference', 'triton'\]",
+        ),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, str) else "",
 )

@@ -1,0 +1,90 @@
+"""The arguments that every Triton kernel takes after its own tensors, from one checked call."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raybsa.counter import Stream, mix_words
+from raybsa.kernels.call import AttentionCall
+from raybsa.kernels.triton_tiles import Tile, padded_head_dim
+
+LOG2E = 1.4426950408889634
+
+
+def feature_tensors(call: AttentionCall) -> tuple[Tensor | None, ...]:
+    """Global positions of the query and KV blocks where they are a selection, attn_mask, both segment_ids."""
+    layout, mask = call.layout, call.attn_mask
+    return (
+        None if layout.q_block_ids is None else layout.q_block_starts,
+        None if layout.kv_block_ids is None else layout.kv_block_starts,
+        mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask,
+        *(call.segment_ids or (None, None)),
+    )
+
+
+def feature_strides(call: AttentionCall) -> tuple[int, ...]:
+    """attn_mask's four strides, 0 where it broadcasts, and two of each of segment_ids."""
+    mask, ids = call.attn_mask, call.segment_ids
+    steps = [] if mask is None else [step if n > 1 else 0 for n, step in zip(mask.shape, mask.stride(), strict=True)]
+    of_ids = (0, 0, 0, 0) if ids is None else (*ids[0].stride(), *ids[1].stride())
+    return (*[0] * (4 - len(steps)), *steps, *of_ids)
+
+
+def numbers(call: AttentionCall) -> tuple[int | float, ...]:
+    """heads, queries_per_kv, q_tokens, kv_tokens, scale in base 2, and dropout's hash base, threshold and factor."""
+    return (
+        call.q.shape[1],
+        call.queries_per_kv,
+        call.q.shape[2],
+        call.k.shape[2],
+        call.scale * LOG2E,
+        *_dropout_arguments(call.seed, call.dropout_p),
+    )
+
+
+def constants(call: AttentionCall, tile: Tile, descriptors: bool) -> tuple[Any, ...]:
+    """What the kernels are compiled for, beyond the types of their tensors, in the order of their signatures."""
+    layout, head_dim = call.layout, call.q.shape[-1]
+    return (
+        layout.q_block_size,
+        layout.kv_block_size,
+        tile.rows,
+        tile.cols,
+        head_dim,
+        padded_head_dim(head_dim),
+        layout.causal,
+        layout.q_tokens % layout.q_block_size != 0,
+        layout.kv_tokens % layout.kv_block_size != 0,
+        call.dropout_p > 0.0,
+        dot_precision(call.q.dtype),
+        descriptors,
+    )
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """float32 products are exact float32 unless torch allows TF32 (``torch.set_float32_matmul_precision``)."""
+    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+@lru_cache(maxsize=1024)
+def _dropout_arguments(seed: int, p: float) -> tuple[int, int, float]:
+    """The hash of (seed, stream) as int32, the least 24-bit number that is kept, and ``1 / (1 - p)``."""
+    base = mix_words(seed, int(Stream.DROPOUT))
+    return base - 2**32 if base >= 2**31 else base, _threshold(p), 1.0 / (1.0 - p)
+
+
+def _threshold(p: float) -> int:
+    """The least k for which float32 ``k / 2**24 >= p``, by torch's own comparison."""
+    near = max(0, math.floor(p * 2**24) - 2)
+    drawn = torch.arange(near, near + 5, device="cpu").to(torch.float32) * 2.0**-24
+    return near + int((drawn < p).sum())
+
+
+def strides(*tensors: Tensor) -> tuple[int, ...]:
+    """All strides of (B, H, S, D) tensors, one after another."""
+    return sum((tensor.stride() for tensor in tensors), ())

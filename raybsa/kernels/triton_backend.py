@@ -1,0 +1,135 @@
+"""The Triton backend: own CUDA kernels straight from the CSR layout, forward and backward.
+
+Deterministic: no atomics, sums of parts in a fixed order. dK/dV and dQ each make the scores again (7 matrix products a
+kept block in the backward instead of 5), so nothing beyond delta, lse and the parts of split lists is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from raybsa.kernels.call import AttentionCall
+from raybsa.kernels.triton_plan import MAX_BLOCKS, MAX_MEMBERS
+from raybsa.kernels.triton_setup import interpreting, repair_interpreter, why_not_here
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 256
+MAX_ENTRIES = 2**31 - 1
+
+
+def why_not(call: AttentionCall) -> str | None:
+    """Why the Triton kernels cannot serve this call; None where they can."""
+    reason = why_not_here(call.q.device)
+    if reason is not None:
+        return reason
+    if call.q.dtype not in DTYPES:
+        return f"the Triton kernels take float16, bfloat16 and float32, got {call.q.dtype}"
+    if call.q.dtype == torch.bfloat16 and interpreting():
+        return "Triton's interpreter multiplies no bfloat16"
+    if call.q.shape[-1] > MAX_HEAD_DIM:
+        return f"the Triton kernels take head_dim up to {MAX_HEAD_DIM}, got {call.q.shape[-1]}"
+    if call.attn_mask is not None and call.attn_mask.requires_grad and torch.is_grad_enabled():
+        return "the Triton kernels make no gradient of attn_mask (use block_bias, or backend='blocked')"
+    return _why_too_large(call)
+
+
+def _why_too_large(call: AttentionCall) -> str | None:
+    layout, members = call.layout, call.queries_per_kv
+    entries = layout.nnz_blocks * (members if layout.num_groups == 1 else 1)
+    if entries > MAX_ENTRIES or layout.num_q_blocks > MAX_BLOCKS or members > MAX_MEMBERS:
+        return (
+            f"the Triton kernels count {MAX_ENTRIES} kept blocks, {MAX_BLOCKS} query blocks and {MAX_MEMBERS} query "
+            f"heads a KV head at most, got {entries}, {layout.num_q_blocks} and {members}"
+        )
+    return None
+
+
+def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """out (B, H, Sq, D) in q's dtype and lse (B, H, Sq) float32."""
+    if not call.needs_grad:
+        return _forward(call)
+    tensors = (call.q, call.k, call.v, call.attn_mask, call.block_bias)
+    return _Triton.apply(*tensors, _with_tensors(call, (None,) * 5))
+
+
+def backward(
+    call: AttentionCall, lse: Tensor, delta: Tensor, grad_out: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """As ``attention_backward`` says: the weights are ``exp(score - lse)``, whatever keys made that lse."""
+    return _gradients(call, lse, delta, grad_out, True, torch.float32)
+
+
+def _gradients(
+    call: AttentionCall, lse: Tensor, delta: Tensor, grad_out: Tensor, grad_bias: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v in ``dtype``, and of block_bias if there is one and it is wanted.
+
+    lse and delta are (B, H, Sq) float32, of all keys, of which this layout may hold a part.
+    """
+    with _ready(call.q):
+        from raybsa.kernels.triton_grad_kv import grad_kv
+        from raybsa.kernels.triton_grad_q import grad_q
+
+        lse, delta = lse.contiguous(), delta.contiguous()
+        of_q, of_bias = grad_q(call, lse, delta, grad_out, grad_bias and call.block_bias is not None, dtype)
+        of_k, of_v = grad_kv(call, lse, delta, grad_out, dtype)
+        return of_q, of_k, of_v, of_bias
+
+
+class _Triton(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        *tensors, rest = args
+        out, lse = _forward(_with_tensors(rest, tensors))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, out, lse)
+        ctx.rest = rest
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        *tensors, out, lse = ctx.saved_tensors
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        call = _with_tensors(ctx.rest, tensors)
+        of_q, of_k, of_v, of_bias = backward_from_out(call, out, lse, grad_out, grad_lse, ctx.needs_input_grad[4])
+        return of_q, of_k, of_v, None, of_bias, None
+
+
+def backward_from_out(
+    call: AttentionCall, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, grad_bias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """``backward`` of a call whose own output and lse these are."""
+    with _ready(out):
+        from raybsa.kernels.triton_reduce import delta_of
+
+        delta = delta_of(out, grad_out, grad_lse)
+    return _gradients(call, lse, delta, grad_out, grad_bias, call.q.dtype)
+
+
+def _forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    with _ready(call.q):
+        from raybsa.kernels.triton_forward import forward
+
+        return forward(call)
+
+
+def _ready(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device: where the tensors lie, for the time of a launch."""
+    if tensor.device.type == "cuda":
+        return torch.cuda.device(tensor.device)
+    repair_interpreter()
+    return nullcontext()
+
+
+def _with_tensors(call: AttentionCall, tensors: Sequence[Any]) -> AttentionCall:
+    """The call with these (q, k, v, attn_mask, block_bias); autograd keeps tensors, the context keeps the rest."""
+    q, k, v, attn_mask, block_bias = tensors
+    return replace(call, q=q, k=k, v=v, attn_mask=attn_mask, block_bias=block_bias)
