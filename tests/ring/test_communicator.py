@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from raybsa.comm import Cancelled, Communicator, Phase
-from tests.ring.ranks import run_ranks
+from tests.ranks import run_ranks
 
 
 def test_messages_arrive_in_order_and_are_counted() -> None:
