@@ -147,12 +147,13 @@ def test_all_ranks_end_with_the_same_bits_of_the_sum_of_what_was_sent(case: Case
         torch.testing.assert_close(arrived, sent, atol=close, rtol=0.0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@every_codec
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(case, dtype) for case in CASES for dtype in case.codec.dtypes],
+    ids=lambda each: each.name if isinstance(each, Case) else str(each),
+)
 def test_nbytes_is_what_the_payload_holds_and_the_ledger_counts(case: Case, dtype: torch.dtype) -> None:
     codec = case.codec
-    if dtype not in codec.dtypes:
-        pytest.skip(f"{codec.name} does not take {dtype}")
     shapes = [(24, 40), (7,), ()]
 
     def work(communicator: Communicator) -> tuple[int, int, int]:
