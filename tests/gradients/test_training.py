@@ -12,7 +12,7 @@ from raybsa.comm import Communicator
 from raybsa.gradients import GradientExchange, build
 from tests.ranks import run_ranks
 
-STEPS = 300
+STEPS = 200
 
 
 def student(generator: torch.Generator) -> nn.Module:
