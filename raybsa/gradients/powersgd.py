@@ -80,29 +80,31 @@ class PowerSGD(LossyCodec):
         wanted = [self.wanted(*each) for each in zip(tensors, states, strict=True)]
         own = [self.encode(x, t.dtype, state)[0] for x, t, state in zip(wanted, tensors, states, strict=True)]
         first = reduce(own)
-        bases = [
-            orthonormal(p.to(x.dtype)) if self.factors(x.shape) else None for p, x in zip(first, wanted, strict=True)
-        ]
-        own = [
-            p.new_empty(0) if base is None else (x.flatten(1).mT @ base).to(p.dtype)
-            for p, x, base in zip(first, wanted, bases, strict=True)
-        ]
+        bases = [self._basis(p, x) for p, x in zip(first, wanted, strict=True)]
+        own = [self._second(p, x, basis) for p, x, basis in zip(first, wanted, bases, strict=True)]
         second = reduce(own)
         answers = []
-        for x, p, base, q_own, q, state in zip(wanted, first, bases, own, second, states, strict=True):
-            sent = (p,) if base is None else (p, q)
-            total = p.to(x.dtype) if base is None else self._finish(x, base, q_own, q, state)
+        for x, p, basis, q_own, q, state in zip(wanted, first, bases, own, second, states, strict=True):
+            total = p.to(x.dtype) if basis is None else self._answer(x, basis, q_own, q, state)
             state.step += 1
-            answers.append((Payload(sent, x.shape, p.dtype), total))
+            answers.append((Payload((p,) if basis is None else (p, q), x.shape, p.dtype), total))
         return answers
 
-    def _finish(self, wanted: Tensor, base: Tensor, q_own: Tensor, q: Tensor, state: State) -> Tensor:
+    def _basis(self, p: Tensor, wanted: Tensor) -> Tensor | None:
+        """P (n, rank) with orthonormal columns; None of a tensor that is sent as it is."""
+        return orthonormal(p.to(wanted.dtype)) if self.factors(wanted.shape) else None
+
+    def _second(self, p: Tensor, wanted: Tensor, basis: Tensor | None) -> Tensor:
+        """The second round's part, in p's dtype: Q (m, rank), or nothing (0,)."""
+        return p.new_empty(0) if basis is None else (wanted.flatten(1).mT @ basis).to(p.dtype)
+
+    def _answer(self, wanted: Tensor, basis: Tensor, q_own: Tensor, q: Tensor, state: State) -> Tensor:
         """P Q^T, after the residual and the next start are noted."""
         if self.error_feedback:
-            state.keep(wanted - (base @ q_own.to(base.dtype).mT).view_as(wanted))
-        q = q.to(base.dtype)
+            state.keep(wanted - (basis @ q_own.to(basis.dtype).mT).view_as(wanted))
+        q = q.to(basis.dtype)
         state.memory[START] = next_start(q, self._start(wanted, state))
-        return (base @ q.mT).view_as(wanted)
+        return (basis @ q.mT).view_as(wanted)
 
     def _start(self, wanted: Tensor, state: State) -> Tensor:
         """(m, rank): the last step's Q, or normal numbers that are the same on every rank."""

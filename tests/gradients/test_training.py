@@ -12,7 +12,7 @@ from raybsa.comm import Communicator
 from raybsa.gradients import GradientExchange, build
 from tests.ranks import run_ranks
 
-STEPS = 200
+STEPS = 300
 
 
 def student(generator: torch.Generator) -> nn.Module:
@@ -36,7 +36,7 @@ def trained(name: str, **params: object) -> tuple[float, int]:
         generator = torch.Generator().manual_seed(0)
         teacher, model = torch.randn(32, 8, generator=generator) / 5, student(generator)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-        exchange = GradientExchange(model.named_parameters(), build(name, **params), communicator, bucket_bytes=4000)
+        exchange = GradientExchange(model.named_parameters(), build(name, **params), communicator, bucket_bytes=10_000)
         for step in range(STEPS):
             optimizer.zero_grad()
             loss_of(model, teacher, 32, 1000 * communicator.rank + step + 7).backward()

@@ -129,6 +129,16 @@ def test_the_observer_hears_of_every_phase() -> None:
     assert run_ranks(2, work) == [wanted, wanted]
 
 
+def test_the_observer_hears_of_a_collective_as_of_an_exchange() -> None:
+    def work(communicator: Communicator) -> list[tuple[str, Phase, int]]:
+        diary = communicator.observer = Diary()
+        communicator.all_reduce("gradient", torch.ones(2))
+        return diary.lines
+
+    wanted = [("begin", "transfer", 0), ("begin", "wait", 0), ("end", "wait", 0), ("end", "transfer", 0)]
+    assert run_ranks(2, work) == [wanted, wanted]
+
+
 def test_what_an_observer_raises_is_raised_there() -> None:
     class Fault:
         def begin(self, phase: Phase, kind: str, hop: int) -> None:
