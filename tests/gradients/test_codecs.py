@@ -7,7 +7,7 @@ import torch
 
 from raybsa.comm import Communicator
 from raybsa.gradients import State, build
-from raybsa.gradients.orthonormal import orthonormal
+from raybsa.gradients.orthonormal import gram_matrix, orthonormal
 from raybsa.gradients.topk import largest
 from tests.ranks import run_ranks
 
@@ -162,6 +162,14 @@ def test_columns_that_depend_on_others_never_grow() -> None:
     assert torch.linalg.svdvals(orthonormal(x).double()).max() < 1 + 1e-6
     assert not orthonormal(torch.zeros(700, 5)).any()
     assert orthonormal(torch.full((700, 5), torch.inf)).isnan().all()
+
+
+def test_the_gram_matrix_is_summed_as_a_tree_of_256_rows_at_a_time() -> None:
+    """Its first level adds the two halves, so swapping them changes no bit; it would in a sum from first to last."""
+    x = torch.randn(256 * 8, 12, dtype=torch.float64)
+    first, second = x.chunk(2)
+    assert torch.equal(gram_matrix(x), gram_matrix(torch.cat([second, first])))
+    torch.testing.assert_close(gram_matrix(x[:1000]), x[:1000].mT @ x[:1000])
 
 
 def test_the_same_bits_come_from_any_number_of_threads() -> None:
