@@ -37,6 +37,7 @@ class GradientExchange:
     A bucket goes when its gradients are ready and all before it have gone; a thread of the exchange compresses, sends
     and waits, so backward is not held up. After ``loss.backward()`` call ``finish()``: then every ``.grad`` is the mean
     over ranks. A parameter without a gradient counts as zeros, and has a gradient afterwards, as on every other rank.
+    Where backward itself raised, close the exchange and make another from its ``state_dict``.
 
     Args:
         named_parameters: ``model.named_parameters()``; those that do not require a gradient are left alone.

@@ -42,6 +42,12 @@ def test_build_takes_a_name_a_dict_or_a_codec_and_nothing_else() -> None:
         build(codec, density=0.1)
 
 
+def test_fp16_sends_what_is_too_large_as_inf_and_does_not_remember_it() -> None:
+    codec, state = build("fp16"), State()
+    assert codec.extract(codec.compress(torch.tensor([1e5, 1.0]), state)).tolist() == [torch.inf, 1.0]
+    assert codec.extract(codec.compress(torch.tensor([2.0, 1.0]), state)).tolist() == [2.0, 1.0]
+
+
 # ---- int8 ----------------------------------------------------------------------------------------------------------
 
 

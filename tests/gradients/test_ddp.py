@@ -9,6 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from raybsa.comm import Cancelled, Communicator
+from raybsa.gradients import State, build
+from raybsa.gradients.ddp import _answer
+from tests.ranks import run_ranks
+
 ROOT = Path(__file__).parent.parent.parent
 LOSSY = ["fp16", "bf16", "int8", "topk", "powersgd"]
 
@@ -48,3 +53,20 @@ def test_a_lossy_hook_trains_and_ranks_end_alike(ranks: list[dict], codec: str) 
         assert losses[-1] < 0.75 * losses[0]
         assert losses[-1] < 1.1 * plain[-1]
         assert result[codec]["residuals"] > 0
+
+
+def test_after_a_failed_bucket_every_later_one_fails_at_once() -> None:
+    def work(communicator: Communicator) -> list[str]:
+        told = []
+        for codec in ("int8", "none"):
+            future: torch.futures.Future = torch.futures.Future()
+            buffer = torch.ones(4, dtype=torch.float64)
+            _answer(future, build(codec), buffer, [buffer], [State()], communicator)
+            with pytest.raises((ValueError, Cancelled)) as error:
+                future.wait()
+            told.append(str(error.value))
+        return told
+
+    for first, later in run_ranks(2, work):
+        assert "codec int8 takes gradients in float32, bfloat16, float16, got float64" in first
+        assert "was told to stop: a gradient exchange failed: codec int8 takes" in later
