@@ -78,8 +78,8 @@ class GradientExchange:
         """Sends what has not gone yet and waits: every gradient is now the same on all ranks.
 
         Raises:
-            Cancelled, TimeoutError, RuntimeError: as the communicator's waits do. What the codec remembers is then as
-                before the step; the gradients are not to be used.
+            Exception: what the communicator's waits raise. What the codec remembers is then as before the step; the
+                gradients are not to be used.
             ValueError: in the first step, where ranks disagree on the model, the codec or the step.
         """
         try:
