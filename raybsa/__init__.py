@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from raybsa import patterns
+    from raybsa import gradients, patterns
     from raybsa.kernels.api import block_sparse_attention
     from raybsa.layout import BlockLayout
     from raybsa.spec import PatternSpec
@@ -40,13 +40,14 @@ __all__ = [
     "block_sparse_attention",
     "create_block_sparse_attention",
     "create_multihead_block_sparse",
+    "gradients",
     "patterns",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "patterns":
-        return importlib.import_module("raybsa.patterns")
+    if name in ("gradients", "patterns"):
+        return importlib.import_module(f"raybsa.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'raybsa' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

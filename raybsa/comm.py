@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -179,7 +179,8 @@ class Communicator:
             return [tensor]
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
         others = (self.world_size - 1) * tensor.nbytes
-        self._collective(kind, self.group.allgather([parts], [tensor.contiguous()]), others, [tensor, *parts])
+        wire, group = tensor.contiguous(), self.group
+        self._collective(kind, lambda: group.allgather([parts], [wire]), others, (wire, *parts))
         return parts
 
     def agree(self, kind: str, what: str) -> None:
@@ -209,20 +210,26 @@ class Communicator:
 
     def all_reduce(self, kind: str, tensor: Tensor) -> Tensor:
         """The sum over all ranks, in place; the same bits on every rank. Counted as a ring all-reduce sends it."""
-        if self.group is not None:
+        if (group := self.group) is not None:
             nbytes = 2 * (self.world_size - 1) * tensor.nbytes // self.world_size
-            self._collective(kind, self.group.allreduce([tensor]), nbytes, [tensor])
+            self._collective(kind, lambda: group.allreduce([tensor]), nbytes, (tensor,))
         return tensor
 
     def barrier(self, kind: str = "barrier") -> None:
         """Returns when every rank has come here."""
         self.all_reduce(kind, torch.zeros(1, device=self.device))
 
-    def _collective(self, kind: str, work: Any, nbytes: int, tensors: list[Tensor]) -> None:
+    def _collective(self, kind: str, start: Callable[[], Any], nbytes: int, tensors: tuple[Tensor, ...]) -> None:
         self.check_cancelled()
+        if self.observer is not None:
+            self.observer.begin(Phase.TRANSFER, kind, 0)
         self.ledger.sent[kind] += nbytes
         self.ledger.received[kind] += nbytes
-        Pending(self, kind, 0, [work], tuple(tensors)).wait()
+        try:
+            work = start()
+        except RuntimeError as error:
+            raise PeerLost(f"rank {self.rank} lost a peer: {error}") from error
+        Pending(self, kind, 0, [work], tensors).wait()
 
     # ---- waiting -------------------------------------------------------------------------------------------------
 

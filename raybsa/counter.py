@@ -25,6 +25,8 @@ class Stream(IntEnum):
     KEY = 4
     VALUE = 5
     TASK = 6
+    ROUNDING = 7
+    FACTOR = 8
 
 
 def hash_u32(seed: int, stream: Stream, *counters: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import datetime
 import hashlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,8 @@ class MemberSettings:
 
     Args:
         config: how ranks share the sequence.
+        codec: how gradients travel, the spec of a codec of ``raybsa.gradients``.
+        warmup_steps: steps at the start whose gradients travel uncompressed.
         num_threads: CPU threads of PyTorch.
         checkpoints: a folder or URI; None writes none.
         checkpoint_every: steps between two checkpoints.
@@ -38,6 +40,8 @@ class MemberSettings:
     """
 
     config: DistributedConfig = field(default_factory=DistributedConfig)
+    codec: Mapping[str, Any] = field(default_factory=lambda: {"name": "none"})
+    warmup_steps: int = 0
     num_threads: int = 1
     checkpoints: str | None = None
     checkpoint_every: int = 100
@@ -59,11 +63,12 @@ class Status:
 @dataclass(frozen=True)
 class Progress:
     """What a stretch of training led to: the step reached, the loss of each step (nats a token, of all ranks), and
-    what this rank sent, by kind, in bytes."""
+    what this rank sent in its generation, by kind, in bytes, and the norm of the gradients that it has not sent yet."""
 
     step: int
     losses: tuple[tuple[int, float], ...]
     sent: dict[str, int]
+    residual_norm: float
 
 
 class Member:
@@ -79,7 +84,9 @@ class Member:
         torch.set_num_threads(settings.num_threads)
         self._settings = settings
         self._device = torch.device(device)
-        self._training = ShardedTraining(spec, self._device, settings.config)
+        self._training = ShardedTraining(
+            spec, self._device, settings.config, codec=settings.codec, warmup_steps=settings.warmup_steps
+        )
         self._folder = None if settings.checkpoints is None else CheckpointFolder(settings.checkpoints)
         self._generation = 0
         self._cancelled: dict[int, str] = {}
@@ -179,7 +186,7 @@ class Member:
     def _progress(self) -> Progress:
         training = self._training
         losses, training.losses = tuple(training.losses), []
-        return Progress(training.step, losses, dict(self._communicator.ledger.sent))
+        return Progress(training.step, losses, dict(self._communicator.ledger.sent), training.residual_norm())
 
     def _leave(self) -> None:
         """Lets go of the old group; one with transfers under way is kept till they fail: destroying it waits."""

@@ -8,12 +8,16 @@ again, and gives the same bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from raybsa.comm import Communicator, Phase
+from raybsa.gradients.catalog import build
+from raybsa.gradients.codec import Codec
+from raybsa.gradients.exchange import GradientExchange
 from raybsa.ring.sequence import ShardedSequence
 from raybsa.spec import TrialSpec
 from raybsa.tasks.byte_lm import ByteText
@@ -29,6 +33,8 @@ class ShardedTraining:
         spec: task "byte_lm" with the variant "distributed" in every layer.
         device: this rank's.
         config: how ranks share the sequence.
+        codec: how gradients travel: a codec of ``raybsa.gradients``, its spec or its name.
+        warmup_steps: steps at the start whose gradients travel uncompressed.
 
     Attributes:
         step: steps applied so far.
@@ -38,7 +44,15 @@ class ShardedTraining:
         ValueError: another task or variant.
     """
 
-    def __init__(self, spec: TrialSpec, device: torch.device, config: DistributedConfig | None = None) -> None:
+    def __init__(
+        self,
+        spec: TrialSpec,
+        device: torch.device,
+        config: DistributedConfig | None = None,
+        *,
+        codec: Codec | Mapping[str, Any] | str = "none",
+        warmup_steps: int = 0,
+    ) -> None:
         variants = {layer.variant for layer in spec.attention}
         if spec.task != "byte_lm" or variants != {"distributed"}:
             raise ValueError(
@@ -52,6 +66,9 @@ class ShardedTraining:
         self.step = 0
         self.losses: list[tuple[int, float]] = []
         self._prepared_loss: float | None = None
+        self._codec, self._warmup_steps = build(codec), warmup_steps
+        self._exchange: GradientExchange | None = None
+        self._remembered: dict[int, dict[str, Any]] = {}  # what the codec keeps, as of that many applied steps
         _fill_in_state(self.optimizer)
         self.bind(Communicator(device=device))
 
@@ -60,6 +77,9 @@ class ShardedTraining:
         partition = share_partition(self.model, communicator, self.spec.train_len, self.spec.num_heads, self.config)
         self.sequence = ShardedSequence(partition, communicator)
         self._prepared_loss = None
+        if self._exchange is not None:
+            self._exchange.close()
+        self._exchange = None
 
     @property
     def communicator(self) -> Communicator:
@@ -75,7 +95,7 @@ class ShardedTraining:
         with self.communicator.phase(Phase.STEP, "backward"):
             nats.backward()
         with self.communicator.phase(Phase.EXCHANGE, "gradient"):
-            self._exchange()
+            self._exchange_gradients()
             self._prepared_loss = float(self.communicator.all_reduce("loss", nats.detach().double().view(1)))
 
     def apply(self) -> None:
@@ -108,12 +128,33 @@ class ShardedTraining:
         logits = self.model(self.sequence.shard(tokens), self.sequence)
         return cross_entropy(logits, self.sequence.shard(targets), reduction="sum")
 
-    def _exchange(self) -> None:
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        flat = torch.cat([grad.view(-1) for grad in grads])
-        self.communicator.all_reduce("gradient", flat)
-        for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-            grad.copy_(summed.view_as(grad))
+    def _exchange_gradients(self) -> None:
+        """Sends the gradients after backward: on the ring's own group another thread must not send meanwhile."""
+        if self._exchange is None:
+            self._exchange = self._new_exchange()
+        before = self._exchange.state_dict()
+        self._exchange.finish()
+        self._remembered = {self.step: before, self.step + 1: self._exchange.state_dict()}
+
+    def _new_exchange(self) -> GradientExchange:
+        """The exchange of a new generation. Residuals of the steps that last go on; a newcomer begins without. What all
+        ranks must hold alike (PowerSGD's warm start) begins anew, as newcomers have none."""
+        exchange = GradientExchange(
+            self.model.named_parameters(),
+            self._codec,
+            self.communicator,
+            mean=False,
+            warmup_steps=self._warmup_steps,
+            overlap=False,
+        )
+        saved = self._remembered.get(self.step, exchange.state_dict())
+        states = {name: {**state, "memory": {}} for name, state in saved["states"].items()}
+        exchange.load_state_dict({**saved, "step": self.step, "states": states})
+        return exchange
+
+    def residual_norm(self) -> float:
+        """The Euclidean norm of the gradients that this rank has not sent yet."""
+        return 0.0 if self._exchange is None else self._exchange.residual_norm()
 
 
 def send_state(training: ShardedTraining, source: int, needy: Iterable[int]) -> None:

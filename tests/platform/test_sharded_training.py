@@ -12,7 +12,7 @@ from raybsa.comm import Broken, Communicator, Phase
 from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
 from raybsa.tasks.sharded import ShardedTraining, send_state
 from tests.kernels.problems import relative_error
-from tests.ring.ranks import run_ranks
+from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 
@@ -89,7 +89,7 @@ def test_a_newcomer_gets_the_state_of_a_survivor(spec: TrialSpec) -> None:
         train(training, 2)
         if communicator.rank == 1:
             training = ShardedTraining(spec, CPU)
-            training.bind(communicator)
+        training.bind(communicator)  # as all ranks do in a new generation
         send_state(training, 2, [1])
         assert training.step == 2
         train(training, 2)
@@ -97,6 +97,29 @@ def test_a_newcomer_gets_the_state_of_a_survivor(spec: TrialSpec) -> None:
 
     for state in run_ranks(3, work):
         assert all(torch.equal(a, b) for a, b in zip(state, wanted, strict=True))
+
+
+@pytest.mark.parametrize("codec", [{"name": "int8"}, {"name": "powersgd", "params": {"rank": 1}}], ids=str)
+def test_a_lossy_codec_remembers_across_generations(spec: TrialSpec, codec: dict) -> None:
+    def work(communicator: Communicator) -> tuple[list[Tensor], float, int]:
+        training = ShardedTraining(spec, CPU, codec=codec)
+        training.bind(communicator)
+        train(training, 2)
+        before = training.residual_norm()
+        training.prepare()  # a step that is not applied is forgotten
+        training.bind(communicator)
+        if communicator.rank == 1:
+            training = ShardedTraining(spec, CPU, codec=codec)
+            training.bind(communicator)
+        send_state(training, 0, [1])
+        train(training, 2)
+        return training.state(), before, communicator.ledger.sent["gradient"]
+
+    ranks = run_ranks(2, work)
+    assert all(torch.equal(a, b) for a, b in zip(ranks[0][0], ranks[1][0], strict=True))
+    assert all(norm > 0 for _, norm, _ in ranks)
+    plain = sum(x.nbytes for x in ranks[0][0]) / 3 * 5  # weights are a third of the state; five steps went out
+    assert all(sent < plain / 2 for _, _, sent in ranks)
 
 
 def test_other_tasks_and_variants_are_refused(spec: TrialSpec) -> None:

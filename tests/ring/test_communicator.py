@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from raybsa.comm import Cancelled, Communicator, PeerLost, Phase
-from tests.ring.ranks import run_ranks
+from tests.ranks import run_ranks
 
 
 def test_messages_arrive_in_order_and_are_counted() -> None:
@@ -126,6 +126,16 @@ def test_the_observer_hears_of_every_phase() -> None:
         return diary.lines
 
     wanted = [("begin", "transfer", 1), ("begin", "wait", 1), ("end", "wait", 1), ("end", "transfer", 1)]
+    assert run_ranks(2, work) == [wanted, wanted]
+
+
+def test_the_observer_hears_of_a_collective_as_of_an_exchange() -> None:
+    def work(communicator: Communicator) -> list[tuple[str, Phase, int]]:
+        diary = communicator.observer = Diary()
+        communicator.all_reduce("gradient", torch.ones(2))
+        return diary.lines
+
+    wanted = [("begin", "transfer", 0), ("begin", "wait", 0), ("end", "wait", 0), ("end", "transfer", 0)]
     assert run_ranks(2, work) == [wanted, wanted]
 
 

@@ -14,7 +14,7 @@ from raybsa.comm import Communicator
 from raybsa.ring.attention import ring_attention
 from raybsa.ring.partition import partition_for
 from raybsa.ring.plan import RingPlan
-from tests.ring.ranks import run_ranks
+from tests.ranks import run_ranks
 
 
 def plan(density: float = 0.3, world_size: int = 2) -> RingPlan:

@@ -10,7 +10,7 @@ from raybsa.comm import Communicator
 from raybsa.ring.attention import ring_attention
 from raybsa.ring.partition import Partition, partition_for
 from raybsa.ring.plan import RingPlan, plan_for
-from tests.ring.ranks import run_ranks
+from tests.ranks import run_ranks
 
 HEAD_DIM, BATCH = 8, 2
 

@@ -17,7 +17,7 @@ from raybsa.ring.attention import ring_attention
 from raybsa.ring.partition import STRATEGIES, partition_for
 from raybsa.ring.plan import RingPlan
 from tests.kernels.problems import relative_error
-from tests.ring.ranks import run_ranks
+from tests.ranks import run_ranks
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 

@@ -17,7 +17,7 @@ from raybsa.tasks.model import Transformer
 from raybsa.tasks.training import cross_entropy
 from raybsa.variants.distributed import DistributedConfig, share_partition
 from tests.kernels.problems import relative_error
-from tests.ring.ranks import run_ranks
+from tests.ranks import run_ranks
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

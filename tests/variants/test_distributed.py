@@ -28,7 +28,7 @@ from raybsa.ring.plan import plan_for
 from raybsa.ring.runtime import gather_layout
 from raybsa.variants.distributed import share_partition
 from tests.kernels.problems import relative_error
-from tests.ring.ranks import run_ranks
+from tests.ranks import run_ranks
 
 PATTERN = {"pattern": "bigbird", "density": 0.3, "block_size": 16, "causal": True}
 
