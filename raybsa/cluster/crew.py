@@ -127,20 +127,25 @@ class Crew:
         return any(self._has_arrived(worker) for worker in tuple(self.arriving))
 
     def lose(self, number: int) -> None:
-        """Ends a worker's process, also a stopped one on this machine, which Ray alone would take seconds to end."""
-        worker = self._workers.pop(number, None)
-        if worker is None or not ray.is_initialized():
-            return
-        ray.kill(worker.actor)
-        if worker.pid is not None and _is_member(worker.pid):
+        """Ends a worker that is dead, hangs or failed. Ray alone would take seconds to end a stopped process."""
+        pid = self._end(number)
+        if pid is not None and _is_member(pid):
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(worker.pid, signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
 
     def close(self) -> None:
         """Ends every worker."""
         for number in tuple(self._workers):
-            self.lose(number)
+            self._end(number)
         self.spares, self.arriving = [], []
+
+    def _end(self, number: int) -> int | None:
+        """Lets Ray end the worker; returns its process."""
+        worker = self._workers.pop(number, None)
+        if worker is None or not ray.is_initialized():
+            return None
+        ray.kill(worker.actor)
+        return worker.pid
 
     # ---- talking ---------------------------------------------------------------------------------------------------
 

@@ -61,7 +61,8 @@ class Recovery:
 @dataclass(frozen=True)
 class TrainingResult:
     """What a training led to: the loss of every step (nats a token), its recoveries, bytes that one rank sent in one
-    generation at most, by kind, a digest of the final state (equal on all ranks), and bits per held-out byte."""
+    generation at most, by kind, a digest of the final state (equal on all ranks), bits per held-out byte, and the
+    seconds from the first step to the last, recoveries included."""
 
     losses: dict[int, float]
     recoveries: tuple[Recovery, ...]
@@ -69,6 +70,7 @@ class TrainingResult:
     digest: str
     bits_per_byte: float | None
     world_size: int
+    train_seconds: float
 
 
 class _Wreck(Exception):
@@ -174,7 +176,7 @@ class TrainingCoordinator:
         Raises:
             TrainingFailed: too few ranks are left, or a step fails again and again.
         """
-        step, failures = None, 0
+        step, failures, begin = None, 0, time.perf_counter()
         while True:
             try:
                 if step is None:
@@ -182,7 +184,7 @@ class TrainingCoordinator:
                 while step < self._spec.train_steps:
                     step = self._train(min(self._spec.train_steps, (step // stretch + 1) * stretch))
                     failures = 0
-                return self._result(evaluate)
+                return self._result(evaluate, time.perf_counter() - begin)
             except _Wreck as wreck:
                 recovered = self._recover(wreck, resume)
                 failures = failures + 1 if recovered == step else 1
@@ -201,15 +203,13 @@ class TrainingCoordinator:
         self._tell(until, self._losses.get(until - 1, float("nan")))
         return until
 
-    def _result(self, evaluate: bool) -> TrainingResult:
+    def _result(self, evaluate: bool, seconds: float) -> TrainingResult:
         bits = self._ask_all("evaluate")[0] if evaluate else None
         digests = set(self._ask_all("digest"))
         if len(digests) > 1:
             raise TrainingFailed(f"the ranks ended with different weights: {sorted(digests)}")
-        losses = dict(sorted(self._losses.items()))
-        return TrainingResult(
-            losses, tuple(self._recoveries), dict(self._sent), digests.pop(), bits, self._members.world_size
-        )
+        losses, size = dict(sorted(self._losses.items())), self._members.world_size
+        return TrainingResult(losses, tuple(self._recoveries), dict(self._sent), digests.pop(), bits, size, seconds)
 
     def _take(self, progress: Progress) -> None:
         self._losses |= dict(progress.losses)

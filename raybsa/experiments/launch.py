@@ -43,9 +43,10 @@ def git_commit(folder: Path) -> str:
 
 
 @contextmanager
-def cluster(address: str | None) -> Iterator[None]:
+def cluster(address: str | None, *, num_cpus: int | None = None) -> Iterator[None]:
     """A connection to the cluster at ``address`` (or RAY_ADDRESS, else one of our own), closed however the job ends.
 
+    ``num_cpus``: what a cluster of our own may hand out; None is what the machine has.
     SIGTERM, which ``ray job stop`` sends, ends the job as Ctrl-C does: in order.
 
     Raises:
@@ -55,6 +56,7 @@ def cluster(address: str | None) -> Iterator[None]:
     _require_an_answer(target)
     ray.init(
         address=target,
+        num_cpus=num_cpus if target == "local" else None,
         include_dashboard=False if target == "local" else None,
         log_to_driver=False,
         logging_level=logging.ERROR,

@@ -102,14 +102,14 @@ def test_a_newcomer_gets_the_state_of_a_survivor(spec: TrialSpec) -> None:
 @pytest.mark.parametrize("codec", [{"name": "int8"}, {"name": "powersgd", "params": {"rank": 1}}], ids=str)
 def test_a_lossy_codec_remembers_across_generations(spec: TrialSpec, codec: dict) -> None:
     def work(communicator: Communicator) -> tuple[list[Tensor], float, int]:
-        training = ShardedTraining(spec, CPU, codec=codec)
+        training = ShardedTraining(replace(spec, dtype="float32"), CPU, codec=codec)
         training.bind(communicator)
         train(training, 2)
         before = training.residual_norm()
         training.prepare()  # a step that is not applied is forgotten
         training.bind(communicator)
         if communicator.rank == 1:
-            training = ShardedTraining(spec, CPU, codec=codec)
+            training = ShardedTraining(replace(spec, dtype="float32"), CPU, codec=codec)
             training.bind(communicator)
         send_state(training, 0, [1])
         train(training, 2)

@@ -1,0 +1,147 @@
+"""Train a small byte-level transformer whose sequence is split across Ray actors; go on when some are lost.
+
+    python jobs/train.py --out results/train --world-size 2 --pattern bigbird --density 0.2 --steps 200
+    ray job submit --working-dir . -- python jobs/train.py --out /absolute/results --world-size 8 --spares 1
+
+Every rank owns a GPU where the cluster has any, else a share of the CPUs. Checkpoints go to OUT/checkpoints; --resume
+goes on from the newest one. The record and its curves (loss, recoveries) are rows of OUT, as every other job's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ray.exceptions import RayError
+
+from raybsa import patterns
+from raybsa.cluster.member import MemberSettings
+from raybsa.cluster.resources import TooFewResources
+from raybsa.cluster.training import TrainingCoordinator, TrainingFailed
+from raybsa.experiments.launch import absolute, cluster, git_commit, worker_share
+from raybsa.experiments.trained import write_training
+from raybsa.experiments.trial import Run
+from raybsa.gradients.catalog import build
+from raybsa.results.store import Store, StoreError
+from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
+from raybsa.tasks.text import load_corpus
+from raybsa.variants.distributed import DistributedConfig
+
+
+def main() -> int:
+    arguments = _arguments()
+    try:
+        spec, settings, out = _question(arguments)
+        store = Store.create(out)
+        load_corpus(arguments.text)
+    except (ValueError, TypeError, StoreError) as error:
+        print(f"jobs/train.py: {error}", file=sys.stderr)
+        return 2
+    run = Run.start("train", arguments.git_commit or git_commit(Path(__file__).parent))
+    with cluster(arguments.address):
+        share = worker_share(arguments.cpus)
+        print(f"{arguments.world_size} ranks and {arguments.spares} spares of {share}, results in {out}", flush=True)
+        try:
+            with TrainingCoordinator(
+                spec,
+                share,
+                world_size=arguments.world_size,
+                spares=arguments.spares,
+                min_ranks=arguments.min_ranks,
+                settings=settings,
+                heartbeat_s=arguments.heartbeat,
+                wait_s=arguments.wait,
+                tell=lambda step, loss: print(f"step {step}/{spec.train_steps}: {loss:.4f} nats a byte", flush=True),
+                say=lambda text: print(text, flush=True),
+            ) as coordinator:
+                result = coordinator.run(resume=arguments.resume, stretch=arguments.tell_every)
+        except (TooFewResources, TrainingFailed, RayError) as error:
+            print(f"jobs/train.py: {error}", file=sys.stderr)
+            return 1
+        write_training(store, run, 0, spec, settings, share.device, result)
+    print(
+        f"{result.bits_per_byte:.4f} bits per held-out byte after {len(result.losses)} steps on {result.world_size} "
+        f"ranks in {result.train_seconds:.1f} s, {len(result.recoveries)} recoveries; a rank sent "
+        + ", ".join(
+            f"{nbytes / 2**20:.1f} MiB of {kind}" for kind, nbytes in sorted(result.sent.items()) if nbytes > 2**20 / 20
+        )
+        + f"\nresults: {out}"
+    )
+    return 0
+
+
+def _question(arguments: argparse.Namespace) -> tuple[TrialSpec, MemberSettings, str]:
+    attention = AttentionSpec(
+        "distributed", PatternSpec(arguments.pattern), arguments.density, arguments.block_size, arguments.backend
+    )
+    spec = TrialSpec(
+        "byte_lm",
+        (attention,),
+        seq_len=arguments.tokens,
+        train_len=arguments.tokens,
+        train_steps=arguments.steps,
+        num_layers=arguments.layers,
+        num_heads=arguments.heads,
+        head_dim=arguments.head_dim,
+        dtype=arguments.dtype,
+        seed=arguments.seed,
+        task_params={"text": arguments.text, "train_batch": arguments.batch},
+    )
+    patterns.build(arguments.pattern)
+    out = absolute("--out", arguments.out)
+    settings = MemberSettings(
+        DistributedConfig(partition=arguments.partition),
+        codec=build(_codec(arguments.codec)).spec,
+        warmup_steps=arguments.warmup,
+        num_threads=arguments.cpus,
+        checkpoints=f"{out}/checkpoints",
+        checkpoint_every=arguments.checkpoint_every,
+    )
+    return spec, settings, out
+
+
+def _codec(text: str) -> Any:
+    """A codec's name, or its spec as JSON: ``{"name": "powersgd", "params": {"rank": 4}}``."""
+    return json.loads(text) if text.lstrip().startswith("{") else text
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--out", default="results/train", help="results folder or URI")
+    parser.add_argument("--address", help="Ray cluster; default: RAY_ADDRESS, else one of our own")
+    parser.add_argument("--world-size", type=int, default=2, help="ranks that share a sequence")
+    parser.add_argument("--spares", type=int, default=0, help="warm workers that wait for a loss")
+    parser.add_argument("--min-ranks", type=int, default=1, help="the fewest ranks to go on with")
+    parser.add_argument("--cpus", type=int, default=1, help="CPUs a rank")
+    parser.add_argument("--wait", type=float, default=60.0, help="seconds to wait for resources")
+    parser.add_argument("--heartbeat", type=float, default=2.0, help="seconds of silence after which a rank is lost")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in OUT")
+    parser.add_argument("--checkpoint-every", type=int, default=50, help="steps between checkpoints")
+    parser.add_argument("--tell-every", type=int, default=20, help="steps between lines of progress")
+    parser.add_argument("--pattern", default="bigbird", help="a family of raybsa.patterns, or module:Class")
+    parser.add_argument("--density", type=float, default=0.2)
+    parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--codec", default="none", help="how gradients travel: none, fp16, int8, powersgd ... or JSON")
+    parser.add_argument("--warmup", type=int, default=0, help="steps at the start whose gradients go uncompressed")
+    parser.add_argument("--partition", default="balanced", help="balanced, contiguous, zigzag or striped")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of a sequence")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=8, help="sequences a step")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--head-dim", type=int, default=32)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16"))
+    parser.add_argument("--text", help="file or folder; default: the Python standard library's sources")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--git-commit", default="", help="of the code that runs, where an uploaded copy has no .git")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
