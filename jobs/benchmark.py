@@ -1,6 +1,7 @@
 """How fast is block-sparse attention here, beside torch's dense SDPA, and how exact?
 
     python jobs/benchmark.py --suite cpu --out results/benchmark
+    python jobs/benchmark.py --suite ring --out results/ring        # ring attention on 1, 2 and 4 ranks of this host
     python jobs/benchmark.py --pattern bigbird --density 0.1 0.05 --lengths 4096 16384 --out results/bigbird
     ray job submit --working-dir . -- python jobs/benchmark.py --suite cpu --out /absolute/results
 
@@ -20,14 +21,15 @@ import ray
 
 from dashboards.report import write_report
 from raybsa import patterns
-from raybsa.cluster.coordinator import Coordinator
+from raybsa.cluster.coordinator import Coordinator, Outcome
 from raybsa.cluster.resources import TooFewResources
 from raybsa.experiments.launch import absolute, cluster, git_commit, worker_share
 from raybsa.experiments.suites import BASE, SUITES, grid
-from raybsa.experiments.table import head_line, line
-from raybsa.experiments.trial import Run, run_trial
+from raybsa.experiments.table import head_line, line, ring_head_line, ring_line
+from raybsa.experiments.trial import Run, record_of, run_trial, write
 from raybsa.results.store import Store
 from raybsa.spec import PatternSpec, TrialSpec
+from raybsa.tasks.ring_ranks import measure_rings
 
 
 def main() -> int:
@@ -36,21 +38,43 @@ def main() -> int:
     out = absolute("--out", arguments.out)
     store = Store.create(out)
     run = Run.start("benchmark", arguments.git_commit)
+    failed = _rings(specs, arguments, run, store) if specs[0].task == "ring" else _speeds(specs, arguments, run, store)
+    print(f"results: {out}")
+    if "://" not in out and failed < len(specs):
+        print(f"report:  {write_report(out, os.path.join(out, 'report.html'), own_patterns=True)}")
+    return 1 if failed else 0
+
+
+def _speeds(specs: list[TrialSpec], arguments: argparse.Namespace, run: Run, store: Store) -> int:
+    """Attention beside dense attention on one worker; returns how many trials failed."""
     failed = 0
     with cluster(arguments.address):
         cpus = arguments.threads or int(ray.cluster_resources()["CPU"])
-        timing = {"repeats": arguments.repeats, "budget_s": arguments.budget}
-        print(f"{len(specs)} measurements on {worker_share(cpus)}, results in {out}", flush=True)
+        timing = {"repeats": arguments.repeats, "budget_s": arguments.budget or 5.0}
+        print(f"{len(specs)} measurements on {worker_share(cpus)}, results in {store.root}", flush=True)
         print(head_line())
         with Coordinator(worker_share(cpus), wait_s=arguments.wait, timing=timing) as coordinator:
             for number, spec in enumerate(specs):
                 record = run_trial(spec, coordinator, run, trial_id=f"{run.run_id}-{number:03d}", store=store)
                 print(line(record), flush=True)
                 failed += record.status != "ok"
-    print(f"results: {out}")
-    if "://" not in out and failed < len(specs):
-        print(f"report:  {write_report(out, os.path.join(out, 'report.html'), own_patterns=True)}")
-    return 1 if failed else 0
+    return failed
+
+
+def _rings(specs: list[TrialSpec], arguments: argparse.Namespace, run: Run, store: Store) -> int:
+    """The ring on processes of this host, one a rank; returns how many trials failed. Needs no Ray."""
+    failed = 0
+    print(f"{len(specs)} measurements on ranks of this host, results in {store.root}", flush=True)
+    print(ring_head_line(), flush=True)
+    answers = measure_rings(specs, repeats=arguments.repeats, budget_s=arguments.budget or 3.0)
+    for number, (spec, answer) in enumerate(answers):
+        measured, error = (None, answer) if isinstance(answer, str) else (answer, None)
+        outcome = Outcome(spec, measured, error, 0)
+        record = record_of(outcome, run, f"{run.run_id}-{number:03d}")
+        write(store, record, outcome)
+        print(ring_line(record), flush=True)
+        failed += record.status != "ok"
+    return failed
 
 
 def _specs(arguments: argparse.Namespace) -> list[TrialSpec]:
@@ -104,7 +128,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--error-len", type=int, default=1024, help="tokens at which errors are measured; 0: nowhere")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=20, help="timed calls of each side (5 where they are slow)")
-    parser.add_argument("--budget", type=float, default=5.0, help="seconds for the timed calls of each side")
+    parser.add_argument("--budget", type=float, help="seconds for the timed calls: 5 of each side, 3 of a ring")
     parser.add_argument("--threads", type=int, help="CPU threads of the worker (all of the cluster's)")
     parser.add_argument("--address", help="a running Ray cluster (RAY_ADDRESS, else one of our own)")
     parser.add_argument("--wait", type=float, default=60.0, help="seconds to wait for resources")

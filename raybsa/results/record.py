@@ -16,6 +16,11 @@ class Record:
     ``quality_goal`` is ``"min"`` or ``"max"``. ``dense_*`` are torch SDPA's on the same shapes, measured in the same
     run on the same device; the share of the ideal speed-up is ``dense / (density * own)``. ``error_*`` are relative
     errors (max abs difference / max abs reference) against the float64 reference.
+
+    A ring's row (task ``"ring"``) has the ranks' own times (the slowest rank's, ``world_size`` ranks on ``devices``
+    cores or GPUs), ``single_*``: one process with the whole sequence, in turn with them, and the errors against it.
+    ``wire_bytes`` are what all ranks sent in forward and backward, ``wire_forward_bytes`` in the forward,
+    ``needed_forward_bytes`` what had to travel at least; ``imbalance`` is max / mean of the ranks' active blocks.
     """
 
     trial_id: str
@@ -58,6 +63,14 @@ class Record:
     peak_bytes: int | None = None
     dense_peak_bytes: int | None = None
     wire_bytes: int = 0
+    wire_forward_bytes: int | None = None
+    needed_forward_bytes: int | None = None
+    world_size: int | None = None
+    devices: int | None = None
+    partition: str | None = None
+    imbalance: float | None = None
+    single_forward_ms_p50: float | None = None
+    single_forward_backward_ms_p50: float | None = None
     error_forward: float | None = None
     error_gradient: float | None = None
     failures_survived: int = 0
@@ -73,6 +86,18 @@ class Record:
     schema_version: int = SCHEMA_VERSION
 
 
+def efficiencies(record: Record) -> tuple[float | None, float | None]:
+    """(forward, forward + backward) of a ring: one process's time / (ranks × the ring's); None where not measured."""
+
+    def share(alone: float | None, own: float | None) -> float | None:
+        return alone / (record.world_size * own) if alone and own and record.world_size else None
+
+    return (
+        share(record.single_forward_ms_p50, record.forward_ms_p50),
+        share(record.single_forward_backward_ms_p50, record.forward_backward_ms_p50),
+    )
+
+
 @dataclass(frozen=True)
 class SeriesPoint:
     """One point of a curve or timeline: a row of the long table beside the records."""
@@ -86,7 +111,9 @@ class SeriesPoint:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a worker sends up: the fields of a Record that only it can know, and the curves (name, step, value)."""
+    """What a worker sends up: the fields of a Record that only it can know, and the curves: (name, step, value), or
+    (name, step, rank, value) where ranks have their own.
+    """
 
     density: float
     quality_name: str | None = None
@@ -103,6 +130,15 @@ class Measurement:
     dense_forward_backward_ms_p50: float | None = None
     peak_bytes: int | None = None
     dense_peak_bytes: int | None = None
+    wire_bytes: int = 0
+    wire_forward_bytes: int | None = None
+    needed_forward_bytes: int | None = None
+    world_size: int | None = None
+    devices: int | None = None
+    partition: str | None = None
+    imbalance: float | None = None
+    single_forward_ms_p50: float | None = None
+    single_forward_backward_ms_p50: float | None = None
     error_forward: float | None = None
     error_gradient: float | None = None
     device: str = ""
@@ -111,3 +147,4 @@ class Measurement:
     torch_version: str = ""
     python_version: str = ""
     curves: tuple[tuple[str, int, float], ...] = ()
+    rank_curves: tuple[tuple[str, int, int, float], ...] = ()

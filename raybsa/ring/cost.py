@@ -5,8 +5,8 @@ The clock of every rank follows ``ring_attention``. Hop i computes for
     C[i] = slow · (call_s + (active[i] + row_blocks · rows[i]) · batch · heads · flop / rate)
 
 where a pair of blocks is ``flop = 2 · products · q_block · kv_block · head_dim`` (2 products forward, 5 backward) and
-``slow = max(1, world_size / devices)`` where ranks share cores. What arrives takes ``X[i] = latency + bytes / bandwidth``
-once sender and receiver have started it and the link has carried what came before. With ``end[0] = C[0]``,
+``slow = max(1, world_size / devices)`` where ranks share cores. What arrives takes ``latency + bytes / bandwidth`` once
+sender and receiver have started it and the link has carried what came before. With ``end[0] = C[0]``,
 
     end[i] = max(end[i-1], arrival[i]) + C[i]        arrival[1] is under way from the start, arrival[i+1] from end[i-1]
 

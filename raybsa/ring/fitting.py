@@ -1,8 +1,8 @@
 """fit: Hardware from measured rows, by linear least squares of the relative error.
 
 A kernel's seconds are linear in three unknowns (see ``hardware.Kernel``): ``call_s + a · pairs + b · rows`` with
-``a = flop / rate`` and ``b = row_blocks · a``, fitted to whole sequences on one rank, for each direction and block size.
-A link's are linear in two, ``latency + bytes / bandwidth``, fitted to timed exchanges of known size. Each equation is
+``a = flop / rate`` and ``b = row_blocks · a``, fitted to whole sequences on one rank, by direction and block size. A
+link's are linear in two, ``latency + bytes / bandwidth``, fitted to timed exchanges of known size. Each equation is
 divided by its measured seconds, so that short and long calls weigh alike; a coefficient that would be negative is zero.
 Rows of several ranks take no part: predicting them is the test.
 """

@@ -1,4 +1,4 @@
-"""Hardware: what a ring runs on, as data: how fast the kernel is, what a link carries. Fitted, or a published preset."""
+"""Hardware as data: how fast the kernel is and what a link carries. Fitted to measured rows, or a published preset."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PRODUCTS = {Pass.FORWARD: 2, Pass.BACKWARD: 5}  # matrix products over every act
 
 @dataclass(frozen=True)
 class Kernel:
-    """One direction of the kernel at one block size. A call takes ``call_s + (active + row_blocks · rows) · flop / rate``.
+    """One direction of the kernel at a block size: a call takes ``call_s + (active + row_blocks · rows) flop / rate``.
 
     So a call with ``k`` active blocks a row runs at ``rate · k / (k + row_blocks)``: density acts through the length of
     the rows.

@@ -84,7 +84,7 @@ class Timeline:
 
 
 def as_points(spans: Iterable[Span]) -> list[Point]:
-    """Two points a span, ``timeline/<phase>/<kind>/<hop>/begin_s`` and ``…/end_s``; ``step`` counts spans of one name."""
+    """Two points a span, ``timeline/<phase>/<kind>/<hop>/begin_s`` and ``…/end_s``; ``step`` counts equal names."""
     points: list[Point] = []
     counted: Counter[tuple[str, int]] = Counter()
     for span in spans:
