@@ -111,7 +111,16 @@ def _scalings(page: Page, index: int, hardware: Hardware, scalings: Sequence[Sca
         )
         parts += [element("h3", scaling.title), note(scaling.told), element("div", *cards, class_="cards wide")]
     facts = element("dl", *(p for pair in _facts(hardware) for p in pair), class_="facts")
-    return section(f"hardware-{index}", f"Scaling on {hardware.label}", facts, *parts)
+    return section(f"hardware-{index}", f"Scaling on {hardware.label}", facts, note(_assumed(hardware)), *parts)
+
+
+def _assumed(hardware: Hardware) -> str:
+    if not hardware.fitted_on:
+        return "A forecast from figures of single GPUs and links: no ring was measured on this hardware."
+    return (
+        "Points were measured. In the forecast every rank has a core or GPU of its own, and the link between any two "
+        "ranks is the one measured on this host: beyond it that is an assumption."
+    )
 
 
 def _facts(hardware: Hardware) -> list[tuple[Markup, Markup]]:

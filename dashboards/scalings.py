@@ -38,13 +38,13 @@ class Scaling(NamedTuple):
 
 
 def measured_scalings(rows: Sequence[RingRow], hardware: Hardware, most: int) -> list[Scaling]:
-    """What was measured, carried on: strong: each question's longest sequence over more ranks, and 1M tokens; weak: its
-    shortest sequence as the tokens of a rank. Families without statistics are left out."""
+    """What was measured, carried on: a question's longest sequence over more ranks, 1M tokens, and its shortest
+    one as the tokens of a rank. Families without statistics are left out."""
     groups: dict[AttentionSpec, list[RingRow]] = defaultdict(list)
     for row in rows:
         if row.family in FAMILIES and row.record.partition != "striped":
             groups[row.attention].append(row)
-    strong, weak = [], []
+    strong, large, weak = [], [], []
     for of_question in groups.values():
         chosen = max(of_question, key=lambda row: (row.world_size > 1, row.record.partition == "balanced"))
         dealt = [r for r in of_question if r.world_size == 1 or r.record.partition == chosen.record.partition]
@@ -52,9 +52,13 @@ def measured_scalings(rows: Sequence[RingRow], hardware: Hardware, most: int) ->
         line = _Lines(chosen.spec, hardware, most)
         fixed = [row for row in dealt if row.spec.seq_len == longest]
         grown = [row for row in dealt if row.spec.seq_len == each * row.world_size]
-        strong += [line.strong(longest, fixed), line.strong(STRONG, [])]
+        strong.append(line.strong(longest, fixed))
+        large.append(line.strong(STRONG, []))
         weak.append(line.weak(each, grown))
-    return _titled(strong, weak)
+    return [
+        Scaling("Strong scaling, as long as measured", f"The same sequence over more ranks. {_IDEAL}", strong),
+        *_titled(large, weak),
+    ]
 
 
 def preset_scalings(hardware: Hardware, most: int) -> list[Scaling]:
@@ -68,7 +72,7 @@ def preset_scalings(hardware: Hardware, most: int) -> list[Scaling]:
 
 def _titled(strong: list[RingLine], weak: list[RingLine]) -> list[Scaling]:
     return [
-        Scaling("Strong scaling", f"The same sequence over more ranks. {_IDEAL}", strong),
+        Scaling(f"Strong scaling, {_short(STRONG)} tokens", f"The same sequence over more ranks. {_IDEAL}", strong),
         Scaling("Weak scaling", f"A sequence that grows with the ranks. {_IDEAL}", weak),
     ]
 
@@ -80,6 +84,7 @@ class _Lines:
         self._spec, self._hardware, self._most = spec, hardware, most
         self._block = spec.layer(0).block_size
         self._window = None if window is None else window // self._block
+        self._density = spec.layer(0).density if window is None else min(1.0, 2 * window / STRONG)
         name = attention_label(spec.layer(0)).replace("_", " ")
         self._name = name if window is None else f"{name} of {_short(window)}"
 
@@ -93,7 +98,7 @@ class _Lines:
         """Forecasts for 1, 2, 4, ... ranks, as far as every rank has a block."""
         worlds = [1 << i for i in range(self._most.bit_length()) if tokens(1 << i) // self._block >= 1 << i]
         ahead = [self._ahead(world, tokens(world)) for world in worlds]
-        return RingLine(f"{self._name}, {size}", self._spec.layer(0).density, sorted(map(_measured, measured)), ahead)
+        return RingLine(f"{self._name}, {size}", self._density, sorted(map(_measured, measured)), ahead)
 
     def _ahead(self, world_size: int, seq_len: int) -> RingPoint:
         ring, alone = forecast(self._spec, self._hardware, world_size=world_size, seq_len=seq_len, window=self._window)

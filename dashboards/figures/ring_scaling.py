@@ -12,7 +12,8 @@ import plotly.graph_objects as go
 from dashboards.theme import base_figure, colour, density_colour, log_axis, spread
 from dashboards.wording import number
 
-_HEIGHT, _RIGHT = 380, 168
+_HEIGHT, _RIGHT = 380, 206
+_LONG_MS = 1e5  # from here on in seconds
 
 
 class RingPoint(NamedTuple):
@@ -57,19 +58,22 @@ def ring_scaling_info(lines: Sequence[RingLine]) -> RingScalingInfo | None:
     return RingScalingInfo(ordered) if some else None
 
 
-def ring_time_plot(info: RingScalingInfo, *, ideal: bool = True) -> go.Figure:
+def ring_time_plot(info: RingScalingInfo) -> go.Figure:
     """Log-log. Points: measured (open where ranks shared cores); dashes: forecast; dots: one rank's time / ranks."""
     figure = base_figure(_HEIGHT, _RIGHT)
-    values: list[float] = []
+    points = [p for line in info.lines for p in (*line.measured, *line.forecast)]
+    unit, scale = ("s", 1e-3) if max(p.ms for p in points) >= _LONG_MS else ("ms", 1.0)
     for line in info.lines:
-        if ideal:
-            _add_ideal(figure, line)
-        _add_line(figure, line, [(p, p.ms) for p in line.forecast], [(p, p.ms) for p in line.measured], "ms", ".4~g")
-        values += [p.ms for p in (*line.forecast, *line.measured)]
-        values += [p.alone_ms / p.ranks for p in _longest(line) if ideal and p.alone_ms]
-    axis = log_axis(values, "ms, forward + backward (log scale)")
+        _add_ideal(figure, line, unit, scale)
+        forecast, measured = ([(p, scale * p.ms) for p in some] for some in (line.forecast, line.measured))
+        _add_line(figure, line, forecast, measured, unit, ".4~g")
+    ideals = [p.alone_ms / p.ranks for p in points if p.alone_ms]
+    axis = log_axis(
+        [scale * ms for ms in (*(p.ms for p in points), *ideals)], f"{unit}, forward + backward (log scale)"
+    )
     _finish(figure, info, axis)
-    _add_end_labels(figure, info, [log10(_longest(line)[-1].ms) for line in info.lines], axis["range"])
+    ends = [log10(scale * _longest(line)[-1].ms) for line in info.lines]
+    _add_end_labels(figure, info, ends, axis["range"])
     return figure
 
 
@@ -98,15 +102,15 @@ def _longest(line: RingLine) -> list[RingPoint]:
     return line.forecast or line.measured
 
 
-def _add_ideal(figure: go.Figure, line: RingLine) -> None:
+def _add_ideal(figure: go.Figure, line: RingLine, unit: str, scale: float) -> None:
     points = [p for p in _longest(line) if p.alone_ms is not None]
     figure.add_trace(
         go.Scatter(
             x=[p.ranks for p in points],
-            y=[(p.alone_ms or 0) / p.ranks for p in points],
+            y=[scale * (p.alone_ms or 0) / p.ranks for p in points],
             mode="lines",
             line={"color": density_colour(line.density), "width": 1, "dash": "dot"},
-            hovertemplate=f"{escape(line.name)}, ideal<br>%{{x}} ranks: %{{y:.4~g}} ms<extra></extra>",
+            hovertemplate=f"{escape(line.name)}, ideal<br>%{{x}} ranks: %{{y:.4~g}} {unit}<extra></extra>",
         )
     )
 

@@ -36,9 +36,9 @@ class TimelineInfo(NamedTuple):
     wait_ms: float
 
     @property
-    def hidden(self) -> float | None:
-        """The share of the transfers' time in which no rank waited for them; None without transfers."""
-        return max(0.0, 1 - self.wait_ms / self.transfer_ms) if self.transfer_ms else None
+    def waited(self) -> float | None:
+        """The share of the time with transfers under way that ranks only waited for them; None without transfers."""
+        return self.wait_ms / self.transfer_ms if self.transfer_ms else None
 
 
 def timeline_info(spans: Sequence[Span]) -> TimelineInfo | None:

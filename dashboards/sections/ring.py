@@ -74,7 +74,7 @@ def _scaling(page: Page, trials: Sequence[Trial]) -> Markup:
     cards = (
         element("div", element("h4", title), page.figure(figure, title), class_="card")
         for title, figure in (
-            ("Time against ranks", ring_time_plot(info, ideal=True)),
+            ("Time against ranks", ring_time_plot(info)),
             ("Efficiency against ranks", ring_efficiency_plot(info)),
         )
     )
@@ -105,11 +105,11 @@ def _timeline(page: Page, trial: Trial, info: TimelineInfo) -> Markup:
     record = trial.record
     title = f"{trial.label}, {record.seq_len:,} tokens on {record.world_size} ranks, {record.partition}"
     told = f"All ranks together: computed {milliseconds(info.compute_ms)}"
-    if info.hidden is None:
+    if info.waited is None:
         told += ", nothing travelled."
     else:
-        told += f", had transfers under way for {milliseconds(info.transfer_ms)}, waited {milliseconds(info.wait_ms)}: "
-        told += f"{percent(info.hidden)} of the transfers' time was hidden."
+        told += f", had transfers under way for {milliseconds(info.transfer_ms)} and "
+        told += f"only waited for them in {milliseconds(info.wait_ms)} of it ({percent(info.waited)})."
     return element("div", element("h4", title), note(told), page.figure(timeline_plot(info), title), class_="card")
 
 

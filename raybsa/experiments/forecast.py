@@ -139,7 +139,10 @@ def forecast(
     sizes = sizes_of(spec)
     dealt = str(spec.task_params.get("partition", "balanced"))
     joined = sizes.num_heads // sizes.num_kv_heads
-    works = (estimate(rows, world, partition=dealt, block_size=block, heads_joined=joined) for world in (world_size, 1))
+    works = (
+        estimate(rows, world, partition=dealt, block_size=block, heads=sizes.num_heads, heads_joined=joined)
+        for world in (world_size, 1)
+    )
     ring, alone = (predict(work, sizes, hardware) for work in works)
     return ring, alone
 

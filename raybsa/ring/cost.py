@@ -61,8 +61,8 @@ def predict(work: Work, sizes: Sizes, hardware: Hardware) -> Prediction:
     """One step on ``work.world_size`` ranks of ``hardware``. O(hops × world_size) work."""
     block = 2 * sizes.batch * sizes.num_kv_heads * work.kv_block_size * sizes.head_dim  # K and V of one block, numbers
     forward, backward = (compute_seconds(work, sizes, hardware, direction) for direction in Pass)
-    carried = _transfer_seconds(work, hardware, work.received * block * sizes.itemsize, 1)
-    returned = _transfer_seconds(work, hardware, work.sent * block * sizes.sum_itemsize, -1)
+    carried = _transfer_seconds(work, hardware, work.received, block * sizes.itemsize, 1)
+    returned = _transfer_seconds(work, hardware, work.sent, block * sizes.sum_itemsize, -1)
     forward_s = _last_clock(work.shifts, forward, carried, None)
     blocks = float(work.received.sum()) * block
     return Prediction(
@@ -80,9 +80,9 @@ def compute_seconds(work: Work, sizes: Sizes, hardware: Hardware, direction: Pas
     """(hops, world_size) seconds of every hop's kernel; a hop without rows is not called."""
     kernel = hardware.kernel(direction, work.q_block_size)
     blocks = work.active + kernel.row_blocks * work.rows
-    seconds = kernel.call_s + blocks * pair_flop(work, sizes, direction) / kernel.rate
+    called = np.minimum(work.rows, 1)  # an estimate's expected rows may be a fraction of one
     slow = max(1.0, work.world_size / hardware.devices) if hardware.devices else 1.0
-    return np.where(work.rows > 0, slow * seconds, 0.0)
+    return slow * (called * kernel.call_s + blocks * pair_flop(work, sizes, direction) / kernel.rate)
 
 
 def pair_flop(work: Work, sizes: Sizes, direction: Pass) -> float:
@@ -91,15 +91,15 @@ def pair_flop(work: Work, sizes: Sizes, direction: Pass) -> float:
     return 2.0 * PRODUCTS[direction] * tile * sizes.batch * sizes.num_heads
 
 
-def _transfer_seconds(work: Work, hardware: Hardware, nbytes: np.ndarray, sign: int) -> np.ndarray:
-    """(hops, world_size) seconds until what comes from ``rank - sign · shift`` is there, the link being free."""
+def _transfer_seconds(work: Work, hardware: Hardware, blocks: np.ndarray, nbytes: int, sign: int) -> np.ndarray:
+    """(hops, world_size) seconds until blocks of ``nbytes`` from ``rank - sign · shift`` are there, the link free."""
     ranks = np.arange(work.world_size)
     near, far = hardware.link, hardware.far_link or hardware.link
     node = ranks // (hardware.node_size or work.world_size)
     outside = node[(ranks - sign * work.shifts[:, None]) % len(ranks)] != node
     latency = np.where(outside, far.latency_s, near.latency_s)
     rate = np.where(outside, far.bytes_per_s, near.bytes_per_s)
-    return np.where(nbytes > 0, latency + nbytes / rate, 0.0)
+    return np.minimum(blocks, 1) * latency + blocks * nbytes / rate
 
 
 def _last_clock(shifts: np.ndarray, compute: np.ndarray, carried: np.ndarray, returned: np.ndarray | None) -> float:

@@ -17,11 +17,17 @@ from raybsa.ring.rows import Rows
 from raybsa.ring.work import Work, by_shift, from_pairs
 
 EVEN_ENOUGH = 1.05  # max / mean of active blocks up to which "balanced" is taken as contiguous
-SEEN = 0.5  # expected blocks below which a hop is taken as empty
+SEEN = 0.5  # expected blocks of all ranks together below which a hop is taken as empty
 
 
 def estimate(
-    rows: Rows, world_size: int, *, partition: str = "balanced", block_size: int = 128, heads_joined: int = 1
+    rows: Rows,
+    world_size: int,
+    *,
+    partition: str = "balanced",
+    block_size: int = 128,
+    heads: int = 1,
+    heads_joined: int = 1,
 ) -> Work:
     """What each rank computes and receives.
 
@@ -29,9 +35,10 @@ def estimate(
         rows: of the whole sequence.
         world_size: ranks, at most the number of blocks.
         partition: ``"contiguous"``, ``"zigzag"`` or ``"balanced"``, which is estimated as the contiguous one where that
-            is even, else as the zigzag one (a real one starts from either and swaps blocks).
+            is even, else as the zigzag one (a real one starts from either and swaps blocks: its traffic differs).
         block_size: tokens of a block.
-        heads_joined: query heads that share a KV head; counts where heads draw for themselves.
+        heads: query heads; counts where they draw for themselves.
+        heads_joined: of these, how many share a KV head.
 
     Raises:
         ValueError: another partition, or more ranks than blocks.
@@ -41,16 +48,14 @@ def estimate(
     if not 1 <= world_size <= rows.num_blocks:
         raise ValueError(f"world_size must lie in 1..{rows.num_blocks}, the number of blocks, got {world_size}")
     if partition == "balanced":
-        first = estimate(rows, world_size, partition="contiguous", block_size=block_size, heads_joined=heads_joined)
-        if first.imbalance <= EVEN_ENOUGH:
-            return first
-        partition = "zigzag"
+        plain = _Runs.of(STARTS["contiguous"](rows.num_blocks, world_size), world_size)
+        partition = "contiguous" if plain.unevenness(rows) <= EVEN_ENOUGH else "zigzag"
     runs = _Runs.of(STARTS[partition](rows.num_blocks, world_size), world_size)
-    meeting = _Meeting(rows, runs, heads_joined if rows.heads_differ else 1)
+    meeting = _Meeting(rows, runs, *((heads, heads_joined) if rows.heads_differ else (1, 1)))
     counts = [meeting.of_rank(rank) for rank in range(world_size)]
     active, busy, needed = (np.stack([count[i] for count in counts]) for i in range(3))
     shifts = np.arange(1, world_size)
-    shifts = np.concatenate([[0], shifts[(by_shift(needed, shifts) > SEEN).any(1)]])
+    shifts = np.concatenate([[0], shifts[by_shift(needed, shifts).sum(1) > SEEN]])
     owned = np.bincount(runs.owner, runs.end - runs.begin, world_size)
     sizes = (rows.num_blocks * block_size, block_size, block_size)
     return from_pairs(sizes, shifts, active, busy, needed, owned)
@@ -73,6 +78,12 @@ class _Runs:
     @cached_property
     def cuts(self) -> np.ndarray:
         return np.concatenate([self.begin, self.end[-1:]])
+
+    def unevenness(self, rows: Rows) -> float:
+        """max / mean of the ranks' kept pairs."""
+        kept = _prefix(rows.end - rows.first + rows.sinks + rows.scattered)
+        each = self.by_owner(kept[self.end] - kept[self.begin])
+        return float(each.max() / each.mean())
 
     def by_owner(self, of_runs: np.ndarray) -> np.ndarray:
         return np.bincount(self.owner, of_runs, self.world_size)
@@ -103,8 +114,9 @@ class _Interval:
 class _Meeting:
     """What the rows of one rank keep in, and need of, the blocks of every rank."""
 
-    def __init__(self, rows: Rows, runs: _Runs, heads_joined: int) -> None:
+    def __init__(self, rows: Rows, runs: _Runs, heads: int, heads_joined: int) -> None:
         self._rows, self._runs, self._size = rows, runs, runs.end - runs.begin
+        self._all_heads = heads / heads_joined
         self._near = [_Interval(rows.first, rows.end, runs.cuts)]
         if rows.sinks.any():
             self._near.append(_Interval(np.zeros_like(rows.sinks), rows.sinks, runs.cuts))
@@ -128,7 +140,7 @@ class _Meeting:
                 drawn, none = self._drawn(begin, end)
                 pairs += drawn
                 missed += none
-                touched += (end - begin - touched) * -np.expm1(none * size / (end - begin))
+                touched += (end - begin - touched) * -np.expm1(none * self._all_heads * size / (end - begin))
             rows += np.minimum(runs.by_owner(touched), end - begin)
         for low, high in self._union(mine):
             near += np.maximum(0, np.minimum(high, runs.end) - np.maximum(low, runs.begin))
