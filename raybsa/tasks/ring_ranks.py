@@ -11,6 +11,7 @@ import platform
 import queue
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from raybsa.results.record import Measurement
 from raybsa.ring.timeline import Span, as_points
 from raybsa.spec import TrialSpec
 from raybsa.tasks.ring import RankReport, measure_link, measure_rank, ring_params, ring_plan
-from raybsa.timing import Quantiles, device_name, quantiles_of
+from raybsa.timing import DeviceLock, Quantiles, device_name, quantiles_of
 
 LINK = "link_ms"  # the series of timed messages: step is the bytes
 _TIMEOUT_S = 300.0
@@ -54,7 +55,7 @@ def measure_rings(
 def _group(specs: list[TrialSpec], world_size: int, device: str, repeats: int, budget_s: float) -> Iterator[Answer]:
     context = mp.get_context("spawn")
     reports: Any = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
+    with _alone_on(device, world_size), tempfile.TemporaryDirectory() as folder:
         arguments = (world_size, os.path.join(folder, "store"), device, specs, repeats, budget_s, reports)
         ranks = mp.start_processes(_rank, arguments, nprocs=world_size, join=False, start_method="spawn")
         done = 0
@@ -71,6 +72,16 @@ def _group(specs: list[TrialSpec], world_size: int, device: str, repeats: int, b
             for process in ranks.processes:
                 process.join(10)
                 process.terminate()
+
+
+@contextmanager
+def _alone_on(device: str, world_size: int) -> Iterator[None]:
+    """Nobody else computes on the devices of the ranks meanwhile."""
+    places = ["cpu"] if device == "cpu" else [f"cuda:{rank}" for rank in range(world_size)]
+    with ExitStack() as locks:
+        for place in places:
+            locks.enter_context(DeviceLock(place).exclusive())
+        yield
 
 
 def _next(reports: Any, ranks: Any, count: int) -> list[Any]:
