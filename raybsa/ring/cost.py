@@ -92,14 +92,15 @@ def pair_flop(work: Work, sizes: Sizes, direction: Pass) -> float:
 
 
 def _transfer_seconds(work: Work, hardware: Hardware, blocks: np.ndarray, nbytes: int, sign: int) -> np.ndarray:
-    """(hops, world_size) seconds until blocks of ``nbytes`` from ``rank - sign · shift`` are there, the link free."""
+    """(hops, world_size) seconds until blocks of ``nbytes`` from ``rank - sign · shift`` are there, the link free; a
+    negative number where none come."""
     ranks = np.arange(work.world_size)
     near, far = hardware.link, hardware.far_link or hardware.link
     node = ranks // (hardware.node_size or work.world_size)
     outside = node[(ranks - sign * work.shifts[:, None]) % len(ranks)] != node
     latency = np.where(outside, far.latency_s, near.latency_s)
     rate = np.where(outside, far.bytes_per_s, near.bytes_per_s)
-    return np.minimum(blocks, 1) * latency + blocks * nbytes / rate
+    return np.where(blocks > 0, np.minimum(blocks, 1) * latency + blocks * nbytes / rate, -1.0)
 
 
 def _last_clock(shifts: np.ndarray, compute: np.ndarray, carried: np.ndarray, returned: np.ndarray | None) -> float:
@@ -128,7 +129,7 @@ class _Links:
         """(world_size,) when each rank has received from ``rank - shift`` and sent to ``rank + shift``."""
         world, ready = len(self._ranks), np.maximum(started, self._free)
         source, target = (self._ranks - shift) % world, (self._ranks + shift) % world
-        arrived = np.where(seconds > 0, np.maximum(ready, ready[source]) + seconds, 0.0)
+        arrived = np.where(seconds >= 0, np.maximum(ready, ready[source]) + seconds, 0.0)
         done = np.maximum(arrived, arrived[target])
         self._free = np.maximum(self._free, done)
         return done
