@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 from dashboards.figures.ring_scaling import RingLine, RingPoint
 from dashboards.wording import attention_label
-from raybsa.experiments.forecast import RingRow, forecast
+from raybsa.experiments.forecast import RingRow, can_forecast, forecast
 from raybsa.ring.hardware import Hardware
-from raybsa.ring.rows import FAMILIES
 from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
 
 STRONG, WEAK, WINDOW = 1 << 20, 1 << 16, 1 << 12  # tokens in all; tokens of a rank; tokens of a window that stays
@@ -42,7 +41,7 @@ def measured_scalings(rows: Sequence[RingRow], hardware: Hardware, most: int) ->
     one as the tokens of a rank. Families without statistics are left out."""
     groups: dict[AttentionSpec, list[RingRow]] = defaultdict(list)
     for row in rows:
-        if row.family in FAMILIES and row.record.partition != "striped":
+        if can_forecast(row):
             groups[row.attention].append(row)
     strong, large, weak = [], [], []
     for of_question in groups.values():

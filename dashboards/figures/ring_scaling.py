@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from dashboards.theme import base_figure, colour, density_colour, log_axis, spread
 from dashboards.wording import number
 
-_HEIGHT, _RIGHT = 380, 206
+_HEIGHT, _RIGHT = 380, 228
 _LONG_MS = 1e5  # from here on in seconds
 
 

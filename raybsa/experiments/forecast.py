@@ -11,12 +11,13 @@ from typing import NamedTuple
 
 import torch
 
+from raybsa import patterns
 from raybsa.results.record import Record, SeriesPoint
 from raybsa.ring.cost import Prediction, Sizes, predict
 from raybsa.ring.estimate import estimate
 from raybsa.ring.fitting import Timed, fit
 from raybsa.ring.hardware import Hardware, Pass
-from raybsa.ring.rows import rows_of
+from raybsa.ring.rows import FAMILIES, rows_of
 from raybsa.ring.work import Work, work_of
 from raybsa.spec import AttentionSpec, TrialSpec
 from raybsa.tasks.ring import ring_plan
@@ -116,6 +117,12 @@ def compare(rows: Iterable[RingRow], hardware: Hardware) -> list[Compared]:
     return [Compared(row, predict(row.work, row.sizes, hardware)) for row in rows]
 
 
+def can_forecast(row: RingRow) -> bool:
+    """Whether ``forecast`` knows the row's family and partition by statistics."""
+    drawn_by_count = row.family == "random" and row.attention.density is None
+    return row.family in FAMILIES and not drawn_by_count and row.record.partition != "striped"
+
+
 def forecast(
     spec: TrialSpec, hardware: Hardware, *, world_size: int, seq_len: int, window: int | None = None
 ) -> tuple[Prediction, Prediction]:
@@ -123,7 +130,7 @@ def forecast(
 
     Args:
         spec: pattern, density, block size, heads and partition.
-        window: blocks to each side, instead of the density.
+        window: blocks to each side, instead of the density; where there is neither, the pattern's own.
 
     Raises:
         ValueError: a family without statistics (see ``rows_of``).
@@ -131,7 +138,10 @@ def forecast(
     attention = spec.layer(0)
     assert attention.pattern is not None
     block = attention.block_size
-    sinks = -(-int(attention.pattern.params.get("sink", 64)) // block)
+    rule = patterns.build(attention.pattern)
+    sinks = -(-getattr(rule, "sink", 0) // block)
+    if window is None and attention.density is None and hasattr(rule, "window"):
+        window = -(-(rule.window - 1) // block)
     density = None if window is not None else attention.density
     rows = rows_of(
         attention.pattern.name, seq_len // block, causal=spec.causal, density=density, window=window, sinks=sinks

@@ -24,7 +24,11 @@ MACHINE = Hardware(
 
 
 def ring_spec(
-    world_size: int, seq_len: int = 2048, density: float = 0.1, partition: str = "balanced", family: str = "sink_window"
+    world_size: int,
+    seq_len: int = 2048,
+    density: float | None = 0.1,
+    partition: str = "balanced",
+    family: str = "sink_window",
 ) -> TrialSpec:
     return TrialSpec(
         "ring",

@@ -16,12 +16,21 @@ from dashboards.report import write_report
 from dashboards.scalings import measured_scalings, preset_scalings
 from dashboards.sections.ring import ring_lines
 from dashboards.theme import colour
-from raybsa.experiments.forecast import RingRow, compare, fit_rows, ring_rows
+from raybsa.experiments.forecast import RingRow, can_forecast, compare, fit_rows, forecast, ring_rows
 from raybsa.results.record import Record, SeriesPoint
 from raybsa.results.store import Store
+from raybsa.ring.cost import predict
 from raybsa.ring.hardware import PRESETS, Hardware
 from tests.dashboards.made import a_benchmark
-from tests.dashboards.made_ring import a_ring_benchmark, link_points, ring_record, ring_spec, step_points, step_spans
+from tests.dashboards.made_ring import (
+    MACHINE,
+    a_ring_benchmark,
+    link_points,
+    ring_record,
+    ring_spec,
+    step_points,
+    step_spans,
+)
 
 HOSTILE = "<img src=x onerror=alert(2)>"
 
@@ -144,6 +153,19 @@ def test_the_forecast_goes_from_what_was_measured_to_many_ranks(rows: list[RingR
     assert all(not line.measured and line.forecast[-1].ranks == 256 for line in large.lines)
     grown = next(line for line in weak.lines if "10" in line.name)
     assert [point.ranks for point in grown.measured] == [1, 2, 4]
+
+
+def test_what_has_no_statistics_is_left_out_and_a_pattern_of_its_own_width_is_not() -> None:
+    def asked(family: str, density: float | None, partition: str = "contiguous") -> RingRow:
+        (row,) = ring_rows([ring_record("row", ring_spec(2, 2048, density, partition, family))])
+        return row
+
+    own_width = asked("sliding_window", None)
+    assert [can_forecast(asked(*question)) for question in (("butterfly", 0.2), ("random", None))] == [False, False]
+    assert not can_forecast(asked("sink_window", 0.1, "striped"))
+    assert can_forecast(own_width)
+    ring, _ = forecast(own_width.spec, MACHINE, world_size=2, seq_len=2048)
+    assert ring == predict(own_width.work, own_width.sizes, MACHINE)
 
 
 def test_the_page_says_what_was_measured_and_what_is_a_preset(rows: list[RingRow], fitted: Hardware) -> None:
