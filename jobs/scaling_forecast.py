@@ -33,7 +33,7 @@ def main() -> int:
         hardware = fit_rows(rows, store.read_series())
         compared = compare(rows, hardware)
         _print(compared)
-        own = replace(hardware, devices=None)  # in the forecast every rank has a core or GPU of its own
+        own = replace(hardware, devices=None, crowding=())  # in the forecast every rank has a core or GPU of its own
         parts.append((own, measured_scalings(rows, own, arguments.ranks)))
     for name in arguments.hardware:
         parts.append((PRESETS[name], preset_scalings(PRESETS[name], arguments.ranks)))

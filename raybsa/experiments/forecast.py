@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -21,7 +22,7 @@ from raybsa.ring.rows import FAMILIES, rows_of
 from raybsa.ring.work import Work, work_of
 from raybsa.spec import AttentionSpec, TrialSpec
 from raybsa.tasks.ring import ring_plan
-from raybsa.tasks.ring_ranks import LINK
+from raybsa.tasks.ring_ranks import CROWDING, LINK
 
 
 class RingRow:
@@ -92,7 +93,8 @@ def ring_rows(records: Iterable[Record]) -> list[RingRow]:
 
 
 def fit_rows(rows: Sequence[RingRow], series: Iterable[SeriesPoint]) -> Hardware:
-    """Hardware from rows of one device: kernels from what one rank did alone, the link from the timed messages.
+    """Hardware from rows of one device: kernels from what one rank did alone, the link from the timed
+    messages, and how ranks slow each other down from a kernel that all of them ran at once.
 
     Raises:
         ValueError: no rows, or rows of several devices.
@@ -104,8 +106,14 @@ def fit_rows(rows: Sequence[RingRow], series: Iterable[SeriesPoint]) -> Hardware
     ((name, count),) = devices
     calls = [timed for row in rows for timed in _timed(row)]
     known = {row.record.trial_id for row in rows}
-    messages = [(p.step, p.value / 1e3) for p in series if p.name == LINK and p.trial_id in known]
-    hardware = fit(str(name), calls, sorted(set(messages)), devices=count)
+    own = [point for point in series if point.trial_id in known]
+    messages = [(p.step, p.value / 1e3) for p in own if p.name == LINK]
+    crowding: dict[int, list[float]] = defaultdict(list)
+    for point in own:
+        if point.name == CROWDING:
+            crowding[point.step].append(max(1.0, point.value))
+    fitted = fit(str(name), calls, sorted(set(messages)), devices=count)
+    hardware = replace(fitted, crowding=tuple((ranks, median(found)) for ranks, found in sorted(crowding.items())))
     over = [
         (row.record.peak_bytes or 0) - predict(row.work, row.sizes, hardware).memory_bytes for row in rows if _has(row)
     ]

@@ -5,8 +5,9 @@ The clock of every rank follows ``ring_attention``. Hop i computes for
     C[i] = slow · (call_s + (active[i] + row_blocks · rows[i]) · batch · heads · flop / rate)
 
 where a pair of blocks is ``flop = 2 · products · q_block · kv_block · head_dim`` (2 products forward, 5 backward) and
-``slow = max(1, world_size / devices)`` where ranks share cores. What arrives takes ``latency + bytes / bandwidth`` once
-sender and receiver have started it and the link has carried what came before. With ``end[0] = C[0]``,
+``slow`` is how much ranks that share a host slow each other down (measured, else ``world_size / devices``). What
+arrives takes ``latency + bytes / bandwidth`` once sender and receiver have started it and the link has carried what
+came before. With ``end[0] = C[0]``,
 
     end[i] = max(end[i-1], arrival[i]) + C[i]        arrival[1] is under way from the start, arrival[i+1] from end[i-1]
 
@@ -81,8 +82,9 @@ def compute_seconds(work: Work, sizes: Sizes, hardware: Hardware, direction: Pas
     kernel = hardware.kernel(direction, work.q_block_size)
     blocks = work.active + kernel.row_blocks * work.rows
     called = np.minimum(work.rows, 1)  # an estimate's expected rows may be a fraction of one
-    slow = max(1.0, work.world_size / hardware.devices) if hardware.devices else 1.0
-    return slow * (called * kernel.call_s + blocks * pair_flop(work, sizes, direction) / kernel.rate)
+    return hardware.slow(work.world_size) * (
+        called * kernel.call_s + blocks * pair_flop(work, sizes, direction) / kernel.rate
+    )
 
 
 def pair_flop(work: Work, sizes: Sizes, direction: Pass) -> float:

@@ -54,6 +54,7 @@ class Hardware:
     node_size: ranks of a node; None is one node for all.
     far_link: between nodes; None is ``link``.
     devices: how many ranks compute at full speed at once (cores); None is all of them.
+    crowding: (ranks, how many times slower a kernel is where so many run at once), measured; it has the last word.
     workspace_bytes: what the kernel needs at most beside q, k, v, results and buffers.
     fitted_on: how many measured rows it was fitted on; 0 is a preset, not measured here.
     """
@@ -64,6 +65,7 @@ class Hardware:
     node_size: int | None = None
     far_link: Link | None = None
     devices: int | None = None
+    crowding: tuple[tuple[int, float], ...] = ()
     workspace_bytes: float = 0.0
     fitted_on: int = 0
 
@@ -71,6 +73,11 @@ class Hardware:
     def label(self) -> str:
         """The name, and where its numbers come from."""
         return f"{self.name} ({f'fitted on {self.fitted_on} rows' if self.fitted_on else 'preset, not measured here'})"
+
+    def slow(self, world_size: int) -> float:
+        """How many times slower a rank computes for sharing the host: as measured, else ``ranks / devices``."""
+        known = dict(self.crowding)
+        return known.get(world_size, max(1.0, world_size / self.devices) if self.devices else 1.0)
 
     def kernel(self, direction: Pass, block_size: int) -> Kernel:
         """The kernel of the nearest block size. Raises ValueError where none of this direction is known."""

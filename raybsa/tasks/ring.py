@@ -142,6 +142,27 @@ def measure_link(communicator: Communicator, *, repeats: int = 9) -> list[tuple[
     return found
 
 
+def measure_crowding(spec: TrialSpec, communicator: Communicator, *, repeats: int = 7) -> float:
+    """How many times slower the kernel is where all ranks run it at once than where rank 0 does alone; no ring."""
+    layout, backend = ring_layout(spec, communicator.device), spec.layer(0).backend
+    inputs = synthetic_qkv(spec, communicator.device)
+
+    def single(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return block_sparse_attention(q, k, v, layout, backend=backend)
+
+    call = forward_call(single, inputs)
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(_WARMUP + repeats):
+        for together in (False, True):
+            if together or communicator.rank == 0:
+                times[together].append(_timed(call, communicator, together=together))
+            communicator.barrier(_CALIBRATION)
+    if communicator.rank:
+        return 1.0
+    alone, crowded = (quantiles_of(times[together][_WARMUP:]).p50 for together in (False, True))
+    return crowded / alone
+
+
 def _rounds(
     calls: dict[str, Callable[[], object]], communicator: Communicator, repeats: int, budget_s: float
 ) -> dict[str, list[float]]:

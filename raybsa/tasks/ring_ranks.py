@@ -11,7 +11,7 @@ import platform
 import queue
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -20,12 +20,13 @@ import torch.multiprocessing as mp
 
 from raybsa.comm import Communicator
 from raybsa.results.record import Measurement
-from raybsa.ring.timeline import Span, as_points
+from raybsa.ring.timeline import Point, Span, as_points
 from raybsa.spec import TrialSpec
-from raybsa.tasks.ring import RankReport, measure_link, measure_rank, ring_params, ring_plan
+from raybsa.tasks.ring import RankReport, measure_crowding, measure_link, measure_rank, ring_params, ring_plan
 from raybsa.timing import DeviceLock, Quantiles, device_name, quantiles_of
 
 LINK = "link_ms"  # the series of timed messages: step is the bytes
+CROWDING = "crowding"  # how many times slower a kernel is where step of them run at once
 _TIMEOUT_S = 300.0
 Answer = Measurement | str  # a string says what went wrong
 
@@ -60,10 +61,10 @@ def _group(specs: list[TrialSpec], world_size: int, device: str, repeats: int, b
         ranks = mp.start_processes(_rank, arguments, nprocs=world_size, join=False, start_method="spawn")
         done = 0
         try:
-            links: list[tuple[int, float]] = _next(reports, ranks, 1)[0]
+            calibration: list[Point] = _next(reports, ranks, 1)[0]
             for spec in specs:
                 found = sorted(_next(reports, ranks, world_size), key=lambda report: report.rank)
-                yield _joined(spec, found, device, links)
+                yield _joined(spec, found, device, calibration)
                 done += 1
         except (RuntimeError, mp.ProcessRaisedException, mp.ProcessExitedException) as error:
             for _ in specs[done:]:
@@ -117,9 +118,11 @@ def _rank(
     dist.init_process_group(backend, store=shared, rank=rank, world_size=world_size, timeout=limit)
     communicator = Communicator(dist.group.WORLD, device=place, timeout_s=_TIMEOUT_S)
     try:
-        links = measure_link(communicator)
+        points: list[Point] = [(LINK, nbytes, 0, ms) for nbytes, ms in measure_link(communicator)]
+        with suppress(ValueError):  # a question that cannot be asked says so in its own turn
+            points.append((CROWDING, world_size, 0, measure_crowding(specs[0], communicator)))
         if rank == 0:
-            reports.put(links)
+            reports.put(points)
         for spec in specs:
             reports.put(measure_rank(spec, communicator, repeats=repeats, budget_s=budget_s))
     finally:
@@ -127,7 +130,7 @@ def _rank(
         dist.destroy_process_group()
 
 
-def _joined(spec: TrialSpec, reports: list[RankReport], device: str, links: list[tuple[int, float]]) -> Measurement:
+def _joined(spec: TrialSpec, reports: list[RankReport], device: str, calibration: list[Point]) -> Measurement:
     """One measurement from all ranks': the slowest rank's time of each round, all bytes, the fullest rank's memory."""
     plan, first = ring_plan(spec), reports[0]
     itemsize = getattr(torch, spec.dtype).itemsize
@@ -161,7 +164,7 @@ def _joined(spec: TrialSpec, reports: list[RankReport], device: str, links: list
         num_threads=1,
         torch_version=torch.__version__,
         python_version=platform.python_version(),
-        rank_curves=(*as_points(spans), *((LINK, nbytes, 0, milliseconds) for nbytes, milliseconds in links)),
+        rank_curves=(*as_points(spans), *calibration),
     )
 
 

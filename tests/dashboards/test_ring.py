@@ -130,6 +130,8 @@ def test_rows_of_the_formula_are_fitted_and_predicted_without_error(rows: list[R
     assert max(abs(error) for c in compared for error in c.errors) < 1e-3
     assert fitted.workspace_bytes == pytest.approx(1 << 20)
     assert fitted.devices == 2
+    slower = fit_rows(rows, [SeriesPoint(rows[0].record.trial_id, "crowding", 2, 0, 1.4)])
+    assert (slower.slow(2), slower.slow(4), fitted.slow(2), fitted.slow(4)) == (1.4, 2.0, 1.0, 2.0)
     with pytest.raises(ValueError, match="rows of one device, got no rows"):
         fit_rows([], [])
     other = ring_rows([ring_record("other", ring_spec(1), device_name="another")])

@@ -150,6 +150,8 @@ def test_ranks_that_share_cores_take_turns() -> None:
     shared = predict(work, SIZES, replace(free, devices=2))
     assert shared.forward_s == pytest.approx(2 * predict(work, SIZES, free).forward_s)
     assert predict(work, SIZES, replace(free, devices=4)).forward_s == predict(work, SIZES, free).forward_s
+    told = predict(work, SIZES, replace(free, devices=2, crowding=((2, 1.1), (4, 3.0))))
+    assert told.forward_s == pytest.approx(1.5 * shared.forward_s), "what was measured has the last word"
 
 
 def test_transfers_between_nodes_go_over_the_far_link() -> None:

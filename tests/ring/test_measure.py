@@ -10,7 +10,7 @@ from raybsa.results.record import Measurement, SeriesPoint
 from raybsa.ring.timeline import from_series
 from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
 from raybsa.tasks.ring import ring_params, ring_plan
-from raybsa.tasks.ring_ranks import LINK, measure_rings
+from raybsa.tasks.ring_ranks import CROWDING, LINK, measure_rings
 
 SPEC = TrialSpec(
     "ring",
@@ -44,6 +44,8 @@ def test_two_processes_measure_what_they_can_and_say_what_they_cannot() -> None:
         (rank, phase) for rank in (0, 1) for phase in ("forward", "backward")
     }
     assert len({nbytes for name, nbytes, _, _ in good.rank_curves if name == LINK}) >= 4
+    (crowding,) = [value for name, ranks, _, value in good.rank_curves if (name, ranks) == (CROWDING, 2)]
+    assert 0.3 < crowding < 10
     assert asked is impossible
     assert isinstance(bad, str)
     assert "world_size must lie in 1..1" in bad
