@@ -92,6 +92,18 @@ class Results:
                 groups[canonical_json([asked, trial.record.device_name, trial.record.num_threads])].append(trial)
         return sorted(groups.values(), key=len, reverse=True)
 
+    @property
+    def ring_groups(self) -> list[list[Trial]]:
+        """Trials of rings, one list for all that share heads, dtype and device."""
+        groups: dict[str, list[Trial]] = defaultdict(list)
+        for trial in self.trials:
+            if trial.spec.task == "ring" and not trial.failed:
+                asked = trial.spec.to_dict()
+                for key in ("attention", "seed", "seq_len", "task_params"):
+                    del asked[key]
+                groups[canonical_json([asked, trial.record.device_name, trial.record.devices])].append(trial)
+        return sorted(groups.values(), key=len, reverse=True)
+
 
 def load(results: str) -> Results:
     """Reads a results folder (a path or a ``pyarrow.fs`` URI).

@@ -15,6 +15,7 @@ from dashboards.sections.failures import failures_section
 from dashboards.sections.header import header
 from dashboards.sections.patterns import patterns_section
 from dashboards.sections.quality import quality_section
+from dashboards.sections.ring import ring_section
 from dashboards.sections.speed import speed_section
 
 
@@ -51,6 +52,7 @@ def _page(folder: str, own_patterns: bool) -> str:
         "main",
         quality_section(page, results, folder),
         speed_section(page, results, folder),
+        ring_section(page, results),
         patterns_section(page, results, folder),
         failures_section(results),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import datetime
 
-from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
+from raybsa.spec import UNTRAINED, AttentionSpec, PatternSpec, TrialSpec
 
 _UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 
@@ -83,7 +83,7 @@ def question_label(spec: TrialSpec) -> str:
     heads = f"{spec.num_heads} heads × {spec.head_dim}"
     if spec.num_kv_heads is not None:
         heads += f" ({spec.num_kv_heads} KV heads)"
-    layers = f"{spec.num_layers} layers, " if spec.task != "speed" else ""
+    layers = f"{spec.num_layers} layers, " if spec.task not in UNTRAINED else ""
     causal = "causal" if spec.causal else "not causal"
     return f"{layers}{heads}, batch {spec.batch}, {causal}, {spec.dtype}"
 

@@ -1,6 +1,7 @@
 """How fast is block-sparse attention here, beside torch's dense SDPA, and how exact?
 
     python jobs/benchmark.py --suite cpu --out results/benchmark
+    python jobs/benchmark.py --suite ring --out results/ring        # ring attention on 1, 2 and 4 ranks of this host
     python jobs/benchmark.py --pattern bigbird --density 0.1 0.05 --lengths 4096 16384 --out results/bigbird
     ray job submit --working-dir . -- python jobs/benchmark.py --suite cpu --out /absolute/results
 
@@ -14,20 +15,22 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from dashboards.report import write_report
 from raybsa import patterns
-from raybsa.cluster.coordinator import Coordinator, WorkerNotMade
+from raybsa.cluster.coordinator import Coordinator, Outcome, WorkerNotMade
 from raybsa.cluster.resources import TooFewResources
 from raybsa.experiments.launch import absolute, cluster, git_commit, worker_share
 from raybsa.experiments.suites import BASE, SUITES, grid
-from raybsa.experiments.table import head_line, line
-from raybsa.experiments.trial import Run, run_trial
+from raybsa.experiments.table import head_line, line, ring_head_line, ring_line
+from raybsa.experiments.trial import Run, record_of, run_trial, write
 from raybsa.results.record import Record
 from raybsa.results.store import Store
 from raybsa.spec import PatternSpec, TrialSpec
+from raybsa.tasks.ring_ranks import measure_rings
 
 
 def main() -> int:
@@ -37,17 +40,10 @@ def main() -> int:
     store = Store.create(out)
     run = Run.start("benchmark", arguments.git_commit)
     records: list[Record] = []
+    measure = _rings if specs[0].task == "ring" else _speeds
     try:
-        with cluster(arguments.address):
-            share = worker_share(arguments.threads)
-            timing = {"repeats": arguments.repeats, "budget_s": arguments.budget}
-            print(f"{len(specs)} measurements on {share}, results in {out}", flush=True)
-            print(head_line())
-            with Coordinator(share, wait_s=arguments.wait, trial_s=arguments.limit, timing=timing) as coordinator:
-                for number, spec in enumerate(specs):
-                    trial_id = f"{run.run_id}-{number:03d}"
-                    records.append(run_trial(spec, coordinator, run, trial_id=trial_id, store=store))
-                    print(line(records[-1]), flush=True)
+        for record in measure(specs, arguments, run, store):
+            records.append(record)
     except KeyboardInterrupt:
         print(f"ended after {len(records)} of {len(specs)} measurements")
     print(f"results: {out}")
@@ -56,6 +52,34 @@ def main() -> int:
     if len(records) < len(specs):
         return 128 + signal.SIGINT
     return 0 if all(record.status == "ok" for record in records) else 1
+
+
+def _speeds(specs: list[TrialSpec], arguments: argparse.Namespace, run: Run, store: Store) -> Iterator[Record]:
+    """Attention beside dense attention, on one worker."""
+    with cluster(arguments.address):
+        share = worker_share(arguments.threads)
+        timing = {"repeats": arguments.repeats, "budget_s": arguments.budget or 5.0}
+        print(f"{len(specs)} measurements on {share}, results in {store.root}", flush=True)
+        print(head_line())
+        with Coordinator(share, wait_s=arguments.wait, trial_s=arguments.limit, timing=timing) as coordinator:
+            for number, spec in enumerate(specs):
+                record = run_trial(spec, coordinator, run, trial_id=f"{run.run_id}-{number:03d}", store=store)
+                print(line(record), flush=True)
+                yield record
+
+
+def _rings(specs: list[TrialSpec], arguments: argparse.Namespace, run: Run, store: Store) -> Iterator[Record]:
+    """The ring on processes of this host, one a rank. Needs no Ray."""
+    print(f"{len(specs)} measurements on ranks of this host, results in {store.root}", flush=True)
+    print(ring_head_line(), flush=True)
+    answers = measure_rings(specs, repeats=arguments.repeats, budget_s=arguments.budget or 3.0)
+    for number, (spec, answer) in enumerate(answers):
+        measured, error = (None, answer) if isinstance(answer, str) else (answer, None)
+        outcome = Outcome(spec, measured, error, 0)
+        record = record_of(outcome, run, f"{run.run_id}-{number:03d}")
+        write(store, record, outcome)
+        print(ring_line(record), flush=True)
+        yield record
 
 
 def _specs(arguments: argparse.Namespace) -> list[TrialSpec]:

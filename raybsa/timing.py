@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import platform
 import re
 import socket
 import tempfile
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -61,7 +63,7 @@ def measure_in_turn(
     round_ms = sum(timed([call], 1)[0][0] for call in calls)
     affordable = int(budget_s * 1e3 * len(calls) / max(round_ms, 1e-6))
     times = timed(calls, min(repeats, max(_MIN_REPEATS, affordable)))
-    return [_quantiles(torch.tensor(of_call, dtype=torch.float64)) for of_call in times]
+    return [quantiles_of(of_call) for of_call in times]
 
 
 def forward_call(attend: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], Tensor]:
@@ -85,6 +87,13 @@ def forward_backward_call(attend: Callable[..., Tensor], inputs: tuple[Tensor, .
     return call
 
 
+def quantiles_of(times_ms: Sequence[float]) -> Quantiles:
+    """The quantiles of single calls' milliseconds."""
+    times = torch.tensor(times_ms, dtype=torch.float64)
+    p20, p50, p80 = torch.quantile(times, times.new_tensor([0.2, 0.5, 0.8])).tolist()
+    return Quantiles(p20, p50, p80, len(times))
+
+
 def peak_bytes(call: Callable[[], object], device: torch.device | str) -> int:
     """The most bytes of tensors that ``call`` holds at once, its result included, beyond what was there before."""
     device = torch.device(device)
@@ -96,6 +105,18 @@ def peak_bytes(call: Callable[[], object], device: torch.device | str) -> int:
     call()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def device_name(device: torch.device) -> str:
+    """The model of the GPU or processor, as its vendor calls it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 class DeviceLock:
@@ -128,11 +149,6 @@ class DeviceLock:
 
 
 # ---- for ourselves -------------------------------------------------------------------------------------------------
-
-
-def _quantiles(times: Tensor) -> Quantiles:
-    p20, p50, p80 = torch.quantile(times, times.new_tensor([0.2, 0.5, 0.8])).tolist()
-    return Quantiles(p20, p50, p80, len(times))
 
 
 def _timed_cpu(calls: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:

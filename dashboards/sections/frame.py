@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dashboards.frames import Trial
 from dashboards.markup import Child, Markup, element
 from dashboards.wording import question_label
+from raybsa.spec import UNTRAINED
 
 
 def section(identifier: str, title: str, *children: Child) -> Markup:
@@ -30,5 +31,5 @@ def listed(values: Iterable[str]) -> str:
 def asked(trial: Trial) -> str:
     """A trial's question in one line, its lengths included where it trains."""
     spec = trial.spec
-    lengths = "" if spec.task == "speed" else f", trained at {spec.train_len:,} tokens, timed at {spec.seq_len:,}"
+    lengths = "" if spec.task in UNTRAINED else f", trained at {spec.train_len:,} tokens, timed at {spec.seq_len:,}"
     return f"{spec.task}: {question_label(spec)}{lengths}"

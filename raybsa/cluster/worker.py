@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from raybsa.tasks.fidelity import relative_errors
 from raybsa.tasks.params import known_params
 from raybsa.tasks.speed import measure_beside_dense
 from raybsa.tasks.training import Quality
-from raybsa.timing import DeviceLock, Quantiles
+from raybsa.timing import DeviceLock, Quantiles, device_name
 
 
 class Worker:
@@ -81,18 +80,6 @@ class Worker:
             return None, None
         with self._lock.shared():
             return relative_errors(spec, length, self.device)
-
-
-def device_name(device: torch.device) -> str:
-    """The model of the GPU or processor, as its vendor calls it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _times(name: str, found: Quantiles | None) -> dict[str, Any]:

@@ -61,4 +61,57 @@ def quick() -> list[TrialSpec]:
     return grid(base, variants=["base"], lengths=(512, 1024), patterns=families, densities=(0.2,), block_size=32)
 
 
-SUITES = {"cpu": cpu, "quick": quick}
+# A causal layer of 4 heads x 64 with 2 KV heads: what a CPU core computes in a fraction of a second.
+RING = TrialSpec(
+    "ring", (AttentionSpec("dense"),), seq_len=4096, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=64, causal=True
+)
+
+
+def ring() -> list[TrialSpec]:
+    """The ring on processes of this host, 1, 2 and 4 ranks: lengths, densities, partitions and families."""
+    asked = [
+        *((length, "sink_window", 0.1, "balanced") for length in (2048, 4096, 8192)),
+        *((4096, "sink_window", density, "balanced") for density in (0.03, 0.3)),
+        *((4096, "sink_window", 0.1, partition) for partition in ("contiguous", "zigzag")),
+        (4096, "random", 0.1, "balanced"),
+        (4096, "dense", None, "zigzag"),
+    ]
+    return _rings(RING, asked, (1, 2, 4), block_size=64)
+
+
+def ring_quick() -> list[TrialSpec]:
+    """Seconds: to see that everything runs."""
+    base = replace(RING, num_heads=2, head_dim=16)
+    asked = [(length, "sliding_window", 0.2, "balanced") for length in (512, 1024)]
+    return _rings(base, asked, (1, 2), block_size=32)
+
+
+def ring_gpu() -> list[TrialSpec]:
+    """bf16, 32 query and 8 KV heads x 128, block 128, on 1 and 2 GPUs: the rows of docs/ring.md."""
+    base = replace(RING, num_heads=32, num_kv_heads=8, head_dim=128, dtype="bfloat16")
+    window = [(16384, 0.136), (16384, 0.05), (32768, 0.1), (65536, 0.106), (131072, 0.05), (131072, 0.01)]
+    asked = [
+        *((length, "sink_window", density, "balanced") for length, density in window),
+        *((length, "dense", None, "zigzag") for length in (16384, 32768, 65536, 131072)),
+    ]
+    return _rings(base, asked, (1, 2), block_size=128)
+
+
+def _rings(
+    base: TrialSpec, asked: Sequence[tuple[int, str, float | None, str]], worlds: Sequence[int], *, block_size: int
+) -> list[TrialSpec]:
+    """Every (tokens, family, density, partition) on every number of ranks; alone, all partitions are one."""
+    specs = [
+        replace(
+            base,
+            seq_len=length,
+            attention=(AttentionSpec("distributed", PatternSpec(family), density, block_size),),
+            task_params={"world_size": world, "partition": partition if world > 1 else "balanced"},
+        )
+        for world in worlds
+        for length, family, density, partition in asked
+    ]
+    return list(dict.fromkeys(specs))
+
+
+SUITES = {"cpu": cpu, "quick": quick, "ring": ring, "ring-quick": ring_quick, "ring-gpu": ring_gpu}

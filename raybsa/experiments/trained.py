@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 
@@ -35,6 +34,8 @@ def write_training(
         quality_goal=goal,
         quality=result.bits_per_byte,
         train_seconds=result.train_seconds,
+        wire_bytes=sum(result.sent.values()),
+        world_size=result.world_size,
         device=device,
         num_threads=settings.num_threads,
         torch_version=torch.__version__,
@@ -42,7 +43,6 @@ def write_training(
     )
     trial_id = f"{run.run_id}-{number:03d}"
     record = record_of(Outcome(spec, measurement, None, len(result.recoveries)), run, trial_id)
-    record = replace(record, wire_bytes=sum(result.sent.values()))
     store.write_series([*_losses(trial_id, result), *_recoveries(trial_id, result.recoveries)])
     store.write_record(record)
     return record

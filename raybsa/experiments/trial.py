@@ -12,7 +12,7 @@ import ray
 from raybsa.cluster.coordinator import Coordinator, Outcome
 from raybsa.results.record import Record, SeriesPoint
 from raybsa.results.store import Store
-from raybsa.spec import TrialSpec, canonical_json
+from raybsa.spec import UNTRAINED, TrialSpec, canonical_json
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,10 @@ def run_trial(
 
 def write(store: Store, record: Record, outcome: Outcome) -> None:
     """The curves first: a record that can be read has them."""
-    curves = outcome.measurement.curves if outcome.measurement else ()
-    store.write_series(SeriesPoint(record.trial_id, name, step, 0, value) for name, step, value in curves)
+    measured = outcome.measurement
+    curves = [(name, step, 0, value) for name, step, value in measured.curves] if measured else []
+    curves += measured.rank_curves if measured else ()
+    store.write_series(SeriesPoint(record.trial_id, *point) for point in curves)
     store.write_record(record)
 
 
@@ -63,7 +65,7 @@ def record_of(outcome: Outcome, run: Run, trial_id: str) -> Record:
     spec, measured = outcome.spec, {}
     if outcome.measurement is not None:
         measured = asdict(outcome.measurement)
-        del measured["curves"]
+        del measured["curves"], measured["rank_curves"]
     first = spec.layer(0)
     return Record(
         trial_id=trial_id,
@@ -80,7 +82,7 @@ def record_of(outcome: Outcome, run: Run, trial_id: str) -> Record:
         pattern="/".join(layer.pattern.name if layer.pattern else layer.variant for layer in spec.attention),
         block_size=first.block_size,
         seq_len=spec.seq_len,
-        train_len=None if spec.task == "speed" else spec.train_len,
+        train_len=None if spec.task in UNTRAINED else spec.train_len,
         batch=spec.batch,
         num_heads=spec.num_heads,
         head_dim=spec.head_dim,

@@ -46,6 +46,11 @@ class Measured:
     ``dense_*`` are torch SDPA's on the same shapes, measured in the same run on the same device; the share of the ideal
     speed-up is ``dense / (density * own)``. ``error_*`` are relative errors (max abs difference / max abs reference)
     against the float64 reference.
+
+    A ring's row (task ``"ring"``) has the ranks' own times (the slowest rank's, ``world_size`` ranks on ``devices``
+    cores or GPUs), ``single_*``: one process with the whole sequence, in turn with them, and the errors against it.
+    ``wire_bytes`` are what all ranks sent in forward and backward, ``wire_forward_bytes`` in the forward,
+    ``needed_forward_bytes`` what had to travel at least; ``imbalance`` is max / mean of the ranks' active blocks.
     """
 
     density: float | None = None
@@ -65,6 +70,15 @@ class Measured:
     dense_forward_backward_ms_p50: float | None = None
     peak_bytes: int | None = None
     dense_peak_bytes: int | None = None
+    wire_bytes: int = 0
+    wire_forward_bytes: int | None = None
+    needed_forward_bytes: int | None = None
+    world_size: int | None = None
+    devices: int | None = None
+    partition: str | None = None
+    imbalance: float | None = None
+    single_forward_ms_p50: float | None = None
+    single_forward_backward_ms_p50: float | None = None
     error_forward: float | None = None
     error_gradient: float | None = None
 
@@ -77,21 +91,34 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement(Measured):
-    """What a worker sends up: its part of a Record, and the curves (name, step, value)."""
+    """What a worker sends up: its part of a Record, and the curves: (name, step, value), or (name, step, rank, value)
+    where ranks have their own."""
 
     curves: tuple[tuple[str, int, float], ...] = ()
+    rank_curves: tuple[tuple[str, int, int, float], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record(Measured, Asked):  # the fields of the last base come first
     """What was asked and what one trial measured, with what the job adds."""
 
-    wire_bytes: int = 0
     failures_survived: int = 0
     ray_version: str = ""
     raybsa_version: str = ""
     git_commit: str = ""
     schema_version: int = SCHEMA_VERSION
+
+
+def efficiencies(record: Record) -> tuple[float | None, float | None]:
+    """(forward, forward + backward) of a ring: one process's time / (ranks × the ring's); None where not measured."""
+
+    def share(alone: float | None, own: float | None) -> float | None:
+        return alone / (record.world_size * own) if alone and own and record.world_size else None
+
+    return (
+        share(record.single_forward_ms_p50, record.forward_ms_p50),
+        share(record.single_forward_backward_ms_p50, record.forward_backward_ms_p50),
+    )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,94 @@
+"""The ring's benchmark and the forecast as a user runs them; the ranks themselves are tests/ring/test_measure.py's."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jobs import benchmark, scaling_forecast
+from raybsa.experiments.suites import SUITES
+from raybsa.results.record import Measurement
+from raybsa.results.store import Store
+from raybsa.spec import TrialSpec
+from raybsa.tasks.ring import ring_params, ring_plan
+from tests.dashboards.made_ring import a_ring_benchmark, link_points
+
+
+def measured(specs: list[TrialSpec], **_: object) -> Iterator[tuple[TrialSpec, Measurement | str]]:
+    """What ranks would answer; the last question fails."""
+    for spec in specs[:-1]:
+        yield (
+            spec,
+            Measurement(
+                density=0.2,
+                forward_ms_p50=2.0,
+                forward_backward_ms_p50=8.0,
+                single_forward_ms_p50=3.0,
+                single_forward_backward_ms_p50=12.0,
+                wire_forward_bytes=1 << 20,
+                needed_forward_bytes=1 << 20,
+                world_size=ring_params(spec)[0],
+                partition="balanced",
+                devices=2,
+                rank_curves=(("timeline/forward/attention/0/begin_s", 0, 1, 0.5),),
+            ),
+        )
+    yield specs[-1], "ValueError: no such luck"
+
+
+def test_every_ring_trial_becomes_a_line_and_a_row_and_a_failure_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(benchmark, "measure_rings", measured)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--suite", "ring-quick", "--out", str(tmp_path)])
+    assert benchmark.main() == 1
+    records = Store(str(tmp_path)).read_records()
+    assert [record.status for record in records] == ["ok", "ok", "ok", "failed"]
+    assert [record.world_size for record in records] == [1, 1, 2, None]
+    assert records[0].variant == "distributed"
+    assert records[0].train_len is None
+    assert {(point.rank, point.value) for point in Store(str(tmp_path)).read_series()} == {(1, 0.5)}
+    lines = capsys.readouterr().out.splitlines()
+    assert any("75%" in line and "1.000" in line for line in lines), "two ranks: 12 / (2 x 8)"
+    assert any("failed: ValueError: no such luck" in line for line in lines)
+    assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("suite", ["ring", "ring-quick", "ring-gpu"])
+def test_every_ring_suite_asks_for_what_can_be_planned(suite: str) -> None:
+    specs = SUITES[suite]()
+    assert len(set(specs)) == len(specs)
+    worlds = [ring_params(spec)[0] for spec in specs]
+    assert worlds == sorted(worlds), "ranks are started once for each world size"
+    for spec in specs:
+        if spec.seq_len <= 8192:
+            assert ring_plan(spec).world_size == ring_params(spec)[0]
+
+
+def test_the_forecast_prints_the_error_of_every_row_and_writes_a_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store.create(tmp_path / "results")
+    records = a_ring_benchmark()
+    for record in records:
+        store.write_record(record)
+    store.write_series(link_points(records[0].trial_id))
+    page = tmp_path / "forecast.html"
+    arguments = ["--results", str(store.root), "--hardware", "h100", "--ranks", "16", "--out", str(page)]
+    monkeypatch.setattr(sys, "argv", ["scaling_forecast.py", *arguments])
+    assert scaling_forecast.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(records) + 2
+    assert all(line.endswith("0%") for line in lines[1 : 1 + len(records)])
+    assert lines[-2].startswith("Median error: 1 rank")
+    assert lines[-1] == f"forecast: {page}"
+    assert "preset, not measured here" in page.read_text("utf-8")
+
+
+def test_a_forecast_from_nothing_says_what_to_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["scaling_forecast.py"])
+    with pytest.raises(ValueError, match="give --results, --hardware or both"):
+        scaling_forecast.main()
