@@ -8,8 +8,11 @@ blocks that came from elsewhere go back along the plan (Ring Attention, 2310.018
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import torch
@@ -23,7 +26,7 @@ from raybsa.kernels.call import AttentionCall, cast_inputs, compute_dtype
 from raybsa.kernels.delta import row_delta
 from raybsa.kernels.merge import merge
 from raybsa.ring.agreement import problem_with, signature
-from raybsa.ring.plan import Hop, RankPlan, RingPlan
+from raybsa.ring.plan import Hop, RankPlan, RingPlan, hops_ahead
 from raybsa.ring.wire import add_packed, as_blocks, as_tokens, pack, unpack, wire_shape
 
 
@@ -76,6 +79,8 @@ def ring_attention(
     ring = _Ring(
         plan,
         communicator,
+        tuple(k.shape),
+        k.element_size(),
         1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
         None if segment_ids is None else _all_segments(segment_ids, plan, communicator),
         segment_ids,
@@ -96,6 +101,8 @@ class _Ring:
 
     plan: RingPlan
     communicator: Communicator
+    kv_shape: tuple[int, ...]
+    itemsize: int
     scale: float
     all_segments: Tensor | None
     own_segments: Tensor | None
@@ -109,20 +116,26 @@ class _Ring:
     def mine(self) -> RankPlan:
         return self.plan.of_rank(self.communicator.rank)
 
+    @cached_property
+    def ahead(self) -> int:
+        """How many hops are under way beside the one at hand."""
+        _, kv_heads, _, head_dim = self.kv_shape
+        return hops_ahead(self.plan.largest_buffer(kv_heads, head_dim, self.itemsize, self.kv_shape[0]))
+
     def arriving(self, k: Tensor, v: Tensor) -> Iterator[tuple[Hop, Tensor, Tensor]]:
-        """Each hop with its K and V (B, Hkv, tokens, D): the own at once, the others as they come, the next one always
-        under way. At most two hops' buffers live."""
+        """Each hop with its K and V (B, Hkv, tokens, D): the own at once, the others as they come, the next ``ahead``
+        of them always under way."""
         size = self.plan.layout.kv_block_size
         keys, values = as_blocks(k, size), as_blocks(v, size)
         first, *others = self.mine.hops
-        pending = self._start(others[0], keys, values) if others else None
+        started = (self._start(hop, keys, values) for hop in others)
+        under_way = deque(islice(started, self.ahead))
         yield first, k, v
-        for i, hop in enumerate(others):
-            assert pending is not None
-            following = self._start(others[i + 1], keys, values) if i + 1 < len(others) else None
-            pending[0].wait()
-            came = unpack(pending[1], keys, hop.receive, len(hop.kv_blocks), self.plan.kv_groups)
-            pending = following
+        for hop in others:
+            pending, received = under_way.popleft()
+            under_way.extend(islice(started, 1))
+            pending.wait()
+            came = unpack(received, keys, hop.receive, len(hop.kv_blocks), self.plan.kv_groups)
             yield hop, as_tokens(came[0], hop.layout.kv_tokens), as_tokens(came[1], hop.layout.kv_tokens)
 
     def _start(self, hop: Hop, keys: Tensor, values: Tensor) -> tuple[Pending, Tensor]:
@@ -218,7 +231,7 @@ class _Merged:
 
 
 class _Gradients:
-    """Sums of the gradients in the compute dtype; one return of dK and dV is under way while the next hop computes."""
+    """Sums of the gradients in the compute dtype; returns of dK and dV are under way while the next hops compute."""
 
     def __init__(self, ring: _Ring, q: Tensor, k: Tensor, v: Tensor, block_bias: Tensor | None) -> None:
         dtype = compute_dtype(q.dtype)
@@ -227,7 +240,7 @@ class _Gradients:
         size = ring.plan.layout.kv_block_size
         self.k, self.v = (as_blocks(torch.zeros_like(x, dtype=dtype), size) for x in (k, v))
         self.bias = None if block_bias is None else torch.zeros_like(block_bias, dtype=dtype)
-        self._under_way: tuple[Hop, Pending, Tensor] | None = None
+        self._under_way: deque[tuple[Hop, Pending, Tensor]] = deque()
 
     def add(self, hop: Hop, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, grad_bias: Tensor | None) -> None:
         if hop.rows is None:
@@ -237,23 +250,23 @@ class _Gradients:
         if self.bias is not None and grad_bias is not None:
             self.bias.index_add_(0, hop.bias_index, grad_bias)
         if hop.shift:
-            self._receive()
-            self._under_way = (hop, *self.ring.start_return(hop, grad_k, grad_v, self.k))
+            self._under_way.append((hop, *self.ring.start_return(hop, grad_k, grad_v, self.k)))
+            self._receive(self.ring.ahead)
         elif len(hop.q_blocks):
             size = self.ring.plan.layout.kv_block_size
             self.k += as_blocks(grad_k, size)
             self.v += as_blocks(grad_v, size)
 
-    def _receive(self) -> None:
-        if self._under_way is not None:
-            hop, pending, received = self._under_way
+    def _receive(self, leave: int) -> None:
+        """Waits for the oldest returns until ``leave`` are under way; they are added in the order of the hops."""
+        while len(self._under_way) > leave:
+            hop, pending, received = self._under_way.popleft()
             pending.wait()
             add_packed(self.k, self.v, received, hop.send, self.ring.plan.kv_groups)
-            self._under_way = None
 
     def finish(self) -> tuple[Tensor | None, ...]:
         """Gradients of q, k, v, block_bias in their dtypes, and None for the ring."""
-        self._receive()
+        self._receive(0)
         grad_k, grad_v = (as_tokens(x, self.q.shape[2]) for x in (self.k, self.v))
         sums = (self.q, grad_k, grad_v, self.bias)
         return (

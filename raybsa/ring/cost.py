@@ -9,19 +9,22 @@ where a pair of blocks is ``flop = 2 · products · q_block · kv_block · head_
 arrives takes ``latency + bytes / bandwidth`` once sender and receiver have started it and the link has carried what
 came before. With ``end[0] = C[0]``,
 
-    end[i] = max(end[i-1], arrival[i]) + C[i]        arrival[1] is under way from the start, arrival[i+1] from end[i-1]
+    end[i] = max(end[i-1], arrival[i]) + C[i]        arrival[i] is under way from end[i-1-a] or the start
 
-so hop 0 hides hop 1's transfer. The backward walks the same hops again and returns each hop's dK and dV, which are
-waited for one hop later. The step takes as long as its last rank. One rank is the same formula with no hops.
+with ``a = hops_ahead(...)``, so hop 0 hides the first transfers. The backward walks the same hops again and returns
+each hop's dK and dV, which are waited for ``a`` hops later. The step takes as long as its last rank. One rank is the
+same formula with no hops.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
 
 from raybsa.ring.hardware import PRODUCTS, Hardware, Pass
+from raybsa.ring.plan import hops_ahead
 from raybsa.ring.work import Work
 
 
@@ -64,15 +67,16 @@ def predict(work: Work, sizes: Sizes, hardware: Hardware) -> Prediction:
     forward, backward = (compute_seconds(work, sizes, hardware, direction) for direction in Pass)
     carried = _transfer_seconds(work, hardware, work.received, block * sizes.itemsize, 1)
     returned = _transfer_seconds(work, hardware, work.sent, block * sizes.sum_itemsize, -1)
-    forward_s = _last_clock(work.shifts, forward, carried, None)
+    ahead = hops_ahead(round(float(work.received.max()) * block * sizes.itemsize))
+    forward_s = _last_clock(work.shifts, ahead, forward, carried, None)
     blocks = float(work.received.sum()) * block
     return Prediction(
         forward_s,
-        forward_s + _last_clock(work.shifts, backward, carried, returned),
+        forward_s + _last_clock(work.shifts, ahead, backward, carried, returned),
         float((forward + backward).sum(0).max()),
         round(blocks * sizes.itemsize),
         round(blocks * (2 * sizes.itemsize + sizes.sum_itemsize)),
-        round(_memory(work, sizes, block) + hardware.workspace_bytes),
+        round(_memory(work, sizes, block, ahead) + hardware.workspace_bytes),
         work.imbalance,
     )
 
@@ -105,20 +109,24 @@ def _transfer_seconds(work: Work, hardware: Hardware, blocks: np.ndarray, nbytes
     return np.where(blocks > 0, np.minimum(blocks, 1) * latency + blocks * nbytes / rate, -1.0)
 
 
-def _last_clock(shifts: np.ndarray, compute: np.ndarray, carried: np.ndarray, returned: np.ndarray | None) -> float:
+def _last_clock(
+    shifts: np.ndarray, ahead: int, compute: np.ndarray, carried: np.ndarray, returned: np.ndarray | None
+) -> float:
     """When the last rank has computed its last hop, and has its gradients back where some are ``returned``."""
-    links = _Links(compute.shape[1])
+    links, hops = _Links(compute.shape[1]), len(shifts)
     clock = compute[0]
-    coming = links.exchange(np.zeros_like(clock), carried[1], shifts[1]) if len(shifts) > 1 else clock
-    back = np.zeros_like(clock)
-    for i in range(1, len(shifts)):
-        following = links.exchange(clock, carried[i + 1], shifts[i + 1]) if i + 1 < len(shifts) else clock
-        clock = np.maximum(clock, coming) + compute[i]
+    coming = deque(links.exchange(np.zeros_like(clock), carried[i], shifts[i]) for i in range(1, min(hops, 1 + ahead)))
+    back: deque[np.ndarray] = deque()
+    for i in range(1, hops):
+        arrived, later = coming.popleft(), i + ahead
+        if later < hops:
+            coming.append(links.exchange(clock, carried[later], shifts[later]))
+        clock = np.maximum(clock, arrived) + compute[i]
         if returned is not None:
-            clock = np.maximum(clock, back)
-            back = links.exchange(clock, returned[i], -shifts[i])
-        coming = following
-    return float(np.maximum(clock, back).max())
+            back.append(links.exchange(clock, returned[i], -shifts[i]))
+            if len(back) > ahead:
+                clock = np.maximum(clock, back.popleft())
+    return float(np.maximum.reduce([clock, *back]).max())
 
 
 class _Links:
@@ -137,9 +145,9 @@ class _Links:
         return done
 
 
-def _memory(work: Work, sizes: Sizes, block: int) -> float:
+def _memory(work: Work, sizes: Sizes, block: int, ahead: int) -> float:
     """Bytes of the fullest rank in forward and backward, beyond q, k, v and the kernel's workspace: out, its gradient,
-    lse and delta, dQ, dK and dV as sums and as a hop's part, and the buffers of two hops under way with one unpacked.
+    lse and delta, dQ, dK and dV as sums and as a hop's part, and the buffers of the hops under way with one unpacked.
     """
     tokens = work.owned * work.q_block_size
     wide = sizes.num_heads * sizes.head_dim
@@ -147,5 +155,6 @@ def _memory(work: Work, sizes: Sizes, block: int) -> float:
     held = tokens * sizes.batch * (2 * wide * sizes.itemsize + 2 * sizes.num_heads * sizes.sum_itemsize)
     sums = tokens * sizes.batch * all_wide * sizes.sum_itemsize
     hop = work.received.max(0) * block
-    buffers = 3 * hop * sizes.itemsize + 3 * hop * sizes.sum_itemsize
+    under_way = 2 + min(ahead, len(work.shifts))
+    buffers = under_way * hop * (sizes.itemsize + sizes.sum_itemsize)
     return float((held + 2 * sums + buffers).max())

@@ -19,6 +19,20 @@ from raybsa.layout import BlockLayout
 from raybsa.ring.needs import away, needed_blocks, traffic
 from raybsa.ring.partition import Partition, imbalance
 
+IN_FLIGHT_BYTES = 256 * 2**20
+
+
+def hops_ahead(largest_buffer: int) -> int:
+    """How many hops a rank starts before it needs them, at least one: as many as ``IN_FLIGHT_BYTES`` hold.
+
+    A rank that computes long in one hop then does not keep others waiting for blocks that it has had all along. The
+    same number on every rank, so that the messages of a pair keep one order.
+
+    Args:
+        largest_buffer: bytes of K and V that any rank receives in any hop.
+    """
+    return max(1, IN_FLIGHT_BYTES // max(1, largest_buffer))
+
 
 @dataclass(frozen=True, eq=False)
 class Hop:

@@ -11,6 +11,7 @@ import torch
 from raybsa import patterns
 from raybsa.comm import Communicator
 from raybsa.ring import attention
+from raybsa.ring import plan as plan_module
 from raybsa.ring.attention import ring_attention
 from raybsa.ring.cost import Sizes, pair_flop, predict
 from raybsa.ring.hardware import Hardware, Kernel, Link, Pass
@@ -65,19 +66,22 @@ def measured(plan: RingPlan) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize(
-    ("family", "strategy", "waits"),
+    ("family", "strategy", "in_flight", "waits"),
     [
-        ("dense", "zigzag", False),
-        ("sliding_window", "contiguous", False),
-        ("sliding_window", "striped", False),
-        ("sliding_window", "zigzag", True),
-        ("sink_window", "zigzag", True),
+        ("dense", "zigzag", plan_module.IN_FLIGHT_BYTES, False),
+        ("sliding_window", "striped", plan_module.IN_FLIGHT_BYTES, False),
+        ("sliding_window", "zigzag", plan_module.IN_FLIGHT_BYTES, False),
+        ("sink_window", "zigzag", plan_module.IN_FLIGHT_BYTES, False),
+        ("sliding_window", "contiguous", 0, False),
+        ("sliding_window", "zigzag", 0, True),  # one hop ahead: who is busy in one hop holds up the others
+        ("sink_window", "zigzag", 0, True),
     ],
 )
 def test_ranks_wait_for_each_other_as_predicted(
-    family: str, strategy: str, waits: bool, monkeypatch: pytest.MonkeyPatch
+    family: str, strategy: str, in_flight: int, waits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Never faster than told; within 20 % in the best of some steps, for a busy machine wakes sleepers late."""
+    monkeypatch.setattr(plan_module, "IN_FLIGHT_BYTES", in_flight)
     params = {"sink": 16} if family == "sink_window" else {}
     density = None if family == "dense" else 0.4
     layout = patterns.build({"name": family, "params": params}).layout(
