@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from itertools import islice
 from typing import Any
 
@@ -20,6 +20,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from raybsa.comm import Communicator, Pending, Phase
+from raybsa.gradients.catalog import build
+from raybsa.gradients.codec import Codec, Payload
+from raybsa.gradients.state import State
+from raybsa.gradients.wire import pack as join
+from raybsa.gradients.wire import unpack as split
 from raybsa.kernels.api import run_call
 from raybsa.kernels.backward import attention_backward
 from raybsa.kernels.call import AttentionCall, cast_inputs, compute_dtype
@@ -44,7 +49,8 @@ def ring_attention(
     seed: int | None = None,
     deterministic: bool | None = None,
     return_lse: bool = False,
-    gradient_dtype: torch.dtype | None = None,
+    gradient_codec: Codec | None = None,
+    gradient_states: dict[int, State] | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``block_sparse_attention`` of the whole sequence; every rank gives its tokens and gets its rows.
@@ -61,8 +67,10 @@ def ring_attention(
         seed: what dropout is drawn from, the same on every rank; needed with ``dropout_p``.
         deterministic: as in ``block_sparse_attention``.
         return_lse: also return lse (B, H, S), differentiable.
-        gradient_dtype: what partial sums of dK and dV travel as; None is the compute dtype (float32, or float64 for
-            float64 inputs). They are summed in the compute dtype.
+        gradient_codec: how partial sums of dK and dV travel: a codec of ``raybsa.gradients``; None sends them as they
+            are summed, in the compute dtype (float32, or float64 for float64 inputs).
+        gradient_states: what a lossy codec remembers, by hop; kept by the caller, one dict a plan and layer. None: no
+            error feedback.
         backend: of the forward, as in ``block_sparse_attention``.
 
     Returns:
@@ -87,7 +95,8 @@ def ring_attention(
         float(dropout_p),
         seed or 0,
         torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic,
-        gradient_dtype or compute_dtype(q.dtype),
+        gradient_codec or build("none"),
+        {} if gradient_states is None else gradient_states,
         backend,
     )
     with torch.autocast(q.device.type, enabled=False):
@@ -109,7 +118,8 @@ class _Ring:
     dropout_p: float
     seed: int
     deterministic: bool
-    gradient_dtype: torch.dtype
+    codec: Codec
+    states: dict[int, State]
     backend: str
 
     @property
@@ -145,16 +155,18 @@ class _Ring:
         receives = {hop.source: received} if len(hop.receive) else {}
         return self.communicator.exchange("kv", sends, receives, hop=hop.shift), received
 
-    def start_return(self, hop: Hop, grad_k: Tensor, grad_v: Tensor, own: Tensor) -> tuple[Pending, Tensor]:
+    def start_return(self, hop: Hop, grad_k: Tensor, grad_v: Tensor, own: Tensor) -> tuple[Pending, Tensor, Payload]:
         """Sends a hop's dK and dV (B, Hkv, tokens, D) to the rank that owns the blocks; gets those of own blocks."""
         groups, size = self.plan.kv_groups, self.plan.layout.kv_block_size
-        received = own.new_empty(wire_shape(own, len(hop.send), groups), dtype=self.gradient_dtype)
+        like = payload_like(self.codec, wire_shape(own, len(hop.send), groups), own.dtype)
+        received = own.new_empty(self.codec.nbytes(like), dtype=torch.uint8)
         sends = {}
         if len(hop.receive):
-            keys, values = as_blocks(grad_k, size), as_blocks(grad_v, size)
-            sends[hop.source] = pack(keys, values, hop.receive, groups, self.gradient_dtype)
+            sums = pack(as_blocks(grad_k, size), as_blocks(grad_v, size), hop.receive, groups, own.dtype)
+            state = self.states.setdefault(hop.shift, State(hop.shift, self.communicator.rank))
+            sends[hop.source] = join([self.codec.compress(sums, state)])
         receives = {hop.target: received} if len(hop.send) else {}
-        return self.communicator.exchange("kv_gradient", sends, receives, hop=hop.shift), received
+        return self.communicator.exchange("kv_gradient", sends, receives, hop=hop.shift), received, like
 
     def segments(self, hop: Hop) -> tuple[Tensor, Tensor] | None:
         """(B, rows) and (B, keys): the segments of a hop's queries and keys."""
@@ -240,7 +252,7 @@ class _Gradients:
         size = ring.plan.layout.kv_block_size
         self.k, self.v = (as_blocks(torch.zeros_like(x, dtype=dtype), size) for x in (k, v))
         self.bias = None if block_bias is None else torch.zeros_like(block_bias, dtype=dtype)
-        self._under_way: deque[tuple[Hop, Pending, Tensor]] = deque()
+        self._under_way: deque[tuple[Hop, Pending, Tensor, Payload]] = deque()
 
     def add(self, hop: Hop, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, grad_bias: Tensor | None) -> None:
         if hop.rows is None:
@@ -260,9 +272,11 @@ class _Gradients:
     def _receive(self, leave: int) -> None:
         """Waits for the oldest returns until ``leave`` are under way; they are added in the order of the hops."""
         while len(self._under_way) > leave:
-            hop, pending, received = self._under_way.popleft()
+            hop, pending, received, like = self._under_way.popleft()
             pending.wait()
-            add_packed(self.k, self.v, received, hop.send, self.ring.plan.kv_groups)
+            if len(hop.send):
+                sums = self.ring.codec.decode(split(received, [like])[0])
+                add_packed(self.k, self.v, sums, hop.send, self.ring.plan.kv_groups)
 
     def finish(self) -> tuple[Tensor | None, ...]:
         """Gradients of q, k, v, block_bias in their dtypes, and None for the ring."""
@@ -273,6 +287,13 @@ class _Gradients:
             *(None if x is None or t is None else x.to(t.dtype) for x, t in zip(sums, self.like, strict=True)),
             None,
         )
+
+
+@lru_cache(maxsize=256)
+def payload_like(codec: Codec, shape: tuple[int, ...], dtype: torch.dtype) -> Payload:
+    """Shapes and dtypes of what travels of a tensor of ``shape``; no memory."""
+    payload = codec.compress(torch.zeros(shape, dtype=dtype), State())
+    return replace(payload, tensors=tuple(x.to("meta") for x in payload.tensors))
 
 
 def rows_of(x: Tensor, hop: Hop, dim: int) -> Tensor:

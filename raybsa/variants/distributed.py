@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from raybsa.comm import Communicator
+from raybsa.gradients.catalog import build
+from raybsa.gradients.state import State
 from raybsa.layout import BlockLayout
 from raybsa.ring.attention import ring_attention
 from raybsa.ring.partition import STRATEGIES, Partition, partition_for
@@ -24,24 +27,22 @@ class DistributedConfig:
     Args:
         partition: ``"balanced"``, ``"contiguous"``, ``"zigzag"`` or ``"striped"``.
         equal_counts: ranks hold equally many blocks, give or take one; False lets ``"balanced"`` move more.
-        gradient_dtype: what partial sums of dK and dV travel as, ``"float32"``, ``"bfloat16"`` or ``"float16"``; None
-            is the dtype in which they are summed.
+        gradient_codec: how partial sums of dK and dV travel: the name or the spec of a codec of ``raybsa.gradients``
+            (not ``powersgd``, which needs sums over all ranks). What it loses is sent with the next step's.
 
     Raises:
-        ValueError: an unknown partition or dtype.
+        ValueError: an unknown partition or codec.
     """
 
     partition: str = "balanced"
     equal_counts: bool = True
-    gradient_dtype: str | None = None
+    gradient_codec: str | Mapping[str, Any] = "none"
 
     def __post_init__(self) -> None:
         if self.partition not in STRATEGIES:
             raise ValueError(f"partition must be one of {sorted(STRATEGIES)}, got {self.partition!r}")
-        if self.gradient_dtype not in (None, "float32", "bfloat16", "float16"):
-            raise ValueError(
-                f"gradient_dtype must be None, 'float32', 'bfloat16' or 'float16', got {self.gradient_dtype!r}"
-            )
+        if build(self.gradient_codec).name == "powersgd":
+            raise ValueError("gradient_codec 'powersgd' needs sums over all ranks, dK and dV go from rank to rank")
 
 
 class BlockSparseDistributed(nn.Module):
@@ -92,6 +93,8 @@ class BlockSparseDistributed(nn.Module):
         self.backend = backend
         self.communicator = Communicator()
         self.partition: Partition | None = None
+        self._codec = build(self.config.gradient_codec)
+        self._states: WeakKeyDictionary[RingPlan, dict[int, State]] = WeakKeyDictionary()
 
     def bind(self, communicator: Communicator, partition: Partition | None = None) -> BlockSparseDistributed:
         """Gives the module its group, again after each rebuild; ``partition`` where layers share one. Returns self."""
@@ -139,18 +142,19 @@ class BlockSparseDistributed(nn.Module):
             if tensor.dim() != 4:
                 raise ValueError(f"{name} must be (batch, heads, tokens, head_dim), got {tuple(tensor.shape)}")
         dropout = self.dropout if self.training else 0.0
-        wire = self.config.gradient_dtype
+        plan = self.plan(q, k)
         out = ring_attention(
             q,
             k,
             v,
-            self.plan(q, k),
+            plan,
             self.communicator,
             scale=self.scale,
             segment_ids=segment_ids,
             dropout_p=dropout,
             seed=self._shared_seed() if dropout else None,
-            gradient_dtype=None if wire is None else getattr(torch, wire),
+            gradient_codec=self._codec,
+            gradient_states=self._states.setdefault(plan, {}),
             backend=self.backend,
         )
         assert isinstance(out, Tensor)
@@ -182,11 +186,11 @@ class BlockSparseDistributed(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle is unbound: a group belongs to its process."""
-        return self.__dict__ | {"communicator": None, "partition": None}
+        return self.__dict__ | {"communicator": None, "partition": None, "_states": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.communicator = Communicator()
+        self.communicator, self._states = Communicator(), WeakKeyDictionary()
 
     def extra_repr(self) -> str:
         scale = "" if self.scale is None else f", scale={self.scale:g}"
@@ -214,7 +218,7 @@ def share_partition(
     config = config or layers[0].config
     partition = _deal(layouts, communicator.world_size, config)
     for layer in layers:
-        layer.config = config
+        layer.config, layer._codec = config, build(config.gradient_codec)
         layer.bind(communicator, partition)
     return partition
 

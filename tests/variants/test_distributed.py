@@ -114,6 +114,31 @@ def test_dropout_agrees_between_ranks_and_is_off_in_eval() -> None:
     assert relative_error(dropped, plain) > 0.1
 
 
+@pytest.mark.parametrize("codec", ["int8", {"name": "topk", "params": {"density": 0.1}}], ids=["int8", "topk"])
+def test_what_a_codec_loses_of_a_gradient_comes_with_the_next(codec) -> None:
+    """The same backward again and again: with error feedback the mean of what arrives goes to the exact gradient."""
+    q, k, v = (x.float() for x in whole())
+    exact = [x.clone().requires_grad_() for x in (q, k, v)]
+    BlockSparseBase(**PATTERN)(*exact).square().sum().backward()
+    steps = 40
+
+    def work(communicator: Communicator) -> tuple[list[Tensor], list[Tensor]]:
+        model = BlockSparseDistributed(DistributedConfig(gradient_codec=codec), **PATTERN).bind(communicator)
+        total, first = [torch.zeros(()), torch.zeros(())], None
+        for _ in range(steps):
+            shards = [model.shard(x).requires_grad_() for x in (q, k, v)]
+            model(*shards).square().sum().backward()
+            found = [shard.grad for shard in shards[1:]]
+            first = first or found
+            total = [a + b for a, b in zip(total, found, strict=True)]
+        return [model.gather(x) for x in first], [model.gather(x / steps) for x in total]
+
+    for first, mean in run_ranks(2, work):
+        for once, many, leaf in zip(first, mean, exact[1:], strict=True):
+            assert relative_error(many, leaf.grad) < 0.3 * relative_error(once, leaf.grad)
+            assert relative_error(once, leaf.grad) > 1e-4, "a lossy codec loses something"
+
+
 def test_a_bound_module_copies_and_pickles_unbound() -> None:
     def work(communicator: Communicator) -> list[BlockSparseDistributed]:
         model = BlockSparseDistributed(**PATTERN).bind(communicator)
@@ -138,8 +163,10 @@ def test_a_rank_that_cannot_know_the_whole_says_what_to_call() -> None:
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="partition must be one of"):
         DistributedConfig(partition="ring")
-    with pytest.raises(ValueError, match="gradient_dtype must be None"):
-        DistributedConfig(gradient_dtype="int8")
+    with pytest.raises(ValueError, match="unknown codec 'zip'"):
+        DistributedConfig(gradient_codec="zip")
+    with pytest.raises(ValueError, match="needs sums over all ranks"):
+        DistributedConfig(gradient_codec="powersgd")
     with pytest.raises(TypeError, match="config must be a DistributedConfig, got dict"):
         BlockSparseDistributed({"partition": "zigzag"})
     with pytest.raises(ValueError, match="must hold a BlockSparseDistributed"):
