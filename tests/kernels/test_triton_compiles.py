@@ -48,8 +48,8 @@ features = (ids[0].bool(), (ids, ids), torch.zeros(layout.nnz_blocks), 0.1) if e
 call = AttentionCall(q, q, q, layout, 0.1, *features, 7, False, True)
 out, lse = triton_forward.forward(call)
 delta = triton_reduce.delta_of(out, q, lse)
-triton_grad_q.grad_q(call, lse, delta, q, everything)
-triton_grad_kv.grad_kv(call, lse, delta, q)
+triton_grad_q.grad_q(call, lse, delta, q, everything, torch.float32)
+triton_grad_kv.grad_kv(call, lse, delta, q, torch.float32)
 print(json.dumps(seen))
 """
 

@@ -38,9 +38,12 @@ def test_all_that_a_worker_measured_is_in_the_file_beside_what_was_asked(here, t
     record = run_trial(SPEC, here, Run("run", "test", "abc"), store=store)
     assert store.read_records() == [record]
     measured = asdict(here.measured[-1])
-    curves = measured.pop("curves")
+    curves, rank_curves = measured.pop("curves"), measured.pop("rank_curves")
+    assert rank_curves == ()
     assert {name: getattr(record, name) for name in asdict(Measured())} == measured
-    assert None not in [value for name, value in measured.items() if not name.startswith("error_")]
+    of_rings = {"world_size", "devices", "partition", "imbalance"}
+    others = {name for name in measured if name.startswith(("error_", "single_")) or name.endswith("forward_bytes")}
+    assert None not in [value for name, value in measured.items() if name not in of_rings | others]
     assert (record.task, record.pattern, record.block_size, record.seed) == ("recall", "sliding_window", 16, 3)
     assert (record.status, record.git_commit, record.spec_hash) == ("ok", "abc", SPEC.digest)
     assert [(point.trial_id, point.name, point.step, point.value) for point in store.read_series()] == [
