@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -18,6 +17,8 @@ from torch import Tensor
 from raybsa.layout import BlockLayout
 from raybsa.ring.needs import away, needed_blocks, traffic
 from raybsa.ring.partition import Partition, imbalance
+
+PLANS_KEPT = 4  # of one layout
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,16 +207,25 @@ class RingPlan:
         return f"{self.layout.digest()}:{self.partition.digest()}:{self.queries_per_kv}"
 
 
-_PLANS: WeakKeyDictionary[BlockLayout, list[RingPlan]] = WeakKeyDictionary()
+class _Plans(list[RingPlan]):
+    """What a layout keeps; a copy of the layout, or what another process gets of it, begins without."""
+
+    def __reduce__(self) -> tuple[type[_Plans], tuple[()]]:
+        return (_Plans, ())
 
 
 def plan_for(layout: BlockLayout, partition: Partition, *, queries_per_kv: int = 1) -> RingPlan:
-    """The plan of a layout, kept as long as the layout lives."""
-    plans = _PLANS.setdefault(layout, [])
+    """The plan of a layout, made once.
+
+    The layout itself keeps it: a plan refers to its layout, so any other place would keep both for ever. Only the
+    newest few stay, as each generation has a partition of its own.
+    """
+    plans: _Plans = layout.__dict__.setdefault("_ring_plans", _Plans())
     for plan in plans:
         if plan.partition is partition and plan.queries_per_kv == queries_per_kv:
             return plan
     plans.append(RingPlan(layout, partition, queries_per_kv=queries_per_kv))
+    del plans[:-PLANS_KEPT]
     return plans[-1]
 
 
