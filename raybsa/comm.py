@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 SETTLE_SLEEP_S = 200e-6
+AGREED_KEPT = 1024  # questions that are not asked again on NCCL; a seed or a layout of its own in each step asks anew
 
 
 class Phase(StrEnum):
@@ -100,7 +101,7 @@ class Communicator:
         self.timeout_s = timeout_s
         self.observer = observer
         self.ledger = Ledger()
-        self._agreed: set[str] = set()
+        self._agreed: dict[str, None] = {}  # in the order in which it was agreed
         self._cancelled = threading.Event()
         self._reason = ""
         self._open: set[Pending] = set()
@@ -199,7 +200,10 @@ class Communicator:
             other = next(rank for rank, answer in enumerate(answers) if answer != answers[0])
             texts = self._gather_texts(kind, what)
             raise ValueError(f"ranks disagree on {kind}: rank 0 has {texts[0]}, rank {other} has {texts[other]}")
-        self._agreed.add(what)
+        if not self.blocks_host:
+            self._agreed[what] = None
+            if len(self._agreed) > AGREED_KEPT:
+                del self._agreed[next(iter(self._agreed))]
 
     def _gather_texts(self, kind: str, text: str) -> list[str]:
         message = text.encode()
@@ -309,12 +313,14 @@ class _Waiter:
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
-        self._started = self._ended = 0  # the first is the callers', the second the thread's
+        self._started = self._ended = 0  # the first is the callers', under the lock, the second the thread's
+        self._lock = threading.Lock()
         threading.Thread(target=self._run, name="raybsa-communicator", daemon=True).start()
 
     def wait_for(self, pending: Pending) -> None:
         if pending.works:
-            self._started += 1
+            with self._lock:
+                self._started += 1
             self._queue.put(pending)
         else:
             pending.done.set()

@@ -21,6 +21,7 @@ from pyarrow import fs
 from torch import Tensor
 
 _NAME = re.compile(r"step-(\d{9})\.ckpt")
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
 _DIGEST_BYTES = 32
 
 
@@ -60,17 +61,23 @@ class CheckpointFolder:
         self._keep = keep
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Writes a checkpoint and drops the oldest beyond ``keep``."""
+        """Writes a checkpoint; of it and those of earlier steps, drops the oldest beyond ``keep``.
+
+        What a writer that died left half-written goes too: a folder has one writer.
+        """
         buffer = io.BytesIO()
         state = [x.detach().cpu() for x in checkpoint.state]
         torch.save({"step": checkpoint.step, "question": checkpoint.question, "state": state}, buffer)
         payload = buffer.getvalue()
         self._fs.create_dir(self._path, recursive=True)
+        for file in self._fs.get_file_info(fs.FileSelector(self._path)):
+            if _TEMPORARY.fullmatch(file.base_name):
+                self._fs.delete_file(file.path)
         temporary = f"{self._path}/.{uuid.uuid4().hex}.tmp"
         with self._fs.open_output_stream(temporary) as stream:
             stream.write(hashlib.sha256(payload).digest() + payload)
         self._fs.move(temporary, f"{self._path}/step-{checkpoint.step:09d}.ckpt")
-        for step in self.steps()[: -self._keep]:
+        for step in [step for step in self.steps() if step <= checkpoint.step][: -self._keep]:
             self._fs.delete_file(f"{self._path}/step-{step:09d}.ckpt")
 
     def steps(self) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -47,9 +48,10 @@ class _Worker:
 
     actor: Any
     made: Any
-    pid: int | None = None
+    pid: int | None = None  # None also where it runs on another machine
     ping: Any = None
     heard_at: float = field(default_factory=time.monotonic)
+    asked_at: float = 0.0
     struck: bool = False
 
 
@@ -179,8 +181,10 @@ class Crew:
                 worker.struck = True
                 self._strike(worker.actor, status.asks)
         if worker.ping is None and now - worker.heard_at > self._heartbeat_s / 8:
-            worker.ping = worker.actor.status.remote()
-        return f"no sign of life for {self._heartbeat_s:g} s" if now - worker.heard_at > self._heartbeat_s else None
+            worker.ping, worker.asked_at = worker.actor.status.remote(), now  # who was not asked is not silent
+        if worker.ping is None or now - worker.asked_at <= self._heartbeat_s * 7 / 8:
+            return None
+        return f"no sign of life for {self._heartbeat_s:g} s"
 
     # ---- for ourselves ---------------------------------------------------------------------------------------------
 
@@ -194,7 +198,8 @@ class Crew:
 
     def _greet(self, number: int) -> None:
         worker = self._workers[number]
-        worker.pid = ray.get(worker.made).pid
+        status: Status = ray.get(worker.made)
+        worker.pid = status.pid if status.host == socket.gethostname() else None
 
     def _has_arrived(self, number: int) -> bool:
         """Whether a worker is up; one that could not be made is expected no more."""
@@ -225,7 +230,7 @@ def cause_of(error: RayError) -> str:
 
 
 def _is_member(pid: int) -> bool:
-    """Whether the process is a member's on this machine: pids of other machines mean nothing here."""
+    """Whether the process of this machine is a member's still."""
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             return file.read().startswith(b"ray::MemberActor")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import datetime
 import hashlib
 import os
+import socket
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,9 +54,10 @@ class MemberSettings:
 
 @dataclass(frozen=True)
 class Status:
-    """Where a member is: its process, the generation it has joined, the steps it has applied, and a fault that waits to
-    be done from outside."""
+    """Where a member is: its machine and process, the generation it has joined, the steps it has applied, and a fault
+    that waits to be done from outside."""
 
+    host: str
     pid: int
     generation: int
     step: int
@@ -97,7 +101,7 @@ class Member:
     # ---- from any thread -------------------------------------------------------------------------------------------
 
     def status(self) -> Status:
-        return Status(os.getpid(), self._generation, self._training.step, self._asks)
+        return Status(socket.gethostname(), os.getpid(), self._generation, self._training.step, self._asks)
 
     def cancel(self, generation: int, reason: str) -> None:
         """Frees this rank from whatever it waits for in ``generation``."""
@@ -204,12 +208,35 @@ class Member:
         names = [f"here-{rank}" for rank in range(seat.world_size)]
         begin = time.monotonic()
         while not store.check(names):
-            if seat.generation in self._cancelled:
-                raise Cancelled(f"generation {seat.generation}: {self._cancelled[seat.generation]}")
+            self._check_cancelled(seat)
             if time.monotonic() - begin > self._settings.timeout_s:
                 raise Broken(f"generation {seat.generation} did not meet within {self._settings.timeout_s:g} s")
             time.sleep(ARRIVAL_SLEEP_S)
-        return _process_group(self._device, store, seat, timeout)
+        return self._connect(seat, store, timeout)
+
+    def _connect(self, seat: Seat, store: Any, timeout: datetime.timedelta) -> Any:
+        """Gloo waits up to its timeout for a peer that was lost after it had announced itself; a thread waits with it,
+        and is left to itself where the generation is cancelled."""
+        if self._device.type != "cpu":
+            return _process_group(self._device, store, seat, timeout)
+        connecting: Future[Any] = Future()
+
+        def connect() -> None:
+            try:
+                connecting.set_result(_process_group(self._device, store, seat, timeout))
+            except Exception as error:
+                connecting.set_exception(Broken(f"generation {seat.generation} could not connect: {error}"))
+
+        threading.Thread(target=connect, name="raybsa-connect", daemon=True).start()
+        while True:
+            try:
+                return connecting.result(ARRIVAL_SLEEP_S)
+            except TimeoutError:
+                self._check_cancelled(seat)
+
+    def _check_cancelled(self, seat: Seat) -> None:
+        if seat.generation in self._cancelled:
+            raise Cancelled(f"generation {seat.generation}: {self._cancelled[seat.generation]}")
 
 
 def _process_group(device: torch.device, store: Any, seat: Seat, timeout: datetime.timedelta) -> Any:

@@ -9,13 +9,13 @@ the step that was running. Nothing below it knows of lost ranks.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from raybsa.cluster.crew import TICK_S, Crew, cause_of
 from raybsa.cluster.faults import Fault, FaultPlan
@@ -91,6 +91,7 @@ class TrainingCoordinator:
         spares: warm workers that wait for a loss.
         settings: what members are made with.
         heartbeat_s: a rank that does not answer for this long hangs and is lost.
+        stop_s: how long a rank that does answer may take to leave a broken ring: it first ends what it computes.
         replace_s: how long a lost rank without a spare waits for a fresh worker before the ring shrinks.
         min_ranks: the fewest ranks to go on with.
         max_failures: how often a step may fail before the training has.
@@ -110,6 +111,7 @@ class TrainingCoordinator:
         spares: int = 0,
         settings: MemberSettings | None = None,
         heartbeat_s: float = 2.0,
+        stop_s: float = 30.0,
         replace_s: float = 10.0,
         min_ranks: int = 1,
         max_failures: int = 5,
@@ -127,7 +129,7 @@ class TrainingCoordinator:
         settings = settings or MemberSettings(num_threads=share.num_cpus)
         self._crew = Crew(spec, settings, share, heartbeat_s, say, strike)
         self._spec, self._wanted, self._num_spares, self._min_ranks = spec, world_size, spares, min_ranks
-        self._heartbeat_s, self._replace_s, self._wait_s = heartbeat_s, replace_s, wait_s
+        self._stop_s, self._replace_s, self._wait_s = stop_s, replace_s, wait_s
         self._max_failures = max_failures
         self._plan, self._tell, self._say = plan, tell, say
         self._members = Membership(0, ())
@@ -174,23 +176,25 @@ class TrainingCoordinator:
             evaluate: also find the bits per held-out byte.
 
         Raises:
-            TrainingFailed: too few ranks are left, or a step fails again and again.
+            TrainingFailed: too few ranks are left, a step fails again and again, or a rank refuses its arguments.
         """
-        step, failures, begin = None, 0, time.perf_counter()
+        step, failures, furthest, begin = None, 0, 0, time.perf_counter()
         while True:
             try:
                 if step is None:
-                    step = self._level(self._restore() if resume else self._form())
+                    steps = self._form()
+                    step = self._level(self._restore(steps) if resume else steps)
                 while step < self._spec.train_steps:
                     step = self._train(min(self._spec.train_steps, (step // stretch + 1) * stretch))
-                    failures = 0
                 return self._result(evaluate, time.perf_counter() - begin)
             except _Wreck as wreck:
-                recovered = self._recover(wreck, resume)
-                failures = failures + 1 if recovered == step else 1
+                step = self._recover(wreck, resume)
+                reached = max(step, max(self._losses, default=-1) + 1)
+                if self._recoveries[-1].filled != "grown":
+                    failures = 1 if reached > furthest else failures + 1
+                furthest = max(furthest, reached)
                 if failures > self._max_failures:
-                    raise TrainingFailed(f"step {step} failed {failures} times, last with {wreck.lost}") from wreck
-                step = recovered
+                    raise TrainingFailed(f"step {reached} failed {failures} times, last with {wreck.lost}") from wreck
 
     def weights(self) -> list[Any]:
         """Rank 0's parameters, on the CPU: for tests and small models."""
@@ -210,6 +214,10 @@ class TrainingCoordinator:
             raise TrainingFailed(f"the ranks ended with different weights: {sorted(digests)}")
         losses, size = dict(sorted(self._losses.items())), self._members.world_size
         return TrainingResult(losses, tuple(self._recoveries), dict(self._sent), digests.pop(), bits, size, seconds)
+
+    def _take_if_progress(self, result: Any) -> None:
+        if isinstance(result, Progress):
+            self._take(result)
 
     def _take(self, progress: Progress) -> None:
         self._losses |= dict(progress.losses)
@@ -233,14 +241,13 @@ class TrainingCoordinator:
             self._take(progress)
         return [progress.step for progress in stand]
 
-    def _restore(self) -> list[int]:
-        """Forms the ring; rank 0 takes the newest checkpoint. Returns the steps of all ranks."""
-        steps = self._form()
+    def _restore(self, steps: Sequence[int]) -> list[int]:
+        """Rank 0 of the ring that was formed takes the newest checkpoint; returns the steps of all ranks."""
         first = self._members.workers[0]
-        steps[0] = self._gather({first: self._crew.call(first, "restore")})[0]
-        if steps[0]:
-            self._say(f"resumed from the checkpoint of step {steps[0]}")
-        return steps
+        restored = self._gather({first: self._crew.call(first, "restore")})[0]
+        none = "no checkpoint of this question was found: the training begins at step 0"
+        self._say(f"resumed from the checkpoint of step {restored}" if restored else none)
+        return [restored, *steps[1:]]
 
     def _level(self, steps: Sequence[int]) -> int:
         """Copies the state of the rank that is furthest to those behind it; returns its step."""
@@ -265,28 +272,35 @@ class TrainingCoordinator:
                 try:
                     results[worker] = ray.get(waiting.pop(worker))
                 except RayError as error:
-                    raise self._wreck(_blame(worker, error), waiting) from error
+                    _check_question(error)
+                    raise self._wreck(_blame(worker, error), waiting, results.values()) from error
             lost = self._crew.silent(waiting)
             if lost or (watch and self._may_grow()):
-                raise self._wreck(lost, waiting)
+                raise self._wreck(lost, waiting, results.values())
         return [results[worker] for worker in references]
 
-    def _wreck(self, lost: dict[int, str], waiting: dict[int, Any]) -> _Wreck:
-        """Cancels the others and waits until each is free or known to be lost."""
+    def _wreck(self, lost: dict[int, str], waiting: dict[int, Any], results: Iterable[Any] = ()) -> _Wreck:
+        """Cancels the others and waits until each is free or known to be lost; what ``results`` told is not forgotten.
+        A rank that is alive may first have to end what it computes."""
         wreck = _Wreck(lost)
+        for result in results:
+            self._take_if_progress(result)
         others = [worker for worker in self._members.workers if worker not in lost]
         cancels = self._crew.cancel(others, self._members.generation, "the ring broke")
-        for worker, reference in (*cancels.items(), *waiting.items()):
-            if worker in wreck.lost:
-                continue
-            try:
-                result = ray.get(reference, timeout=self._heartbeat_s)
-                if isinstance(result, Progress):
-                    self._take(result)
-            except GetTimeoutError:
-                wreck.lost[worker] = f"did not stop within {self._heartbeat_s:g} s"
-            except RayError as error:
-                wreck.lost |= _blame(worker, error)
+        wanted = [(w, reference) for w, reference in (*cancels.items(), *waiting.items()) if w not in lost]
+        deadline = time.monotonic() + self._stop_s
+        while wanted:
+            ready, _ = ray.wait([reference for _, reference in wanted], num_returns=1, timeout=TICK_S)
+            for worker, reference in [each for each in wanted if each[1] in ready]:
+                try:
+                    self._take_if_progress(ray.get(reference))
+                except RayError as error:
+                    wreck.lost |= _blame(worker, error)
+            wanted = [each for each in wanted if each[1] not in ready and each[0] not in wreck.lost]
+            wreck.lost |= self._crew.silent({worker for worker, _ in wanted})
+            if time.monotonic() > deadline:
+                wreck.lost |= {worker: f"did not stop within {self._stop_s:g} s" for worker, _ in wanted}
+            wanted = [each for each in wanted if each[0] not in wreck.lost]
         return wreck
 
     # ---- recovery --------------------------------------------------------------------------------------------------
@@ -300,7 +314,7 @@ class TrainingCoordinator:
             try:
                 steps = self._form()
                 if not max(steps) and (reached or resume):
-                    steps = self._restore()  # no survivor has a state: the newest checkpoint is the state
+                    steps = self._restore(steps)  # no survivor has a state: the newest checkpoint is the state
                 step = self._level(steps)
                 break
             except _Wreck as again:
@@ -348,6 +362,12 @@ class TrainingCoordinator:
             return True
         self._crew.spares += self._crew.take_arrived(self._num_spares - len(self._crew.spares))
         return False
+
+
+def _check_question(error: RayError) -> None:
+    """Arguments that a worker refuses will be refused by any other too."""
+    if isinstance(error, RayTaskError) and isinstance(error.cause, (ValueError, TypeError)):
+        raise TrainingFailed(f"a rank refused what it was asked for: {cause_of(error)}") from error
 
 
 def _blame(worker: int, error: RayError) -> dict[int, str]:

@@ -204,21 +204,28 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, block_bias, out, lse = ctx.saved_tensors
-        ring: _Ring = ctx.ring
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        delta = row_delta(out, grad_out, grad_lse)
-        grads = _Gradients(ring, q, k, v, block_bias)
-        for hop, keys, values in ring.arriving(k, v):
-            if len(hop.q_blocks):
-                with ring.communicator.phase(Phase.BACKWARD, "attention", hop.shift):
-                    call = ring.call(hop, rows_of(q, hop, 2), keys, values, block_bias)
-                    of_rows = (rows_of(x, hop, 2) for x in (lse, delta, grad_out))
-                    parts = attention_backward(call, *of_rows)
-            else:
-                parts = (q[:, :, :0], keys, values, None)
-            grads.add(hop, *parts)
-        return grads.finish()
+        saved = ctx.saved_tensors  # read once: under checkpointing they are made anew
+        with torch.autocast(saved[0].device.type, enabled=False):
+            return _backward(ctx.ring, saved, grad_out, grad_lse)
+
+
+def _backward(
+    ring: _Ring, saved: tuple[Tensor, ...], grad_out: Tensor | None, grad_lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    q, k, v, block_bias, out, lse = saved
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    delta = row_delta(out, grad_out, grad_lse)
+    grads = _Gradients(ring, q, k, v, block_bias)
+    for hop, keys, values in ring.arriving(k, v):
+        if len(hop.q_blocks):
+            with ring.communicator.phase(Phase.BACKWARD, "attention", hop.shift):
+                call = ring.call(hop, rows_of(q, hop, 2), keys, values, block_bias)
+                of_rows = (rows_of(x, hop, 2) for x in (lse, delta, grad_out))
+                parts = attention_backward(call, *of_rows)
+        else:
+            parts = (q[:, :, :0], keys, values, None)
+        grads.add(hop, *parts)
+    return grads.finish()
 
 
 class _Merged:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from raybsa.ring.needs import away, needed_blocks, traffic
 from raybsa.ring.partition import Partition, imbalance
 
 IN_FLIGHT_BYTES = 256 * 2**20
+PLANS_KEPT = 4  # of one layout
 
 
 def hops_ahead(largest_buffer: int) -> int:
@@ -220,16 +220,25 @@ class RingPlan:
         return f"{self.layout.digest()}:{self.partition.digest()}:{self.queries_per_kv}"
 
 
-_PLANS: WeakKeyDictionary[BlockLayout, list[RingPlan]] = WeakKeyDictionary()
+class _Plans(list[RingPlan]):
+    """What a layout keeps; a copy of the layout, or what another process gets of it, begins without."""
+
+    def __reduce__(self) -> tuple[type[_Plans], tuple[()]]:
+        return (_Plans, ())
 
 
 def plan_for(layout: BlockLayout, partition: Partition, *, queries_per_kv: int = 1) -> RingPlan:
-    """The plan of a layout, kept as long as the layout lives."""
-    plans = _PLANS.setdefault(layout, [])
+    """The plan of a layout, made once.
+
+    The layout itself keeps it: a plan refers to its layout, so any other place would keep both for ever. Only the
+    newest few stay, as each generation has a partition of its own.
+    """
+    plans: _Plans = layout.__dict__.setdefault("_ring_plans", _Plans())
     for plan in plans:
         if plan.partition is partition and plan.queries_per_kv == queries_per_kv:
             return plan
     plans.append(RingPlan(layout, partition, queries_per_kv=queries_per_kv))
+    del plans[:-PLANS_KEPT]
     return plans[-1]
 
 

@@ -35,13 +35,14 @@ def pack(keys: Tensor, values: Tensor, places: Tensor, kv_groups: int, dtype: to
 
 
 def unpack(wire: Tensor, like: Tensor, places: Tensor, num_blocks: int, kv_groups: int) -> tuple[Tensor, Tensor]:
-    """K and V (B, Hkv, num_blocks, block_size, D) with what came at ``places``; the rest is not set and not to be read.
+    """K and V (B, Hkv, num_blocks, block_size, D) with what came at ``places``; the rest is zero.
 
     ``like``: blocks (B, Hkv, n, block_size, D) of the rank's own.
     """
     at = (places // num_blocks, places % num_blocks) if num_blocks else (places, places)
     shape = (*like.shape[:2], num_blocks, *like.shape[3:])
-    pair = (like.new_empty(shape), like.new_empty(shape))
+    fill = like.new_empty if kv_groups == 1 else like.new_zeros  # of one group every block comes; of more, some may not
+    pair = (fill(shape), fill(shape))
     for whole, part in zip(pair, wire, strict=True):
         _by_group(whole, kv_groups)[at] = part.to(whole.dtype)
     return pair

@@ -161,8 +161,12 @@ def send_state(training: ShardedTraining, source: int, needy: Iterable[int]) -> 
     """Copies ``source``'s state and step to the ``needy`` ranks, rank to rank. Every rank of the group calls it."""
     communicator, tensors = training.communicator, training.state()
     step = torch.tensor([training.step], dtype=torch.float64, device=communicator.device)
-    packed = torch.cat([step.view(torch.uint8), *(x.reshape(-1).view(torch.uint8) for x in tensors)])
     needy = set(needy) - {source}
+    if communicator.rank != source and communicator.rank not in needy:
+        communicator.exchange("state", {}, {}).wait()
+        return
+    flat = (x.reshape(-1).view(torch.uint8).to(communicator.device) for x in tensors)  # AdamW counts on the CPU
+    packed = torch.cat([step.view(torch.uint8), *flat])
     sends = dict.fromkeys(needy, packed) if communicator.rank == source else {}
     receives = {source: packed} if communicator.rank in needy else {}
     communicator.exchange("state", sends, receives).wait()

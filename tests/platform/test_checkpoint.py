@@ -53,3 +53,22 @@ def test_bad_arguments_are_named() -> None:
         CheckpointFolder("x", keep=0)
     with pytest.raises(ValueError, match=r"must go to a local path or a pyarrow\.fs URI, got 'nowhere://x'"):
         CheckpointFolder("nowhere://x")
+
+
+def test_what_an_earlier_training_left_does_not_push_out_a_new_checkpoint(tmp_path: Path) -> None:
+    folder = CheckpointFolder(str(tmp_path), keep=2)
+    for step in (150, 200):
+        folder.save(checkpoint(step, "another question"))
+    for step in (50, 60, 70):
+        folder.save(checkpoint(step))
+    assert folder.steps() == [60, 70, 150, 200]
+    found = folder.latest("q", lambda text: None)
+    assert found is not None
+    assert found.step == 70
+
+
+def test_what_a_writer_that_died_left_half_written_goes(tmp_path: Path) -> None:
+    (tmp_path / f".{'0a' * 16}.tmp").write_bytes(b"half")
+    (tmp_path / ".hidden.tmp").write_bytes(b"another's")
+    CheckpointFolder(str(tmp_path)).save(checkpoint(10))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden.tmp", "step-000000010.ckpt"]

@@ -125,3 +125,13 @@ def test_a_lossy_codec_remembers_across_generations(spec: TrialSpec, codec: dict
 def test_other_tasks_and_variants_are_refused(spec: TrialSpec) -> None:
     with pytest.raises(ValueError, match="takes task 'byte_lm' with variant 'distributed'"):
         ShardedTraining(replace(spec, attention=(replace(spec.attention[0], variant="base"),)), CPU)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_state_on_a_gpu_can_be_sent_though_the_optimizer_counts_on_the_cpu(spec: TrialSpec) -> None:
+    training = ShardedTraining(replace(spec, dtype="float32"), torch.device("cuda"))
+    train(training, 1)
+    assert {x.device.type for x in training.state()} == {"cpu", "cuda"}
+    send_state(training, 0, [])
+    assert training.step == 1

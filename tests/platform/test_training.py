@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import ray
 from torch import Tensor
 
 from raybsa.cluster.faults import Fault, FaultKind, FaultPlace, FaultPlan, mark_file
-from raybsa.cluster.member import MemberSettings
+from raybsa.cluster.member import MemberSettings, Progress
+from raybsa.cluster.membership import Membership
 from raybsa.cluster.resources import Share, TooFewResources
 from raybsa.cluster.training import TrainingCoordinator, TrainingFailed, TrainingResult
 from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
@@ -141,6 +145,57 @@ def test_a_training_whose_driver_died_goes_on_from_its_checkpoint(
     result, weights = train(spec(text), settings=settings, world_size=2, resume=True)
     assert list(result.losses) == list(range(5, STEPS)), "the checkpoint of step 5 is where it goes on"
     assert_same_up_to_rounding(weights, undisturbed[1])
+
+
+def test_what_ranks_told_before_another_died_is_not_lost(text: str, undisturbed: Trained, tmp_path: Path) -> None:
+    plan = ((Fault(FaultKind.EXIT, FaultPlace.CHECKPOINT, 0, 4),),)  # the others are through with the stretch by then
+    settings = MemberSettings(checkpoints=str(tmp_path), checkpoint_every=4)
+    result, _ = train(spec(text), plan, settings=settings, replace_s=60.0)
+    assert [(recovery.step, recovery.steps_lost) for recovery in result.recoveries] == [(4, 0)]
+    assert result.losses == undisturbed[0].losses
+    assert result.digest == undisturbed[0].digest
+
+
+def test_when_all_ranks_die_at_once_it_goes_on_from_the_checkpoint(
+    text: str, undisturbed: Trained, tmp_path: Path
+) -> None:
+    plan = (tuple(Fault(FaultKind.SIGKILL, FaultPlace.BEFORE_FORWARD, rank, 9) for rank in range(3)),)
+    settings = MemberSettings(checkpoints=str(tmp_path), checkpoint_every=6)
+    said: list[str] = []
+    result, _ = train(spec(text), plan, settings=settings, replace_s=60.0, spares=2, say=said.append)
+    assert [(recovery.step, recovery.steps_lost) for recovery in result.recoveries] == [(6, 2)]
+    assert "resumed from the checkpoint of step 6" in said
+    assert result.digest == undisturbed[0].digest
+    assert result.losses == undisturbed[0].losses
+
+
+def test_a_training_that_always_dies_at_the_same_step_ends(text: str) -> None:
+    plan = tuple((Fault(FaultKind.EXIT, FaultPlace.BEFORE_FORWARD, 0, 6),) for _ in range(3))
+    with pytest.raises(TrainingFailed, match="step 4 failed 2 times"):  # 4 is the last that anybody heard of
+        train(spec(text), plan, world_size=1, max_failures=1, spares=2, replace_s=60.0)
+
+
+def test_what_no_rank_can_do_fails_at_once(text: str) -> None:
+    with pytest.raises(TrainingFailed, match=r"a rank refused .*world_size must lie in 1\.\.1"):
+        train(replace(spec(text), train_len=16), world_size=2)
+
+
+def test_a_rank_that_is_alive_may_end_what_it_computes(text: str) -> None:
+    """Its pulse says that it lives; only one that stays for too long is lost."""
+
+    @ray.remote(num_cpus=1)
+    def after(seconds: float) -> Progress:
+        time.sleep(seconds)
+        return Progress(3, ((2, 0.5),), {}, 0.0)
+
+    crew = SimpleNamespace(cancel=lambda workers, *_: {w: ray.put(None) for w in workers}, silent=lambda workers: {})
+    ray.get([after.remote(0.0), after.remote(0.0)])
+    coordinator = TrainingCoordinator(spec(text), Share(1), world_size=3, heartbeat_s=0.2, stop_s=5.0)
+    coordinator._crew, coordinator._members = cast(Any, crew), Membership(1, (0, 1, 2))
+    assert coordinator._wreck({1: "gone"}, {0: after.remote(1.0), 2: after.remote(0.0)}).lost == {1: "gone"}
+    assert coordinator._losses == {2: 0.5}
+    coordinator._stop_s = 0.5
+    assert coordinator._wreck({1: "gone"}, {0: after.remote(2.0)}).lost == {1: "gone", 0: "did not stop within 0.5 s"}
 
 
 def test_what_fails_again_and_again_ends_with_its_reason(text: str) -> None:

@@ -150,3 +150,12 @@ def test_what_an_observer_raises_is_raised_there() -> None:
     communicator = Communicator(observer=Fault())
     with pytest.raises(RuntimeError, match="injected"), communicator.phase(Phase.FORWARD):
         pass
+
+
+def test_what_was_agreed_does_not_pile_up() -> None:
+    def work(communicator: Communicator) -> int:
+        for step in range(20):
+            communicator.agree("a call", f"seed {step}")
+        return len(communicator._agreed)
+
+    assert run_ranks(2, work) == [0, 0], "on gloo the question is asked each time, so nothing need be kept"

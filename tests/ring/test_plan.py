@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import pickle
+import weakref
+
 import pytest
 import torch
 
@@ -9,7 +13,7 @@ from raybsa import BlockLayout, patterns
 from raybsa.comm import Communicator
 from raybsa.ring.attention import ring_attention
 from raybsa.ring.partition import Partition, partition_for
-from raybsa.ring.plan import RingPlan, plan_for
+from raybsa.ring.plan import PLANS_KEPT, RingPlan, plan_for
 from tests.ranks import run_ranks
 
 HEAD_DIM, BATCH = 8, 2
@@ -138,3 +142,16 @@ def test_bad_plans_are_named() -> None:
         RingPlan(layout.select(torch.tensor([0]), None), partition)
     with pytest.raises(ValueError, match=r"rank must lie in 0\.\.1"):
         RingPlan(layout, partition).of_rank(2)
+
+
+def test_plans_go_with_their_layout_and_only_the_newest_partitions_stay() -> None:
+    layout = patterns.build("sliding_window").layout(256, q_block_size=16, density=0.3)
+    partitions = [partition_for([layout], 2, strategy="contiguous") for _ in range(PLANS_KEPT + 3)]
+    plans = [weakref.ref(plan_for(layout, partition)) for partition in partitions]
+    gc.collect()
+    assert [plan() is not None for plan in plans] == [False] * 3 + [True] * PLANS_KEPT
+    assert not pickle.loads(pickle.dumps(layout)).__dict__["_ring_plans"], "another process plans for itself"
+    alive = weakref.ref(layout)
+    del layout
+    gc.collect()
+    assert alive() is None, "nothing may keep a layout that nobody uses"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -257,3 +258,54 @@ def test_autocast_and_checkpointing_work_through_a_ring() -> None:
     for dtype, plain, checkpointed in run_ranks(2, work):
         assert dtype == torch.bfloat16
         assert torch.equal(plain, checkpointed)
+
+
+@pytest.fixture
+def unset_memory_is_nan() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+@pytest.mark.usefixtures("unset_memory_is_nan")
+def test_what_was_not_sent_for_a_head_never_reaches_a_result(backend: str) -> None:
+    case = Case("per-head-ragged", tokens=200, groups=4, kept=0.15)
+    layout = case.layout()
+    inputs = whole_inputs(case, layout, torch.float64)
+    q, k, v, grad_out = (inputs[name] for name in ("q", "k", "v", "grad_out"))
+    partition = partition_for([layout], 3)
+    plan = RingPlan(layout, partition)
+
+    def work(communicator: Communicator) -> list[Tensor]:
+        own = [partition.shard(x, communicator.rank, 2).clone().requires_grad_() for x in (q, k, v)]
+        out = ring_attention(*own, plan, communicator, backend=backend)
+        assert isinstance(out, Tensor)
+        out.backward(partition.shard(grad_out, communicator.rank, 2))
+        return [out.detach(), *(x.grad for x in own if x.grad is not None)]
+
+    ranks = run_ranks(3, work)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    wanted = block_sparse_attention(*leaves, layout, backend="reference")
+    wanted.backward(grad_out)
+    for parts, whole in zip(zip(*ranks, strict=True), [wanted, *(x.grad for x in leaves)], strict=True):
+        assert relative_error(partition.join(list(parts), 2), whole) <= 1e-10
+
+
+def test_backward_inside_autocast_gives_the_gradients_of_backward_outside() -> None:
+    case = Case("plain")
+    layout = case.layout()
+    inputs = whole_inputs(case, layout, torch.float32)
+    plan = RingPlan(layout, partition_for([layout], 2))
+
+    def work(communicator: Communicator, inside: bool) -> list[Tensor]:
+        own = [plan.partition.shard(inputs[n], communicator.rank, 2).clone().requires_grad_() for n in "qkv"]
+        out = ring_attention(*own, plan, communicator)
+        assert isinstance(out, Tensor)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            out.backward(plan.partition.shard(inputs["grad_out"], communicator.rank, 2))
+        return [x.grad for x in own if x.grad is not None]
+
+    outside, inside = (run_ranks(2, lambda c, where=where: work(c, where)) for where in (False, True))
+    assert all(torch.equal(a, b) for x, y in zip(outside, inside, strict=True) for a, b in zip(x, y, strict=True))
