@@ -58,7 +58,7 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
         (layout.num_groups, layout.num_q_blocks, work.parts, *numbers(call)),
         (*constants(call, tile, descriptors), plain),
         tile.warps,
-        tile.stages,
+        tile.stages_over(layout.kv_block_size),
     )
     if part_out is not None and part_lse is not None:
         _merge_parts(call, work, part_out, part_lse, out, lse)

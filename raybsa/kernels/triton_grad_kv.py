@@ -60,7 +60,7 @@ def grad_kv(
         (columns.groups, layout.num_kv_blocks, work.parts, *numbers(call)),
         constants(call, tile, descriptors),
         tile.warps,
-        tile.stages,
+        tile.stages_over(layout.q_block_size),
     )
     if parts_k is not None and parts_v is not None:
         sum_parts(parts_k, grad_k, work, columns.groups, layout.kv_block_size)

@@ -51,7 +51,7 @@ def grad_q(
             (layout.num_groups, layout.num_q_blocks, work.parts, layout.nnz_blocks, *numbers(call)),
             constants(call, tile, descriptors),
             tile.warps,
-            tile.stages,
+            tile.stages_over(layout.kv_block_size),
         )
     if parts is not None:
         sum_parts(parts, grad, work, layout.num_groups, layout.q_block_size)

@@ -18,6 +18,9 @@ from raybsa.kernels.triton_setup import shared_memory
 Pass = Literal["forward", "grad_q", "grad_kv"]
 
 
+GATHERED_STAGES = 1  # Triton 3.6 on an H100 gives wrong numbers where it pipelines gathered blocks in a masked loop
+
+
 class Tile(NamedTuple):
     """rows, cols: tokens, powers of two from 16. warps, stages: Triton's launch options. descriptors: load the walked
     side by TMA where blocks hold whole tiles (``triton_descriptors``)."""
@@ -27,6 +30,10 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     descriptors: bool = False
+
+    def stages_over(self, block: int) -> int:
+        """Stages of a walk over blocks of ``block`` tokens."""
+        return self.stages if block >= self.cols else GATHERED_STAGES
 
 
 # (pass, bytes of a number, padded head_dim up to): the first tile whose rows fit into the block serves it.
