@@ -45,7 +45,7 @@ class Int8(LossyCodec):
     def encode(self, wanted: Tensor, dtype: torch.dtype, state: State) -> tuple[Tensor, ...]:
         """Scales (num_blocks,) float32 and levels (numel,) int8. A block that is not finite has such a scale."""
         blocks = self._blocks(wanted.reshape(-1))
-        scales = blocks.abs().amax(1) / LEVELS
+        scales = blocks.abs().amax(1) * (1.0 / LEVELS)  # a GPU divides by a number so; the bits agree
         noise = self._noise(blocks.numel(), state, wanted.device).view_as(blocks)
         levels = torch.floor(blocks / scales[:, None] + noise).nan_to_num(0.0, 0.0, 0.0).clamp(-LEVELS, LEVELS)
         return scales, levels.to(torch.int8).view(-1)[: wanted.numel()]
