@@ -2,8 +2,8 @@
 
 A program keeps ``rows`` tokens (queries in the forward and in dQ, keys in dK/dV) and walks the other side ``cols``
 tokens at a time. Blocks smaller than ``cols`` are gathered into one tile; blocks larger than ``rows`` are shared by
-several programs. Chosen by compiling for an H100 and reading registers, spills and shared memory; none of these numbers
-has been measured on a GPU yet (docs/kernel-log.md).
+several programs. Chosen by compiling for an H100 and reading registers, spills and shared memory, not yet swept on a
+GPU (docs/kernel-log.md has the first times).
 """
 
 from __future__ import annotations
