@@ -315,7 +315,8 @@ class _Waiter:
         self._queue: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
         self._started = self._ended = 0  # the first is the callers', under the lock, the second the thread's
         self._lock = threading.Lock()
-        threading.Thread(target=self._run, name="raybsa-communicator", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="raybsa-communicator", daemon=True)
+        self._thread.start()
 
     def wait_for(self, pending: Pending) -> None:
         if pending.works:
@@ -330,14 +331,20 @@ class _Waiter:
         return self._started == self._ended
 
     def close(self) -> None:
-        """The thread ends when the transfer it waits for does."""
+        """The thread ends when the transfer it waits for does; an idle one has ended on return.
+
+        A thread that still holds a group's work when the process ends would abort the process.
+        """
         self._queue.put(None)
+        if self.is_idle and threading.current_thread() is not self._thread:
+            self._thread.join(1.0)
 
     def _run(self) -> None:
         while (pending := self._queue.get()) is not None:
             try:
-                for work in pending.works:
-                    work.wait()
+                while pending.works:
+                    pending.works[0].wait()
+                    pending.works.pop(0)
             except Exception as error:
                 pending.error = error
             self._ended += 1
