@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from raybsa.kernels import blocked, flex, reference, triton_backend, triton_op
-from raybsa.kernels.call import AttentionCall, cast_inputs, check_call
+from raybsa.kernels.call import AttentionCall, cast_inputs, check_call, kept_with
 from raybsa.layout import BlockLayout
 
 BACKENDS: dict[str, ModuleType] = {
@@ -103,10 +103,22 @@ def block_sparse_attention(
 
 def run_call(call: AttentionCall, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """out and lse (only where the call asks for it) of a call made elsewhere; raises as ``block_sparse_attention``."""
-    check_call(call)
-    module = BACKENDS[choose_backend(call)] if backend == "auto" else _named(backend, call)
+    module = _chosen(call, backend)
+    if not torch.is_autocast_enabled(call.q.device.type):
+        return module.run(call)
     with torch.autocast(call.q.device.type, enabled=False):
         return module.run(call)
+
+
+def _chosen(call: AttentionCall, backend: str) -> ModuleType:
+    """The backend of a checked call; checks and choice hold for all calls of the same signature and layout."""
+    known = kept_with(call.layout) if isinstance(call.layout, BlockLayout) else {}  # the check says what is wrong
+    key = ("backend", backend, call.signature)
+    found = known.get(key)
+    if found is None:
+        check_call(call)
+        found = known[key] = BACKENDS[choose_backend(call)] if backend == "auto" else _named(backend, call)
+    return found
 
 
 def choose_backend(call: AttentionCall) -> str:

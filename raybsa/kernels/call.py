@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -38,10 +41,32 @@ class AttentionCall:
         """Query heads that share one KV head."""
         return self.q.shape[1] // self.k.shape[1]
 
+    @cached_property
+    def signature(self) -> tuple[Any, ...]:
+        """All that decides how the call runs, but for the numbers in its tensors, its layout and its seed."""
+        tensors = (self.q, self.k, self.v, self.attn_mask, *(self.segment_ids or ()), self.block_bias)
+        of_tensors = tuple([None if t is None else _signature(t) for t in tensors])
+        of_mask = self.attn_mask is not None and self.attn_mask.requires_grad
+        grads = (self.needs_grad, of_mask)
+        return *of_tensors, *grads, self.scale, self.dropout_p, self.deterministic, self.return_lse
+
     @property
     def needs_grad(self) -> bool:
         tensors = (self.q, self.k, self.v, self.attn_mask, self.block_bias)
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+_KEPT: WeakKeyDictionary[BlockLayout, dict[tuple[object, ...], Any]] = WeakKeyDictionary()
+
+
+def kept_with(layout: BlockLayout) -> dict[tuple[object, ...], Any]:
+    """What backends made once for a layout; it lives as long as the layout does."""
+    found = _KEPT.get(layout)
+    return _KEPT.setdefault(layout, {}) if found is None else found
+
+
+def _signature(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % 16
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,23 @@ from raybsa.kernels.call import AttentionCall
 from raybsa.kernels.triton_tiles import Tile, padded_head_dim
 
 LOG2E = 1.4426950408889634
+
+
+class Softmax(NamedTuple):
+    """What a backward knows of the softmax of its rows.
+
+    lse (B, H, Sq) float32 contiguous, of all keys. Where ``out`` (B, H, Sq, D) is known, delta is made from it and
+    from ``grad_lse`` (B, H, Sq).
+    """
+
+    lse: Tensor
+    out: Tensor | None = None
+    grad_lse: Tensor | None = None
+
+    def signature(self, grad_out: Tensor) -> tuple[Any, ...]:
+        """What the launches depend on, beyond the call's own signature."""
+        tensors = (grad_out, self.lse, self.out, self.grad_lse)
+        return tuple([None if t is None else (t.stride(), t.dtype, t.data_ptr() % 16) for t in tensors])
 
 
 def feature_tensors(call: AttentionCall) -> tuple[Tensor | None, ...]:
@@ -45,6 +62,11 @@ def numbers(call: AttentionCall) -> tuple[int | float, ...]:
         call.scale * LOG2E,
         *_dropout_arguments(call.seed, call.dropout_p),
     )
+
+
+def with_seed(fixed: tuple[int | float, ...], call: AttentionCall) -> tuple[int | float, ...]:
+    """``numbers`` that were made for another seed (they end with it, the threshold and the factor), for this one."""
+    return fixed if call.dropout_p == 0.0 else (*fixed[:-3], *_dropout_arguments(call.seed, call.dropout_p))
 
 
 def constants(call: AttentionCall, tile: Tile, descriptors: bool) -> tuple[Any, ...]:
@@ -85,6 +107,6 @@ def _threshold(p: float) -> int:
     return near + int((drawn < p).sum())
 
 
-def strides(*tensors: Tensor) -> tuple[int, ...]:
-    """All strides of (B, H, S, D) tensors, one after another."""
-    return sum((tensor.stride() for tensor in tensors), ())
+def strides(*tensors: Tensor | None) -> tuple[int, ...]:
+    """All strides of (B, H, S, D) tensors, one after another, 0 for those that are not there."""
+    return sum(((0, 0, 0, 0) if tensor is None else tensor.stride() for tensor in tensors), ())

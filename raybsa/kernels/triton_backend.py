@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from raybsa.kernels.call import AttentionCall
+from raybsa.kernels.triton_arguments import Softmax
 from raybsa.kernels.triton_plan import MAX_BLOCKS, MAX_MEMBERS
 from raybsa.kernels.triton_setup import interpreting, repair_interpreter, why_not_here
+from raybsa.layout import BlockLayout
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
@@ -55,31 +56,38 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """out (B, H, Sq, D) in q's dtype and lse (B, H, Sq) float32."""
     if not call.needs_grad:
         return _forward(call)
-    tensors = (call.q, call.k, call.v, call.attn_mask, call.block_bias)
-    return _Triton.apply(*tensors, _with_tensors(call, (None,) * 5))
+    numbers = (call.dropout_p, call.seed, call.deterministic, call.return_lse)
+    rest = _Rest(call.layout, call.scale, call.segment_ids, *numbers)
+    return _Triton.apply(call.q, call.k, call.v, call.attn_mask, call.block_bias, rest)
 
 
 def backward(
     call: AttentionCall, lse: Tensor, delta: Tensor, grad_out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """As ``attention_backward`` says: the weights are ``exp(score - lse)``, whatever keys made that lse."""
-    return _gradients(call, lse, delta, grad_out, True, torch.float32)
+    with_bias = call.block_bias is not None
+    return _gradients(call, Softmax(lse.contiguous()), delta.contiguous(), grad_out, with_bias, torch.float32)
+
+
+def backward_from_out(
+    call: AttentionCall, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, grad_bias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """``backward`` of a call whose own output and lse these are."""
+    with_bias = grad_bias and call.block_bias is not None
+    forward = Softmax(lse.contiguous(), out, grad_lse)
+    return _gradients(call, forward, torch.empty_like(forward.lse), grad_out, with_bias, call.q.dtype)
 
 
 def _gradients(
-    call: AttentionCall, lse: Tensor, delta: Tensor, grad_out: Tensor, grad_bias: bool, dtype: torch.dtype
+    call: AttentionCall, forward: Softmax, delta: Tensor, grad_out: Tensor, with_bias: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q, k, v in ``dtype``, and of block_bias if there is one and it is wanted.
-
-    lse and delta are (B, H, Sq) float32, of all keys, of which this layout may hold a part.
-    """
+    """Gradients of q, k, v in ``dtype``, and of block_bias if it is wanted; ``delta`` as ``grad_q`` takes it."""
     with _ready(call.q):
         from raybsa.kernels.triton_grad_kv import grad_kv
         from raybsa.kernels.triton_grad_q import grad_q
 
-        lse, delta = lse.contiguous(), delta.contiguous()
-        of_q, of_bias = grad_q(call, lse, delta, grad_out, grad_bias and call.block_bias is not None, dtype)
-        of_k, of_v = grad_kv(call, lse, delta, grad_out, dtype)
+        of_q, of_bias = grad_q(call, forward, delta, grad_out, with_bias, dtype)
+        of_k, of_v = grad_kv(call, forward, delta, grad_out, dtype)
         return of_q, of_k, of_v, of_bias
 
 
@@ -103,17 +111,6 @@ class _Triton(torch.autograd.Function):
         return of_q, of_k, of_v, None, of_bias, None
 
 
-def backward_from_out(
-    call: AttentionCall, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, grad_bias: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """``backward`` of a call whose own output and lse these are."""
-    with _ready(out):
-        from raybsa.kernels.triton_reduce import delta_of
-
-        delta = delta_of(out, grad_out, grad_lse)
-    return _gradients(call, lse, delta, grad_out, grad_bias, call.q.dtype)
-
-
 def _forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     with _ready(call.q):
         from raybsa.kernels.triton_forward import forward
@@ -122,14 +119,26 @@ def _forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def _ready(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device: where the tensors lie, for the time of a launch."""
-    if tensor.device.type == "cuda":
-        return torch.cuda.device(tensor.device)
-    repair_interpreter()
-    return nullcontext()
+    """Kernels are launched on the current device: where the tensors lie, for the time of a launch."""
+    if tensor.device.type != "cuda":
+        repair_interpreter()
+        return nullcontext()
+    here = tensor.device.index == torch.cuda.current_device()
+    return nullcontext() if here else torch.cuda.device(tensor.device)
 
 
-def _with_tensors(call: AttentionCall, tensors: Sequence[Any]) -> AttentionCall:
-    """The call with these (q, k, v, attn_mask, block_bias); autograd keeps tensors, the context keeps the rest."""
+class _Rest(NamedTuple):
+    """What autograd need not keep of a call: all but (q, k, v, attn_mask, block_bias)."""
+
+    layout: BlockLayout
+    scale: float
+    segment_ids: tuple[Tensor, Tensor] | None
+    dropout_p: float
+    seed: int
+    deterministic: bool
+    return_lse: bool
+
+
+def _with_tensors(rest: _Rest, tensors: Sequence[Any]) -> AttentionCall:
     q, k, v, attn_mask, block_bias = tensors
-    return replace(call, q=q, k=k, v=v, attn_mask=attn_mask, block_bias=block_bias)
+    return AttentionCall(q, k, v, rest.layout, rest.scale, attn_mask, rest.segment_ids, block_bias, *rest[3:])

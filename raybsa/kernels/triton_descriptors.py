@@ -1,27 +1,27 @@
-"""Tensors as TMA descriptors: on Hopper and later one instruction loads a tile, without a pointer for each token."""
+"""Which tensors go in as TMA descriptors: on Hopper and later one instruction loads a tile, without pointers."""
 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from raybsa.kernels.triton_launch import Boxes
 from raybsa.kernels.triton_tiles import Tile, padded_head_dim
 
 
-def as_descriptors(block_size: int, tile: Tile, *tensors: Tensor) -> tuple[tuple[Any, ...], bool]:
-    """The tensors (B, H, S, D) as descriptors of (tile.cols, padded D) tiles and True; themselves and False where a
-    block does not hold a tile, their strides do not fit or the GPU has none."""
-    if not tile.descriptors or block_size < tile.cols or not _has_descriptors(tensors[0].device):
-        return tensors, False
-    if not all(_fits(tensor) for tensor in tensors):
-        return tensors, False
-    from triton.tools.tensor_descriptor import TensorDescriptor
+def boxes_of(block_size: int, tile: Tile, walked: dict[int, Tensor]) -> Boxes:
+    """The places of the walked tensors (B, H, S, D), each with the tile (tile.cols, padded D) that a program loads.
 
-    block = [1, 1, tile.cols, padded_head_dim(tensors[0].shape[-1])]
-    return tuple(TensorDescriptor(x, list(x.shape), list(x.stride()), block) for x in tensors), True
+    Empty where a block does not hold a tile, their strides do not fit or the GPU has no TMA.
+    """
+    tensors = list(walked.values())
+    if not tile.descriptors or block_size < tile.cols or not _has_descriptors(tensors[0].device):
+        return ()
+    if not all(_fits(tensor) for tensor in tensors):
+        return ()
+    return tuple((place, (1, 1, tile.cols, padded_head_dim(x.shape[-1]))) for place, x in walked.items())
 
 
 def _fits(x: Tensor) -> bool:

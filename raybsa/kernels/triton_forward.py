@@ -11,11 +11,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from raybsa.kernels.call import AttentionCall
-from raybsa.kernels.triton_arguments import constants, feature_strides, feature_tensors, numbers, strides
-from raybsa.kernels.triton_descriptors import as_descriptors
-from raybsa.kernels.triton_launch import launch
-from raybsa.kernels.triton_plan import Work, plan_rows
+from raybsa.kernels.call import AttentionCall, kept_with
+from raybsa.kernels.triton_arguments import (
+    constants,
+    dot_precision,
+    feature_strides,
+    feature_tensors,
+    numbers,
+    strides,
+    with_seed,
+)
+from raybsa.kernels.triton_descriptors import boxes_of
+from raybsa.kernels.triton_launch import Launcher, Tensors, launcher
+from raybsa.kernels.triton_plan import plan_rows
 from raybsa.kernels.triton_scores import (
     LN2,
     LOG2E,
@@ -35,48 +43,74 @@ MERGE_ROWS = 16
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """out (B, H, Sq, D) in q's dtype and lse (B, H, Sq) float32."""
-    (batch, heads, tokens, head_dim), layout = call.q.shape, call.layout
-    out = torch.empty_like(call.q)
-    lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=call.q.device)
-    tile = choose_tile("forward", head_dim, call.q.dtype, layout.q_block_size, call.q.device)
-    work, copies = plan_rows(call, tile.cols), batch * heads // layout.num_groups
-    items, splits = work.sizes()
-    if not items:
+    kept, key = kept_with(call.layout), ("forward", dot_precision(call.q.dtype), call.signature)
+    if key not in kept:
+        kept[key] = _Forward(call)
+    return kept[key](call)
+
+
+class _Forward:
+    """The launches of calls that differ in their tensors' numbers and the seed only."""
+
+    def __init__(self, call: AttentionCall) -> None:
+        (batch, heads, _, head_dim), layout = call.q.shape, call.layout
+        self._tile = choose_tile("forward", head_dim, call.q.dtype, layout.q_block_size, call.q.device)
+        self._work, self._copies = plan_rows(call, self._tile.cols), batch * heads // layout.num_groups
+        items, splits = self._work.sizes()
+        self._grid = (items * max(1, layout.q_block_size // self._tile.rows), self._copies)
+        rows = min(MERGE_ROWS, layout.q_block_size)
+        self._merge_grid = (splits * (layout.q_block_size // rows), self._copies)
+        self._numbers = (layout.num_groups, layout.num_q_blocks, self._work.parts, *numbers(call))
+        self._launch: Launcher | None = None
+        self._merge: Launcher | None = None
+
+    def __call__(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        layout, work = call.layout, self._work
+        out = torch.empty_like(call.q)
+        lse = torch.empty(call.q.shape[:3], dtype=torch.float32, device=call.q.device)
+        if not self._grid[0]:
+            return out, lse
+        part_out = part_lse = None
+        if self._merge_grid[0]:
+            part_out = lse.new_empty(work.parts * self._copies, layout.q_block_size, call.q.shape[-1])
+            part_lse = lse.new_empty(work.parts * self._copies, layout.q_block_size)
+        tensors: Tensors = (
+            call.q,
+            call.k,
+            call.v,
+            out,
+            lse,
+            part_out,
+            part_lse,
+            work.items,
+            layout.col_indices,
+        )
+        tensors = (*tensors, *feature_tensors(call), call.block_bias)
+        if self._launch is None:
+            self._launch = self._launcher(call, tensors)
+        self._launch(self._grid, tensors, with_seed(self._numbers, call))
+        if part_out is not None:
+            self._merge_parts(call, (part_out, part_lse, out, lse, work.splits))
         return out, lse
-    parts = (work.parts * copies, layout.q_block_size)
-    part_out = lse.new_empty(*parts, head_dim) if splits else None
-    part_lse = lse.new_empty(parts) if splits else None
-    positive = call.scale >= 0
-    plain = call.attn_mask is None and call.segment_ids is None and call.block_bias is None and positive
-    (keys, values), descriptors = as_descriptors(layout.kv_block_size, tile, call.k, call.v)
-    tensors = (call.q, keys, values, out, lse, part_out, part_lse, work.items, layout.col_indices)
-    launch(
-        forward_kernel,
-        (items * max(1, layout.q_block_size // tile.rows), copies),
-        (*tensors, *feature_tensors(call), call.block_bias),
-        feature_strides(call) + strides(call.q, call.k, call.v, out),
-        (layout.num_groups, layout.num_q_blocks, work.parts, *numbers(call)),
-        (*constants(call, tile, descriptors), plain),
-        tile.warps,
-        tile.stages_over(layout.kv_block_size),
-    )
-    if part_out is not None and part_lse is not None:
-        _merge_parts(call, work, part_out, part_lse, out, lse)
-    return out, lse
 
+    def _launcher(self, call: AttentionCall, tensors: Tensors) -> Launcher:
+        tile, block_size = self._tile, call.layout.kv_block_size
+        plain = call.attn_mask is None and call.segment_ids is None and call.block_bias is None and call.scale >= 0
+        boxes = boxes_of(block_size, tile, {1: call.k, 2: call.v})
+        sizes = feature_strides(call) + strides(call.q, call.k, call.v, tensors[3])
+        every_constant = (*constants(call, tile, bool(boxes)), plain)
+        return launcher(forward_kernel, tensors, sizes, every_constant, tile.warps, tile.stages_over(block_size), boxes)
 
-def _merge_parts(call: AttentionCall, work: Work, part_out: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> None:
-    """Writes the split rows of out and lse."""
-    (batch, heads, tokens, head_dim), layout = call.q.shape, call.layout
-    rows = min(MERGE_ROWS, layout.q_block_size)
-    launch(
-        merge_parts_kernel,
-        (work.sizes()[1] * (layout.q_block_size // rows), batch * heads // layout.num_groups),
-        (part_out, part_lse, out, lse, work.splits),
-        strides(out),
-        (layout.num_groups, layout.num_q_blocks, work.parts, heads, tokens),
-        (layout.q_block_size, rows, head_dim, padded_head_dim(head_dim)),
-    )
+    def _merge_parts(self, call: AttentionCall, tensors: Tensors) -> None:
+        """Writes the split rows of out and lse."""
+        (_, heads, tokens, head_dim), layout = call.q.shape, call.layout
+        if self._merge is None:
+            rows = min(MERGE_ROWS, layout.q_block_size)
+            every_constant = (layout.q_block_size, rows, head_dim, padded_head_dim(head_dim))
+            self._merge = launcher(merge_parts_kernel, tensors, strides(tensors[2]), every_constant)
+        self._merge(
+            self._merge_grid, tensors, (layout.num_groups, layout.num_q_blocks, self._work.parts, heads, tokens)
+        )
 
 
 @triton.jit(
@@ -195,10 +229,12 @@ def forward_kernel(
     for phase in tl.static_range(2 if CUTS else 1):
         first = whole if phase else 0
         last = tiles if phase else whole
+        coming = load_blocks(col_indices, tile_slots(begin, first, KV_BLOCK, COLS), end, KV_BLOCK, COLS)
         for tile in tl.range(first, last):
+            kv_block = coming
             slots = tile_slots(begin, tile, KV_BLOCK, COLS)
+            coming = load_blocks(col_indices, tile_slots(begin, tile + 1, KV_BLOCK, COLS), end, KV_BLOCK, COLS)
             offset = tile_first(tile, KV_BLOCK, COLS)
-            kv_block = load_blocks(col_indices, slots, end, KV_BLOCK, COLS)
             k_token = kv_block * KV_BLOCK + (offset + lane)
             k_inside = (k_token < kv_tokens) & (slots < end)
             if DESCRIPTORS:

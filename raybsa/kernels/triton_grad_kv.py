@@ -11,10 +11,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from raybsa.kernels.call import AttentionCall
-from raybsa.kernels.triton_arguments import constants, feature_strides, feature_tensors, numbers, strides
-from raybsa.kernels.triton_descriptors import as_descriptors
-from raybsa.kernels.triton_launch import launch
+from raybsa.kernels.call import AttentionCall, kept_with
+from raybsa.kernels.triton_arguments import (
+    Softmax,
+    constants,
+    dot_precision,
+    feature_strides,
+    feature_tensors,
+    numbers,
+    strides,
+    with_seed,
+)
+from raybsa.kernels.triton_descriptors import boxes_of
+from raybsa.kernels.triton_launch import Launcher, Tensors, launcher
 from raybsa.kernels.triton_plan import MAX_BLOCKS, MEMBER_SHIFT, plan_columns
 from raybsa.kernels.triton_reduce import sum_parts
 from raybsa.kernels.triton_scores import (
@@ -34,38 +43,55 @@ SHIFT, BLOCK_BITS = tl.constexpr(MEMBER_SHIFT), tl.constexpr(MAX_BLOCKS - 1)
 
 
 def grad_kv(
-    call: AttentionCall, lse: Tensor, delta: Tensor, grad_out: Tensor, dtype: torch.dtype
+    call: AttentionCall, forward: Softmax, delta: Tensor, grad_out: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """k's and v's gradients (B, Hkv, Skv, D) in ``dtype``; lse and delta (B, H, Sq) contiguous."""
-    (batch, kv_heads, _, head_dim), layout = call.k.shape, call.layout
-    grad_k, grad_v = (torch.empty_like(x, dtype=dtype) for x in (call.k, call.v))
-    tile = choose_tile("grad_kv", head_dim, call.q.dtype, layout.kv_block_size, call.q.device)
-    columns = plan_columns(call, tile.cols)
-    work, copies = columns.work, batch * kv_heads // columns.groups
-    items, splits = work.sizes()
-    if not items:
+    """k's and v's gradients (B, Hkv, Skv, D) in ``dtype``; delta (B, H, Sq) contiguous."""
+    kept = kept_with(call.layout)
+    key = ("grad_kv", dot_precision(call.q.dtype), call.signature, forward.signature(grad_out), dtype)
+    if key not in kept:
+        kept[key] = _GradKV(call, dtype)
+    return kept[key](call, forward, delta, grad_out)
+
+
+class _GradKV:
+    """The launches of calls that differ in their tensors' numbers and the seed only."""
+
+    def __init__(self, call: AttentionCall, dtype: torch.dtype) -> None:
+        (batch, kv_heads, _, head_dim), layout = call.k.shape, call.layout
+        self._tile = choose_tile("grad_kv", head_dim, call.q.dtype, layout.kv_block_size, call.q.device)
+        self._columns = plan_columns(call, self._tile.cols)
+        copies, work = batch * kv_heads // self._columns.groups, self._columns.work
+        self._grid = (work.sizes()[0] * max(1, layout.kv_block_size // self._tile.rows), copies)
+        self._parts_shape = (work.parts * copies, layout.kv_block_size, head_dim)
+        self._numbers = (self._columns.groups, layout.num_kv_blocks, work.parts, *numbers(call))
+        self._dtype = dtype
+        self._launch: Launcher | None = None
+
+    def __call__(self, call: AttentionCall, forward: Softmax, delta: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor]:
+        columns, work = self._columns, self._columns.work
+        grad_k, grad_v = torch.empty_like(call.k, dtype=self._dtype), torch.empty_like(call.v, dtype=self._dtype)
+        if not self._grid[0]:
+            return grad_k, grad_v
+        parts_k = parts_v = None
+        if work.parts:
+            parts_k, parts_v = delta.new_empty(self._parts_shape), delta.new_empty(self._parts_shape)
+        bias = None if call.block_bias is None or columns.source is None else call.block_bias[columns.source]
+        tensors: Tensors = (forward.lse, call.q, call.k, call.v, grad_out, delta, grad_k, grad_v)
+        tensors = (*tensors, parts_k, parts_v, work.items, columns.entries, *feature_tensors(call), bias)
+        if self._launch is None:
+            self._launch = self._launcher(call, grad_out, tensors)
+        self._launch(self._grid, tensors, with_seed(self._numbers, call))
+        if parts_k is not None and parts_v is not None:
+            sum_parts(parts_k, grad_k, work, columns.groups, call.layout.kv_block_size)
+            sum_parts(parts_v, grad_v, work, columns.groups, call.layout.kv_block_size)
         return grad_k, grad_v
-    parts_k, parts_v = (
-        lse.new_empty(work.parts * copies, layout.kv_block_size, head_dim) if splits else None for _ in range(2)
-    )
-    bias = None if call.block_bias is None or columns.source is None else call.block_bias[columns.source]
-    (queries, grads), descriptors = as_descriptors(layout.q_block_size, tile, call.q, grad_out)
-    inputs = (lse, queries, call.k, call.v, grads, delta)
-    tensors = (*inputs, grad_k, grad_v, parts_k, parts_v, work.items, columns.entries)
-    launch(
-        grad_kv_kernel,
-        (items * max(1, layout.kv_block_size // tile.rows), copies),
-        (*tensors, *feature_tensors(call), bias),
-        feature_strides(call) + strides(call.q, call.k, call.v, grad_out, grad_k, grad_v),
-        (columns.groups, layout.num_kv_blocks, work.parts, *numbers(call)),
-        constants(call, tile, descriptors),
-        tile.warps,
-        tile.stages_over(layout.q_block_size),
-    )
-    if parts_k is not None and parts_v is not None:
-        sum_parts(parts_k, grad_k, work, columns.groups, layout.kv_block_size)
-        sum_parts(parts_v, grad_v, work, columns.groups, layout.kv_block_size)
-    return grad_k, grad_v
+
+    def _launcher(self, call: AttentionCall, grad_out: Tensor, tensors: Tensors) -> Launcher:
+        tile, block_size = self._tile, call.layout.q_block_size
+        boxes = boxes_of(block_size, tile, {1: call.q, 4: grad_out})
+        sizes = feature_strides(call) + strides(call.q, call.k, call.v, grad_out, *tensors[6:8])
+        every_constant = constants(call, tile, bool(boxes))
+        return launcher(grad_kv_kernel, tensors, sizes, every_constant, tile.warps, tile.stages_over(block_size), boxes)
 
 
 @triton.jit(
@@ -193,10 +219,12 @@ def grad_kv_kernel(
     for phase in tl.static_range(0 if CAUSAL else 1, 2):
         first = cut if phase and CAUSAL else 0
         last = tiles if phase else cut
+        coming = load_blocks(entries, tile_slots(begin, first, Q_BLOCK, COLS), end, Q_BLOCK, COLS)
         for tile in tl.range(first, last):
+            entry = coming
             slots = tile_slots(begin, tile, Q_BLOCK, COLS)
+            coming = load_blocks(entries, tile_slots(begin, tile + 1, Q_BLOCK, COLS), end, Q_BLOCK, COLS)
             offset = tile_first(tile, Q_BLOCK, COLS)
-            entry = load_blocks(entries, slots, end, Q_BLOCK, COLS)
             q_block = entry & BLOCK_BITS
             h = kv_head * queries_per_kv + (entry >> SHIFT)
             flat_head = b * heads + h

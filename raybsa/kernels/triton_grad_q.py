@@ -1,4 +1,7 @@
-"""dQ and block_bias's gradient: one program takes a tile of queries along (a part of) its row of kept blocks."""
+"""dQ and block_bias's gradient: one program takes a tile of queries along (a part of) its row of kept blocks.
+
+It has the rows of out and of its gradient at hand, and so makes delta on the way, for itself and for dK/dV.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from raybsa.kernels.call import AttentionCall
-from raybsa.kernels.triton_arguments import constants, feature_strides, feature_tensors, numbers, strides
-from raybsa.kernels.triton_descriptors import as_descriptors
-from raybsa.kernels.triton_launch import launch
+from raybsa.kernels.call import AttentionCall, kept_with
+from raybsa.kernels.triton_arguments import (
+    Softmax,
+    constants,
+    dot_precision,
+    feature_strides,
+    feature_tensors,
+    numbers,
+    strides,
+    with_seed,
+)
+from raybsa.kernels.triton_descriptors import boxes_of
+from raybsa.kernels.triton_launch import Launcher, Tensors, launcher
 from raybsa.kernels.triton_plan import plan_rows
 from raybsa.kernels.triton_reduce import sum_parts
 from raybsa.kernels.triton_scores import (
@@ -28,36 +40,69 @@ from raybsa.kernels.triton_tiles import choose_tile
 
 
 def grad_q(
-    call: AttentionCall, lse: Tensor, delta: Tensor, grad_out: Tensor, with_bias: bool, dtype: torch.dtype
+    call: AttentionCall, forward: Softmax, delta: Tensor, grad_out: Tensor, with_bias: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """q's gradient (B, H, Sq, D) in ``dtype``, and block_bias's (nnz,) if wanted; lse, delta (B, H, Sq) contiguous."""
-    (batch, heads, _, head_dim), layout = call.q.shape, call.layout
-    grad = torch.empty_like(call.q, dtype=dtype)
-    tile = choose_tile("grad_q", head_dim, call.q.dtype, layout.q_block_size, call.q.device)
-    work, copies = plan_rows(call, tile.cols), batch * heads // layout.num_groups
-    items, splits = work.sizes()
-    per_block = max(1, layout.q_block_size // tile.rows)
-    per_key_block = max(1, layout.kv_block_size // tile.cols)
-    bias_sums = lse.new_empty(copies * per_block, layout.nnz_blocks, per_key_block) if with_bias else None
-    parts = lse.new_empty(work.parts * copies, layout.q_block_size, head_dim) if splits else None
-    if items:
-        (keys, values), descriptors = as_descriptors(layout.kv_block_size, tile, call.k, call.v)
-        tensors = (call.q, keys, values, grad_out, lse, delta, grad, parts, bias_sums, work.items, layout.col_indices)
-        launch(
-            grad_q_kernel,
-            (items * per_block, copies),
-            (*tensors, *feature_tensors(call), call.block_bias),
-            feature_strides(call) + strides(call.q, call.k, call.v, grad_out, grad),
-            (layout.num_groups, layout.num_q_blocks, work.parts, layout.nnz_blocks, *numbers(call)),
-            constants(call, tile, descriptors),
-            tile.warps,
-            tile.stages_over(layout.kv_block_size),
+    """q's gradient (B, H, Sq, D) in ``dtype``, and block_bias's (nnz,) if wanted.
+
+    ``delta`` (B, H, Sq) is read, or written first where ``forward`` has the output that it is made of.
+    """
+    kept = kept_with(call.layout)
+    key = ("grad_q", dot_precision(call.q.dtype), call.signature, forward.signature(grad_out), with_bias, dtype)
+    if key not in kept:
+        kept[key] = _GradQ(call, with_bias, dtype)
+    return kept[key](call, forward, delta, grad_out)
+
+
+class _GradQ:
+    """The launches of calls that differ in their tensors' numbers and the seed only."""
+
+    def __init__(self, call: AttentionCall, with_bias: bool, dtype: torch.dtype) -> None:
+        (batch, heads, _, head_dim), layout = call.q.shape, call.layout
+        self._tile = choose_tile("grad_q", head_dim, call.q.dtype, layout.q_block_size, call.q.device)
+        self._work, self._copies = plan_rows(call, self._tile.cols), batch * heads // layout.num_groups
+        per_block = max(1, layout.q_block_size // self._tile.rows)
+        per_key_block = max(1, layout.kv_block_size // self._tile.cols)
+        self._grid = (self._work.sizes()[0] * per_block, self._copies)
+        self._bias_shape = (self._copies * per_block, layout.nnz_blocks, per_key_block) if with_bias else None
+        self._parts_shape = (self._work.parts * self._copies, layout.q_block_size, head_dim)
+        self._numbers = (
+            layout.num_groups,
+            layout.num_q_blocks,
+            self._work.parts,
+            layout.nnz_blocks,
+            *numbers(call),
         )
-    if parts is not None:
-        sum_parts(parts, grad, work, layout.num_groups, layout.q_block_size)
-    if bias_sums is None or call.block_bias is None:
-        return grad, None
-    return grad, bias_sums.sum((0, 2)).to(call.block_bias.dtype)
+        self._dtype = dtype
+        self._launch: Launcher | None = None
+
+    def __call__(
+        self, call: AttentionCall, forward: Softmax, delta: Tensor, grad_out: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        layout, work = call.layout, self._work
+        grad = torch.empty_like(call.q, dtype=self._dtype)
+        bias_sums = None if self._bias_shape is None else delta.new_empty(self._bias_shape)
+        parts = delta.new_empty(self._parts_shape) if work.parts else None
+        if self._grid[0]:
+            tensors: Tensors = (call.q, call.k, call.v, grad_out, forward.out, forward.grad_lse, forward.lse)
+            tensors = (*tensors, delta, grad, parts, bias_sums, work.items, layout.col_indices)
+            tensors = (*tensors, *feature_tensors(call), call.block_bias)
+            if self._launch is None:
+                self._launch = self._launcher(call, tensors)
+            self._launch(self._grid, tensors, with_seed(self._numbers, call))
+        if parts is not None:
+            sum_parts(parts, grad, work, layout.num_groups, layout.q_block_size)
+        if bias_sums is None or call.block_bias is None:
+            return grad, None
+        return grad, bias_sums.sum((0, 2)).to(call.block_bias.dtype)
+
+    def _launcher(self, call: AttentionCall, tensors: Tensors) -> Launcher:
+        tile, block_size = self._tile, call.layout.kv_block_size
+        _, _, _, grad_out, out, grad_lse, _, _, grad, *_ = tensors
+        boxes = boxes_of(block_size, tile, {1: call.k, 2: call.v})
+        sizes = feature_strides(call) + strides(call.q, call.k, call.v, grad_out, grad, out)
+        sizes += (0, 0, 0) if grad_lse is None else grad_lse.stride()
+        every_constant = constants(call, tile, bool(boxes))
+        return launcher(grad_q_kernel, tensors, sizes, every_constant, tile.warps, tile.stages_over(block_size), boxes)
 
 
 @triton.jit(
@@ -79,6 +124,8 @@ def grad_q_kernel(
     k,
     v,
     grad_out,
+    out,
+    grad_lse,
     lse,
     delta,
     grad,
@@ -120,6 +167,13 @@ def grad_q_kernel(
     grad_h,
     grad_t,
     grad_d,
+    out_b,
+    out_h,
+    out_t,
+    out_d,
+    dlse_b,
+    dlse_h,
+    dlse_t,
     groups,
     q_blocks,
     parts,
@@ -172,7 +226,16 @@ def grad_q_kernel(
     at_row = flat_head.to(tl.int64) * q_tokens + q_token
     row_lse = tl.load(lse + at_row, mask=q_inside, other=float("inf"))
     row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse) * LOG2E
-    row_delta = tl.load(delta + at_row, mask=q_inside, other=0.0)
+    if out is None:
+        row_delta = tl.load(delta + at_row, mask=q_inside, other=0.0)
+    else:
+        out_base = out + b.to(tl.int64) * out_b + h.to(tl.int64) * out_h
+        outs = load_tokens(out_base + q_steps * out_t + dim[None, :] * out_d, q_inside, dim, Q_EVEN, D, DP)
+        row_delta = tl.sum(outs.to(tl.float32) * grads.to(tl.float32), 1)
+        if grad_lse is not None:
+            at_lse = b.to(tl.int64) * dlse_b + h.to(tl.int64) * dlse_h + q_token.to(tl.int64) * dlse_t
+            row_delta -= tl.load(grad_lse + at_lse, mask=q_inside, other=0.0).to(tl.float32)
+        tl.store(delta + at_row, row_delta, mask=q_inside)
     kv_head = h // queries_per_kv
     if not DESCRIPTORS:
         k_base = k + b.to(tl.int64) * k_b + kv_head.to(tl.int64) * k_h
@@ -187,10 +250,12 @@ def grad_q_kernel(
     for phase in tl.static_range(2 if CUTS else 1):
         first = whole if phase else 0
         last = tiles if phase else whole
+        coming = load_blocks(col_indices, tile_slots(begin, first, KV_BLOCK, COLS), end, KV_BLOCK, COLS)
         for tile in tl.range(first, last):
+            kv_block = coming
             slots = tile_slots(begin, tile, KV_BLOCK, COLS)
+            coming = load_blocks(col_indices, tile_slots(begin, tile + 1, KV_BLOCK, COLS), end, KV_BLOCK, COLS)
             offset = tile_first(tile, KV_BLOCK, COLS)
-            kv_block = load_blocks(col_indices, slots, end, KV_BLOCK, COLS)
             k_token = kv_block * KV_BLOCK + (offset + lane)
             k_inside = (k_token < kv_tokens) & (slots < end)
             if DESCRIPTORS:

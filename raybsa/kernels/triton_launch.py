@@ -1,60 +1,94 @@
-"""Launching a kernel: through Triton's dispatch the first time, through what it compiled ever after.
+"""Launching a kernel: through Triton's dispatch the first time, straight through CUDA's driver ever after.
 
 Triton's dispatch looks at every argument of every call; for our many arguments that takes longer than a small kernel
-runs. What it specialises on is known here beforehand, so that one dictionary look-up finds the compiled kernel.
+runs. What it specialises on is known here beforehand, so that one dictionary look-up finds what it compiled.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
 
-from raybsa.kernels.triton_setup import interpreting
+from raybsa.kernels.triton_driver import Direct
+from raybsa.kernels.triton_setup import current_stream, interpreting
 
-_COMPILED: dict[tuple[Any, ...], Any] = {}
+Tensors = tuple[Tensor | None, ...]
+Boxes = tuple[tuple[int, tuple[int, ...]], ...]
+_LAUNCHERS: dict[tuple[Any, ...], Launcher] = {}
 
 
-def launch(
+def launcher(
     kernel: Any,
-    grid: tuple[int, int],
-    tensors: tuple[Any, ...],
+    tensors: Tensors,
     sizes: tuple[int, ...],
-    numbers: tuple[int | float, ...],
     constants: tuple[Any, ...],
     warps: int = 4,
     stages: int = 2,
-) -> None:
-    """Runs ``kernel(*tensors, *sizes, *numbers, *constants)``.
+    boxes: Boxes = (),
+) -> Launcher:
+    """The launcher of ``kernel(*tensors, *sizes, *numbers, *constants)`` for tensors of these types and alignments.
 
     Args:
-        grid: programs along x and y.
-        tensors: tensors, of which the first says the device to run on, descriptors, and None for what is not wanted.
+        tensors: None for what is not wanted.
         sizes: integers that Triton may specialise on (strides).
-        numbers: those named in the kernel's ``do_not_specialize``, below 2**31, and floats.
         constants: the kernel's ``tl.constexpr`` arguments, in its order.
+        boxes: which of the tensors go in as descriptors, and the tile that each loads.
     """
-    kinds = tuple([None if t is None else _kind(t) for t in tensors])
-    key = (kernel.__name__, tensors[0].device, kinds, sizes, constants, warps, stages)
-    compiled = _COMPILED.get(key)
-    if compiled is not None:
-        compiled[(*grid, 1)](*tensors, *sizes, *numbers, *constants)
-        return
-    names = kernel.arg_names[-len(constants) :]
-    made = kernel[grid](
-        *tensors,
-        *sizes,
-        *numbers,
-        **dict(zip(names, constants, strict=True)),
-        num_warps=warps,
-        num_stages=stages,
-    )
-    if not interpreting():
-        _COMPILED[key] = made
+    kinds = tuple([None if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors])
+    shapes = tuple([(tensors[at].shape, tensors[at].stride(), box) for at, box in boxes])  # type: ignore[union-attr]
+    device = next(t.device for t in tensors if t is not None)
+    key = (kernel.__name__, device, kinds, shapes, sizes, constants, warps, stages)
+    found = _LAUNCHERS.get(key)
+    if found is None:
+        found = _LAUNCHERS[key] = Launcher(kernel, device.index, sizes, constants, warps, stages, boxes)
+    return found
 
 
-def _kind(tensor: Any) -> tuple[Any, ...]:
-    """What Triton compiles for: a tensor's type and alignment, a descriptor's type and tile."""
-    if isinstance(tensor, Tensor):
-        return tensor.dtype, tensor.data_ptr() % 16
-    return tensor.base.dtype, *tensor.block_shape
+class Launcher:
+    """A kernel with its sizes and constants."""
+
+    def __init__(
+        self,
+        kernel: Any,
+        device: int | None,
+        sizes: tuple[int, ...],
+        constants: tuple[Any, ...],
+        warps: int,
+        stages: int,
+        boxes: Boxes,
+    ) -> None:
+        names = kernel.arg_names[-len(constants) :]
+        self._kernel, self._sizes, self._boxes, self._device = kernel, sizes, boxes, device
+        self._options = dict(zip(names, constants, strict=True)) | {"num_warps": warps, "num_stages": stages}
+        self._direct: Direct | None = None
+        self._may_be_direct = not interpreting()
+
+    def __call__(self, grid: tuple[int, int], tensors: Tensors, numbers: tuple[int | float, ...]) -> None:
+        """Runs ``grid`` programs along x and y.
+
+        Args:
+            tensors: as ``launcher`` was given them, at any address of the same alignment.
+            numbers: those named in the kernel's ``do_not_specialize``, below 2**31, and floats.
+        """
+        if self._direct is not None:
+            self._direct(grid, tensors, numbers, current_stream(self._device))
+        else:
+            self._dispatch(grid, tensors, numbers)
+
+    def _dispatch(self, grid: tuple[int, int], tensors: Tensors, numbers: tuple[int | float, ...]) -> None:
+        given: list[Any] = list(tensors)
+        for place, box in self._boxes:
+            given[place] = _descriptor(given[place], box)
+        made = self._kernel[grid](*given, *self._sizes, *numbers, **self._options)
+        if self._may_be_direct and made is not None:
+            self._may_be_direct = False
+            with suppress(NotImplementedError):
+                self._direct = Direct(made, tensors, self._sizes)
+
+
+def _descriptor(tensor: Tensor, box: tuple[int, ...]) -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(box))

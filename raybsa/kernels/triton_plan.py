@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from raybsa.kernels.call import AttentionCall
+from raybsa.kernels.call import AttentionCall, kept_with
 from raybsa.kernels.triton_setup import processors
 from raybsa.layout import BlockLayout
 
@@ -65,12 +64,9 @@ class Columns:
     work: Work
 
 
-_PLANS: WeakKeyDictionary[BlockLayout, dict[tuple[object, ...], Work | Columns]] = WeakKeyDictionary()
-
-
 def plan_rows(call: AttentionCall, tile: int) -> Work:
-    """The rows' work for tiles of ``tile`` keys, kept as long as the layout lives."""
-    plans, layout = _PLANS.setdefault(call.layout, {}), call.layout
+    """The rows' work for tiles of ``tile`` keys."""
+    plans, layout = kept_with(call.layout), call.layout
     copies = call.q.shape[0] * call.q.shape[1] // layout.num_groups
     key = ("rows", copies, tile)
     if key not in plans:
@@ -83,8 +79,8 @@ def plan_rows(call: AttentionCall, tile: int) -> Work:
 
 
 def plan_columns(call: AttentionCall, tile: int) -> Columns:
-    """The columns' work for tiles of ``tile`` queries, kept as long as the layout lives."""
-    plans, layout = _PLANS.setdefault(call.layout, {}), call.layout
+    """The columns' work for tiles of ``tile`` queries."""
+    plans, layout = kept_with(call.layout), call.layout
     copies = call.q.shape[0] * call.q.shape[1] // layout.num_groups
     with_bias = call.block_bias is not None
     key = ("columns", copies, call.queries_per_kv, tile, with_bias)

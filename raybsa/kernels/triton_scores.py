@@ -47,11 +47,8 @@ def tile_pointers(base, offset, blocks, first, lane, dim, step, dim_step, SIZE: 
 
 @triton.jit
 def load_blocks(blocks, slots, end, SIZE: tl.constexpr, TILE: tl.constexpr):
-    """The entries at ``slots``; a gathered tile may reach past ``end``, where it reads 0."""
-    if SIZE >= TILE:
-        return tl.load(blocks + slots)
-    else:
-        return tl.load(blocks + slots, mask=slots < end, other=0)
+    """The entries at ``slots``, 0 from ``end`` on."""
+    return tl.load(blocks + slots, mask=slots < end, other=0)
 
 
 @triton.jit

@@ -63,3 +63,8 @@ def shared_memory(device: torch.device) -> int:
 
     index = torch.cuda.current_device() if device.index is None else device.index
     return driver.active.utils.get_device_properties(index)["max_shared_mem"]
+
+
+def current_stream(index: int | None) -> int:
+    """The handle of torch's current stream on a GPU."""
+    return torch.cuda.current_stream(index).cuda_stream
