@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from raybsa.kernels.call import AttentionCall
 from raybsa.kernels.triton_arguments import Softmax
 from raybsa.kernels.triton_plan import MAX_BLOCKS, MAX_MEMBERS
-from raybsa.kernels.triton_setup import interpreting, repair_interpreter, why_not_here
+from raybsa.kernels.triton_setup import devices, interpreting, repair_interpreter, why_not_here
 from raybsa.layout import BlockLayout
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -123,8 +123,7 @@ def _ready(tensor: Tensor) -> AbstractContextManager[object]:
     if tensor.device.type != "cuda":
         repair_interpreter()
         return nullcontext()
-    here = tensor.device.index == torch.cuda.current_device()
-    return nullcontext() if here else torch.cuda.device(tensor.device)
+    return nullcontext() if devices() == 1 else torch.cuda.device(tensor.device)
 
 
 class _Rest(NamedTuple):

@@ -54,7 +54,8 @@ class _Forward:
 
     def __init__(self, call: AttentionCall) -> None:
         (batch, heads, _, head_dim), layout = call.q.shape, call.layout
-        self._tile = choose_tile("forward", head_dim, call.q.dtype, layout.q_block_size, call.q.device)
+        sizes = (layout.q_block_size, layout.kv_block_size)
+        self._tile = choose_tile("forward", head_dim, call.q.dtype, *sizes, call.q.device)
         self._work, self._copies = plan_rows(call, self._tile.cols), batch * heads // layout.num_groups
         items, splits = self._work.sizes()
         self._grid = (items * max(1, layout.q_block_size // self._tile.rows), self._copies)
@@ -99,7 +100,7 @@ class _Forward:
         boxes = boxes_of(block_size, tile, {1: call.k, 2: call.v})
         sizes = feature_strides(call) + strides(call.q, call.k, call.v, tensors[3])
         every_constant = (*constants(call, tile, bool(boxes)), plain)
-        return launcher(forward_kernel, tensors, sizes, every_constant, tile.warps, tile.stages_over(block_size), boxes)
+        return launcher(forward_kernel, tensors, sizes, every_constant, tile.warps, tile.stages, boxes)
 
     def _merge_parts(self, call: AttentionCall, tensors: Tensors) -> None:
         """Writes the split rows of out and lse."""

@@ -58,7 +58,8 @@ class _GradKV:
 
     def __init__(self, call: AttentionCall, dtype: torch.dtype) -> None:
         (batch, kv_heads, _, head_dim), layout = call.k.shape, call.layout
-        self._tile = choose_tile("grad_kv", head_dim, call.q.dtype, layout.kv_block_size, call.q.device)
+        sizes = (layout.kv_block_size, layout.q_block_size)
+        self._tile = choose_tile("grad_kv", head_dim, call.q.dtype, *sizes, call.q.device)
         self._columns = plan_columns(call, self._tile.cols)
         copies, work = batch * kv_heads // self._columns.groups, self._columns.work
         self._grid = (work.sizes()[0] * max(1, layout.kv_block_size // self._tile.rows), copies)
@@ -91,7 +92,7 @@ class _GradKV:
         boxes = boxes_of(block_size, tile, {1: call.q, 4: grad_out})
         sizes = feature_strides(call) + strides(call.q, call.k, call.v, grad_out, *tensors[6:8])
         every_constant = constants(call, tile, bool(boxes))
-        return launcher(grad_kv_kernel, tensors, sizes, every_constant, tile.warps, tile.stages_over(block_size), boxes)
+        return launcher(grad_kv_kernel, tensors, sizes, every_constant, tile.warps, tile.stages, boxes)
 
 
 @triton.jit(

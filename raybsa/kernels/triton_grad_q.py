@@ -58,7 +58,8 @@ class _GradQ:
 
     def __init__(self, call: AttentionCall, with_bias: bool, dtype: torch.dtype) -> None:
         (batch, heads, _, head_dim), layout = call.q.shape, call.layout
-        self._tile = choose_tile("grad_q", head_dim, call.q.dtype, layout.q_block_size, call.q.device)
+        sizes = (layout.q_block_size, layout.kv_block_size)
+        self._tile = choose_tile("grad_q", head_dim, call.q.dtype, *sizes, call.q.device)
         self._work, self._copies = plan_rows(call, self._tile.cols), batch * heads // layout.num_groups
         per_block = max(1, layout.q_block_size // self._tile.rows)
         per_key_block = max(1, layout.kv_block_size // self._tile.cols)
@@ -102,7 +103,7 @@ class _GradQ:
         sizes = feature_strides(call) + strides(call.q, call.k, call.v, grad_out, grad, out)
         sizes += (0, 0, 0) if grad_lse is None else grad_lse.stride()
         every_constant = constants(call, tile, bool(boxes))
-        return launcher(grad_q_kernel, tensors, sizes, every_constant, tile.warps, tile.stages_over(block_size), boxes)
+        return launcher(grad_q_kernel, tensors, sizes, every_constant, tile.warps, tile.stages, boxes)
 
 
 @triton.jit(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 
@@ -66,5 +67,18 @@ def shared_memory(device: torch.device) -> int:
 
 
 def current_stream(index: int | None) -> int:
-    """The handle of torch's current stream on a GPU."""
-    return torch.cuda.current_stream(index).cuda_stream
+    """The handle of torch's current stream on a GPU, without the Python object around it."""
+    return _raw_stream()(index)
+
+
+@cache
+def _raw_stream() -> Callable[[int | None], int]:
+    from triton.runtime import driver
+
+    return driver.active.get_current_stream
+
+
+@cache
+def devices() -> int:
+    """How many GPUs this process sees."""
+    return torch.cuda.device_count()

@@ -2,8 +2,8 @@
 
 A program keeps ``rows`` tokens (queries in the forward and in dQ, keys in dK/dV) and walks the other side ``cols``
 tokens at a time. Blocks smaller than ``cols`` are gathered into one tile; blocks larger than ``rows`` are shared by
-several programs. Chosen by compiling for an H100 and reading registers, spills and shared memory, not yet swept on a
-GPU (docs/kernel-log.md has the first times).
+several programs. Those of 16 bits and head_dim up to 128 come from a sweep on an H100 (docs/kernel-log.md), the others
+from compiling for one and reading registers, spills and shared memory.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ import torch
 from raybsa.kernels.triton_setup import shared_memory
 
 Pass = Literal["forward", "grad_q", "grad_kv"]
-
-
-GATHERED_STAGES = 1  # Triton 3.6 on an H100 gives wrong numbers where it pipelines gathered blocks in a masked loop
+GATHERED_COLS = 64  # where blocks are smaller than a tile, no more tokens than this are gathered
 
 
 class Tile(NamedTuple):
@@ -31,21 +29,17 @@ class Tile(NamedTuple):
     stages: int
     descriptors: bool = False
 
-    def stages_over(self, block: int) -> int:
-        """Stages of a walk over blocks of ``block`` tokens."""
-        return self.stages if block >= self.cols else GATHERED_STAGES
-
 
 # (pass, bytes of a number, padded head_dim up to): the first tile whose rows fit into the block serves it.
 TILES: dict[tuple[Pass, int, int], list[Tile]] = {
-    ("forward", 2, 64): [Tile(128, 64, 4, 3, True), Tile(64, 64, 4, 3, True), Tile(32, 64, 2, 3), Tile(16, 64, 2, 3)],
-    ("forward", 2, 128): [Tile(128, 64, 4, 2, True), Tile(64, 64, 4, 2, True), Tile(32, 64, 4, 2), Tile(16, 64, 4, 2)],
+    ("forward", 2, 64): [Tile(128, 128, 4, 2, True), Tile(64, 64, 4, 3, True), Tile(32, 64, 2, 3), Tile(16, 64, 2, 3)],
+    ("forward", 2, 128): [Tile(128, 64, 4, 2, True), Tile(64, 64, 4, 3, True), Tile(32, 64, 2, 2), Tile(16, 64, 2, 2)],
     ("forward", 2, 256): [Tile(128, 64, 8, 2, True), Tile(64, 64, 4, 2, True), Tile(32, 32, 4, 2), Tile(16, 32, 4, 2)],
     ("grad_q", 2, 64): [Tile(128, 64, 8, 3, True), Tile(64, 64, 4, 3, True), Tile(32, 64, 4, 3), Tile(16, 64, 2, 3)],
-    ("grad_q", 2, 128): [Tile(128, 64, 8, 2, True), Tile(64, 64, 4, 2, True), Tile(32, 64, 4, 2), Tile(16, 64, 4, 2)],
+    ("grad_q", 2, 128): [Tile(128, 128, 8, 2, True), Tile(64, 64, 4, 2, True), Tile(32, 64, 2, 2), Tile(16, 64, 2, 2)],
     ("grad_q", 2, 256): [Tile(64, 64, 8, 1, True), Tile(32, 32, 4, 2), Tile(16, 32, 4, 2)],
-    ("grad_kv", 2, 64): [Tile(128, 64, 8, 3, True), Tile(64, 64, 4, 3, True), Tile(32, 64, 4, 3), Tile(16, 64, 2, 3)],
-    ("grad_kv", 2, 128): [Tile(128, 64, 8, 2, True), Tile(64, 64, 4, 2, True), Tile(32, 64, 4, 2), Tile(16, 64, 4, 2)],
+    ("grad_kv", 2, 64): [Tile(64, 64, 4, 3, True), Tile(32, 64, 4, 3), Tile(16, 64, 2, 3)],
+    ("grad_kv", 2, 128): [Tile(64, 64, 4, 2, True), Tile(32, 64, 4, 2), Tile(16, 64, 2, 2)],
     ("grad_kv", 2, 256): [Tile(64, 32, 8, 2, True), Tile(32, 32, 8, 2), Tile(16, 32, 4, 2)],
     ("forward", 4, 64): [Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(16, 32, 4, 2)],
     ("forward", 4, 128): [Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), Tile(16, 32, 4, 2)],
@@ -65,11 +59,15 @@ def padded_head_dim(head_dim: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def choose_tile(kind: Pass, head_dim: int, dtype: torch.dtype, row_block: int, device: torch.device) -> Tile:
-    """The tile of a pass whose kept side comes in blocks of ``row_block`` tokens."""
+def choose_tile(
+    kind: Pass, head_dim: int, dtype: torch.dtype, row_block: int, walked_block: int, device: torch.device
+) -> Tile:
+    """The tile of a pass whose kept side comes in blocks of ``row_block`` tokens, the walked in ``walked_block``."""
     padded = padded_head_dim(head_dim)
     tiles = TILES[kind, dtype.itemsize, next(d for d in (64, 128, 256) if padded <= d)]
     tile = next((t for t in tiles if t.rows <= row_block), tiles[-1])
+    if walked_block < tile.cols:
+        tile = tile._replace(cols=min(tile.cols, GATHERED_COLS))
     return _fitted(tile, padded * dtype.itemsize, kept=1 if kind == "forward" else 2, room=shared_memory(device))
 
 
