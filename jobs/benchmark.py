@@ -21,13 +21,15 @@ from pathlib import Path
 
 from dashboards.report import write_report
 from raybsa import patterns
-from raybsa.cluster.coordinator import Coordinator, Outcome, WorkerNotMade
+from raybsa.cluster.coordinator import Coordinator, WorkerNotMade
 from raybsa.cluster.resources import TooFewResources
-from raybsa.experiments.launch import absolute, cluster, git_commit, worker_share
+from raybsa.experiments.launch import cluster, worker_share
+from raybsa.experiments.place import absolute, git_commit
+from raybsa.experiments.recording import Run, record_of, write
 from raybsa.experiments.suites import BASE, SUITES, grid
 from raybsa.experiments.table import head_line, line, ring_head_line, ring_line
-from raybsa.experiments.trial import Run, record_of, run_trial, write
-from raybsa.results.record import Record
+from raybsa.experiments.trial import run_trial
+from raybsa.results.record import Outcome, Record
 from raybsa.results.store import Store
 from raybsa.spec import PatternSpec, TrialSpec
 from raybsa.tasks.ring_ranks import measure_rings

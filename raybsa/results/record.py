@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from raybsa.spec import TrialSpec
+
 SCHEMA_VERSION = 1
 
 
@@ -96,6 +98,16 @@ class Measurement(Measured):
 
     curves: tuple[tuple[str, int, float], ...] = ()
     rank_curves: tuple[tuple[str, int, int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a trial ended: with a measurement or with an error. ``failures`` counts the workers that died under it."""
+
+    spec: TrialSpec
+    measurement: Measurement | None
+    error: str | None
+    failures: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from jobs import benchmark as job
-from raybsa.cluster.coordinator import Outcome
 from raybsa.cluster.resources import Share
-from raybsa.results.record import Measurement
+from raybsa.results.record import Measurement, Outcome
 from raybsa.results.store import Store
 from raybsa.spec import TrialSpec
 
