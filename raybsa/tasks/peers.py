@@ -11,7 +11,7 @@ import math
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -87,9 +87,15 @@ class Side:
     call: AttentionCall
     trains: bool
 
+    @cached_property
+    def inference(self) -> AttentionCall:
+        """The call without autograd's leaves, by which some libraries tell whether to prepare a backward."""
+        q, k, v = (x.detach() for x in (self.call.q, self.call.k, self.call.v))
+        return replace(self.call, q=q, k=k, v=v)
+
     def forward(self) -> Tensor:
         with torch.no_grad():
-            return self.attend(self.call)
+            return self.attend(self.inference)
 
     def forward_backward(self, grad_out: Tensor) -> tuple[Tensor, ...]:
         leaves = (self.call.q, self.call.k, self.call.v)
@@ -240,10 +246,8 @@ def _side(backend: str, call: AttentionCall) -> Side | Refused:
     reason = BACKENDS[backend].why_not(call)
     if reason is None:
         return Side(backend, partial(attend, backend), call, True)
-    with torch.no_grad():
-        if BACKENDS[backend].why_not(call) is None:
-            return Side(backend, partial(attend, backend), call, False)
-    return Refused(reason)
+    alone = Side(backend, partial(attend, backend), call, False)
+    return alone if BACKENDS[backend].why_not(alone.inference) is None else Refused(reason)
 
 
 def _attend_own(backend: str, call: AttentionCall) -> Tensor:

@@ -264,6 +264,7 @@ SHAPES = [
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # of the other libraries' compilers
 @pytest.mark.parametrize("name", ["fa4", "cudnn", "flex"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("problem", SHAPES, ids=lambda p: p.name)
