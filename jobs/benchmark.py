@@ -2,10 +2,12 @@
 
     python jobs/benchmark.py --suite cpu --out results/benchmark
     python jobs/benchmark.py --suite ring --out results/ring        # ring attention on 1, 2 and 4 ranks of this host
+    python jobs/benchmark.py --suite gpu --peers --out results/gpu  # our kernels beside other libraries' on one GPU
     python jobs/benchmark.py --pattern bigbird --density 0.1 0.05 --lengths 4096 16384 --out results/bigbird
     ray job submit --working-dir . -- python jobs/benchmark.py --suite cpu --out /absolute/results
 
-Each row times own and dense attention in turn on one device. Compare speeds on a quiet machine.
+Each row times own and dense attention in turn on one device. Compare speeds on a quiet machine. The suites ``gpu`` and
+``ring`` need no Ray. A ``gpu`` run goes on where an earlier one in the same folder ended.
 """
 
 from __future__ import annotations
@@ -13,28 +15,34 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from dashboards.report import write_report
 from raybsa import patterns
-from raybsa.cluster.coordinator import Coordinator, Outcome, WorkerNotMade
-from raybsa.cluster.resources import TooFewResources
-from raybsa.experiments.launch import absolute, cluster, git_commit, worker_share
+from raybsa.experiments import peer_table
+from raybsa.experiments.peer_cells import cells, parts_of
+from raybsa.experiments.peer_suite import PeerSuite
+from raybsa.experiments.place import absolute, git_commit
+from raybsa.experiments.recording import Run, record_of, write
 from raybsa.experiments.suites import BASE, SUITES, grid
 from raybsa.experiments.table import head_line, line, ring_head_line, ring_line
-from raybsa.experiments.trial import Run, record_of, run_trial, write
-from raybsa.results.record import Record
+from raybsa.results.record import Outcome, Record
 from raybsa.results.store import Store
 from raybsa.spec import PatternSpec, TrialSpec
+from raybsa.tasks.peers import GpuLost
 from raybsa.tasks.ring_ranks import measure_rings
+
+GPU = "gpu"
 
 
 def main() -> int:
     arguments = _arguments()
+    if arguments.suite == GPU:
+        return _gpu(arguments)
     specs = _specs(arguments)
     out = absolute("--out", arguments.out)
     store = Store.create(out)
@@ -47,25 +55,33 @@ def main() -> int:
     except KeyboardInterrupt:
         print(f"ended after {len(records)} of {len(specs)} measurements")
     print(f"results: {out}")
-    if "://" not in out and any(record.status == "ok" for record in records):
-        print(f"report:  {write_report(out, os.path.join(out, 'report.html'), own_patterns=True)}")
+    if any(record.status == "ok" for record in records):
+        _report(out)
     if len(records) < len(specs):
         return 128 + signal.SIGINT
     return 0 if all(record.status == "ok" for record in records) else 1
 
 
 def _speeds(specs: list[TrialSpec], arguments: argparse.Namespace, run: Run, store: Store) -> Iterator[Record]:
-    """Attention beside dense attention, on one worker."""
-    with cluster(arguments.address):
-        share = worker_share(arguments.threads)
-        timing = {"repeats": arguments.repeats, "budget_s": arguments.budget or 5.0}
-        print(f"{len(specs)} measurements on {share}, results in {store.root}", flush=True)
-        print(head_line())
-        with Coordinator(share, wait_s=arguments.wait, trial_s=arguments.limit, timing=timing) as coordinator:
-            for number, spec in enumerate(specs):
-                record = run_trial(spec, coordinator, run, trial_id=f"{run.run_id}-{number:03d}", store=store)
-                print(line(record), flush=True)
-                yield record
+    """Attention beside dense attention, on one worker of Ray."""
+    from raybsa.cluster.coordinator import Coordinator, WorkerNotMade
+    from raybsa.cluster.resources import TooFewResources
+    from raybsa.experiments.launch import cluster, worker_share
+    from raybsa.experiments.trial import run_trial
+
+    try:
+        with cluster(arguments.address):
+            share = worker_share(arguments.threads)
+            timing = {"repeats": arguments.repeats, "budget_s": arguments.budget or 5.0}
+            print(f"{len(specs)} measurements on {share}, results in {store.root}", flush=True)
+            print(head_line())
+            with Coordinator(share, wait_s=arguments.wait, trial_s=arguments.limit, timing=timing) as coordinator:
+                for number, spec in enumerate(specs):
+                    record = run_trial(spec, coordinator, run, trial_id=f"{run.run_id}-{number:03d}", store=store)
+                    print(line(record), flush=True)
+                    yield record
+    except (TooFewResources, WorkerNotMade) as error:
+        sys.exit(f"error: {error}")
 
 
 def _rings(specs: list[TrialSpec], arguments: argparse.Namespace, run: Run, store: Store) -> Iterator[Record]:
@@ -80,6 +96,46 @@ def _rings(specs: list[TrialSpec], arguments: argparse.Namespace, run: Run, stor
         write(store, record, outcome)
         print(ring_line(record), flush=True)
         yield record
+
+
+def _gpu(arguments: argparse.Namespace) -> int:
+    """Our kernels beside other libraries' on one GPU. Needs no Ray."""
+    part, _, parts = arguments.part.partition("/")
+    asked = parts_of(cells(quick=arguments.quick), int(part), int(parts or 1))
+    asked = [cell for cell in asked if re.search(arguments.only, cell.name)]
+    out = absolute("--out", arguments.out)
+    store, run = Store.create(out), Run.start("benchmark", arguments.git_commit)
+    timing = {"repeats": arguments.repeats, "budget_s": arguments.budget or 0.3}
+    suite = PeerSuite(asked, store, run, peers=arguments.peers, time_budget_s=arguments.time_budget, **timing)
+    print(f"{len(asked)} cells, results in {out}", flush=True)
+    ended = None
+    try:
+        for cell, records in suite.records():
+            print(*map(peer_table.line_of, peer_table.rows_of(records, [cell])), flush=True)
+    except (KeyboardInterrupt, GpuLost) as error:
+        ended = str(error) or "interrupted"
+    _report(out)
+    print(f"results: {out}\n{peer_table.HEAD}")
+    for row in peer_table.rows_of(store.read_records(), cells()):
+        print(peer_table.line_of(row))
+    print(peer_table.LEGEND)
+    if suite.left or ended:
+        print(
+            f"{ended or 'the time budget ended'}: the same command goes on with {len(suite.left) or 'the'} cells left"
+        )
+    return 1 if ended else 0
+
+
+def _report(out: str) -> None:
+    """Draws a local folder's report, where Plotly is installed."""
+    if "://" in out:
+        return
+    try:
+        from dashboards.report import write_report
+    except ImportError as error:
+        print(f"report:  not drawn ({error})")
+        return
+    print(f"report:  {write_report(out, os.path.join(out, 'report.html'), own_patterns=True)}")
 
 
 def _specs(arguments: argparse.Namespace) -> list[TrialSpec]:
@@ -117,7 +173,9 @@ def _pattern(text: str) -> PatternSpec:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="results folder or pyarrow.fs URI; absolute in a submitted job")
-    parser.add_argument("--suite", choices=SUITES, help="a named set of measurements, instead of the options below")
+    parser.add_argument(
+        "--suite", choices=[*SUITES, GPU], help="a named set of measurements, instead of the options below"
+    )
     parser.add_argument("--variant", nargs="+", default=["base"], choices=["base", "multihead"])
     parser.add_argument("--pattern", nargs="+", default=["random"], help="names, module:Class or JSON specs")
     parser.add_argument("--density", nargs="+", type=float, default=[0.1])
@@ -138,6 +196,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--address", help="a running Ray cluster (RAY_ADDRESS, else one of our own)")
     parser.add_argument("--wait", type=float, default=60.0, help="seconds to wait for resources")
     parser.add_argument("--limit", type=float, default=1800.0, help="seconds that one measurement may take")
+    gpu = parser.add_argument_group("suite gpu")
+    gpu.add_argument("--peers", action="store_true", help="also FlexAttention, FA4 and cuDNN where installed")
+    gpu.add_argument("--quick", action="store_true", help="8K and 32K tokens at 5 and 10 %% only")
+    gpu.add_argument("--only", default="", metavar="REGEX", help="cells whose name it finds")
+    gpu.add_argument("--part", default="1/1", metavar="I/N", help="one of N runs that share the cells")
+    gpu.add_argument("--time-budget", type=float, metavar="SECONDS", help="start no cell after this time")
     parser.add_argument("--git-commit", default=git_commit(Path(__file__).parent), help="recorded with each row")
     return parser.parse_args()
 
@@ -145,5 +209,5 @@ def _arguments() -> argparse.Namespace:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (ValueError, TypeError, OSError, TooFewResources, WorkerNotMade) as error:
+    except (ValueError, TypeError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -21,9 +21,10 @@ from raybsa.cluster.faults import Fault, FaultKind, FaultPlace, mark_file
 from raybsa.cluster.member import MemberSettings
 from raybsa.cluster.resources import Share, TooFewResources
 from raybsa.cluster.training import Recovery, TrainingCoordinator, TrainingFailed, TrainingResult
-from raybsa.experiments.launch import absolute, cluster, git_commit
+from raybsa.experiments.launch import cluster
+from raybsa.experiments.place import absolute, git_commit
+from raybsa.experiments.recording import Run
 from raybsa.experiments.trained import write_training
-from raybsa.experiments.trial import Run
 from raybsa.results.store import Store, StoreError
 from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
 

@@ -20,11 +20,12 @@ from typing import Any
 
 from dashboards.report import write_report
 from raybsa.cluster.resources import TooFewResources
-from raybsa.experiments.launch import absolute, cluster, git_commit, room_for, worker_share
+from raybsa.experiments.launch import cluster, room_for, worker_share
+from raybsa.experiments.place import absolute, git_commit
 from raybsa.experiments.presets import PRESETS, Preset
 from raybsa.experiments.progress import Progress
+from raybsa.experiments.recording import Run
 from raybsa.experiments.search import Pool, search
-from raybsa.experiments.trial import Run
 from raybsa.results.pareto import COSTS, named_objectives, pareto_front
 from raybsa.results.store import Store
 from raybsa.tasks.goals import QUALITIES

@@ -21,9 +21,10 @@ from raybsa import patterns
 from raybsa.cluster.member import MemberSettings
 from raybsa.cluster.resources import TooFewResources
 from raybsa.cluster.training import TrainingCoordinator, TrainingFailed
-from raybsa.experiments.launch import absolute, cluster, git_commit, worker_share
+from raybsa.experiments.launch import cluster, worker_share
+from raybsa.experiments.place import absolute, git_commit
+from raybsa.experiments.recording import Run
 from raybsa.experiments.trained import write_training
-from raybsa.experiments.trial import Run
 from raybsa.gradients.catalog import build
 from raybsa.results.store import Store, StoreError
 from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec

@@ -66,6 +66,26 @@ def measure_in_turn(
     return [quantiles_of(of_call) for of_call in times]
 
 
+def host_ms(call: Callable[[], object], device: torch.device | str, repeats: int = 10) -> float:
+    """Median milliseconds until ``call`` returns to Python: on CUDA what launching costs, not what is launched."""
+    times = []
+    for _ in range(repeats):
+        _settle(torch.device(device))
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e3)
+    return quantiles_of(times).p50
+
+
+def wall_ms(call: Callable[[], object], device: torch.device | str) -> float:
+    """Milliseconds of one call from its start to the end of all that it launched."""
+    _settle(torch.device(device))
+    start = time.perf_counter()
+    call()
+    _settle(torch.device(device))
+    return (time.perf_counter() - start) * 1e3
+
+
 def forward_call(attend: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], Tensor]:
     """The forward alone, as inference runs it: without autograd."""
 
@@ -149,6 +169,11 @@ class DeviceLock:
 
 
 # ---- for ourselves -------------------------------------------------------------------------------------------------
+
+
+def _settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _timed_cpu(calls: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:

@@ -20,7 +20,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raybsa.cluster.resources import Say, Share, TooFewResources, wait_for
-from raybsa.results.record import Measurement
+from raybsa.results.record import Measurement, Outcome
 from raybsa.spec import TrialSpec
 
 MakeWorker = Callable[[str, dict[str, Any]], Any]
@@ -28,16 +28,6 @@ MakeWorker = Callable[[str, dict[str, Any]], Any]
 
 class WorkerNotMade(RuntimeError):
     """A worker could not be made: its constructor raised or its process died; the message says why."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a trial ended: with a measurement or with an error. ``failures`` counts the workers that died under it."""
-
-    spec: TrialSpec
-    measurement: Measurement | None
-    error: str | None
-    failures: int
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What every measuring job does first: find its results folder, its commit, its cluster and its workers."""
+"""What a job on Ray does first: find its cluster and its workers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import logging
 import os
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,28 +16,6 @@ import ray
 from raybsa.cluster.resources import Share
 
 _ANSWER_SECONDS = 10.0
-
-
-def absolute(option: str, path: str) -> str:
-    """The path from the root; a URI as it is.
-
-    Raises:
-        ValueError: a relative path in a submitted job, which runs in a temporary copy where the results would be lost.
-    """
-    if "://" in path or os.path.isabs(path):
-        return path
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-        raise ValueError(f"{option} must be absolute in a submitted job (it runs in a temporary copy), got {path!r}")
-    return os.path.abspath(path)
-
-
-def git_commit(folder: Path) -> str:
-    """The commit that ``folder`` is checked out at; empty without git or in an uploaded copy."""
-    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
 
 
 @contextmanager

@@ -18,12 +18,12 @@ from ray import tune
 from ray.tune.search.optuna import OptunaSearch
 from ray.util import get_current_placement_group
 
-from raybsa.cluster.coordinator import Coordinator, Outcome
+from raybsa.cluster.coordinator import Coordinator
 from raybsa.cluster.resources import Say, Share, await_resources
+from raybsa.experiments.recording import Run, record_of, write
 from raybsa.experiments.space import SearchSpace
-from raybsa.experiments.trial import Run, record_of, write
 from raybsa.results.pareto import Objective
-from raybsa.results.record import Record
+from raybsa.results.record import Outcome, Record
 from raybsa.results.store import Store
 
 _TUNE_SETTINGS = {

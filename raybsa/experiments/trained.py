@@ -7,11 +7,10 @@ from collections.abc import Iterator
 
 import torch
 
-from raybsa.cluster.coordinator import Outcome
 from raybsa.cluster.member import MemberSettings
 from raybsa.cluster.training import Recovery, TrainingResult
-from raybsa.experiments.trial import Run, record_of
-from raybsa.results.record import Measurement, Record, SeriesPoint
+from raybsa.experiments.recording import Run, record_of
+from raybsa.results.record import Measurement, Outcome, Record, SeriesPoint
 from raybsa.results.store import Store
 from raybsa.spec import TrialSpec
 from raybsa.tasks.attention import layer_density

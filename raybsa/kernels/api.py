@@ -10,6 +10,7 @@ from torch import Tensor
 
 from raybsa.kernels import blocked, flex, reference, triton_backend, triton_op
 from raybsa.kernels.call import AttentionCall, cast_inputs, check_call, kept_with
+from raybsa.kernels.peers import cudnn, fa4
 from raybsa.layout import BlockLayout
 
 BACKENDS: dict[str, ModuleType] = {
@@ -17,6 +18,8 @@ BACKENDS: dict[str, ModuleType] = {
     "blocked": blocked,
     "triton": triton_backend,
     "flex": flex,
+    "fa4": fa4,
+    "cudnn": cudnn,
 }
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from raybsa.layout import BlockLayout
 
+ALIGNMENT = 128  # bytes: what any kernel here may assume of a tensor's address
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -66,7 +67,7 @@ def kept_with(layout: BlockLayout) -> dict[tuple[object, ...], Any]:
 
 
 def _signature(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % 16
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % ALIGNMENT
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -16,11 +16,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from raybsa.kernels import flex_tiles
 from raybsa.kernels.call import AttentionCall
 from raybsa.layout import BlockLayout
 
-LIST_BYTES = 256 * 2**20
-BACKWARD_TILE = 128  # torch's Hopper backward tiles are (64, 128): smaller sparse blocks leave it no configuration
+LIST_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
 
 
 def why_not(call: AttentionCall) -> str | None:
@@ -42,10 +42,13 @@ def why_not(call: AttentionCall) -> str | None:
         return f"FlexAttention wants head_dim >= 16, got {head_dim}"
     if min(layout.q_block_size, layout.kv_block_size) < 16:
         return f"FlexAttention wants blocks of 16 or more, got {layout.q_block_size} x {layout.kv_block_size}"
+    kind = call.q.device.type
+    if kind not in LIST_BYTES:
+        return f"this FlexAttention adapter runs on cpu and cuda, not on {kind}"
     list_bytes = 4 * 4 * layout.num_groups * layout.num_q_blocks * layout.num_kv_blocks
-    if list_bytes > LIST_BYTES:
-        return f"FlexAttention's block lists would take {list_bytes >> 20} MB here, more than {LIST_BYTES >> 20}"
-    return _why_not_on_cpu(call) if call.q.device.type == "cpu" else _why_not_on_cuda(call)
+    if list_bytes > LIST_BYTES[kind]:
+        return f"FlexAttention's block lists would take {list_bytes >> 20} MB here, more than {LIST_BYTES[kind] >> 20}"
+    return _why_not_on_cpu(call) if kind == "cpu" else _why_not_on_cuda(call)
 
 
 def _why_not_on_cpu(call: AttentionCall) -> str | None:
@@ -60,41 +63,43 @@ def _why_not_on_cpu(call: AttentionCall) -> str | None:
 
 
 def _why_not_on_cuda(call: AttentionCall) -> str | None:
-    if call.q.device.type != "cuda":
-        return f"this FlexAttention adapter runs on cpu and cuda, not on {call.q.device.type}"
     sizes = (call.layout.q_block_size, call.layout.kv_block_size)
-    if call.needs_grad and any(size % BACKWARD_TILE for size in sizes):
-        return (
-            f"FlexAttention's backward wants blocks that are multiples of {BACKWARD_TILE}, got {sizes[0]} x {sizes[1]}"
-        )
+    tile = flex_tiles.SMALL
+    if call.needs_grad and any(size % tile for size in sizes):
+        return f"FlexAttention's backward wants blocks that are multiples of {tile}, got {sizes[0]} x {sizes[1]}"
     return None
 
 
 def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """out (B, H, Sq, D), and lse (B, H, Sq) float32 if the call wants it."""
-    from torch._dynamo import config
     from torch.nn.attention.flex_attention import AuxRequest
 
-    options = {} if call.q.device.type == "cpu" else _forward_tiles(call.layout)
-    with config.patch(recompile_limit=1024):
-        result = _compiled()(
-            call.q,
-            call.k,
-            call.v,
-            block_mask=_block_mask(call),
-            scale=call.scale,
-            enable_gqa=call.queries_per_kv > 1,
-            return_aux=AuxRequest(lse=True) if call.return_lse else None,
-            kernel_options=options,
-        )
+    on_cuda = call.q.device.type == "cuda"
+    if on_cuda:
+        flex_tiles.prepare(call.layout)
+    result = _attend(
+        call.q,
+        call.k,
+        call.v,
+        block_mask=_block_mask(call),
+        scale=call.scale,
+        enable_gqa=call.queries_per_kv > 1,
+        return_aux=AuxRequest(lse=True) if call.return_lse else None,
+        kernel_options=flex_tiles.forward_options(call.layout) if on_cuda else {},
+    )
     return (result[0], result[1].lse) if call.return_lse else (result, None)
 
 
-def _forward_tiles(layout: BlockLayout) -> dict[str, int]:
-    """Tiles that divide the blocks: torch's own choice is 128 rows, which smaller blocks make it refuse."""
-    if layout.q_block_size % 128 == 0 and layout.kv_block_size % 128 == 0:
-        return {}
-    return {"fwd_BLOCK_M": min(64, layout.q_block_size), "fwd_BLOCK_N": min(64, layout.kv_block_size)}
+def _attend(*tensors: Tensor, **options: Any) -> Any:
+    """The compiled call. torch's limit of compiled variants is lifted where it is hit: the switch takes about 70 us."""
+    from torch._dynamo import config
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    try:
+        return _compiled()(*tensors, **options)
+    except FailOnRecompileLimitHit:
+        with config.patch(recompile_limit=1024):
+            return _compiled()(*tensors, **options)
 
 
 @cache

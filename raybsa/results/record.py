@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from raybsa.spec import TrialSpec
+
 SCHEMA_VERSION = 1
 
 
@@ -11,7 +13,8 @@ SCHEMA_VERSION = 1
 class Asked:
     """Whose answer a Record is, and to which question.
 
-    ``status`` is ``"ok"`` or ``"failed"`` (``error`` then says why); ``created_at`` is UTC, ISO 8601.
+    ``status`` is ``"ok"``, ``"failed"``, or ``"refused"`` for a library that says it cannot serve what was asked; where
+    it is not ok, ``error`` says why. ``created_at`` is UTC, ISO 8601.
     """
 
     trial_id: str
@@ -51,6 +54,12 @@ class Measured:
     cores or GPUs), ``single_*``: one process with the whole sequence, in turn with them, and the errors against it.
     ``wire_bytes`` are what all ranks sent in forward and backward, ``wire_forward_bytes`` in the forward,
     ``needed_forward_bytes`` what had to travel at least; ``imbalance`` is max / mean of the ranks' active blocks.
+
+    A row of task ``"peers"`` is one library's kernels (``backend``; ``library`` with its version) on one layout, timed
+    in turn with the others; ``dense_*`` are cuDNN's dense attention. Its errors are those of sampled rows against
+    float32, ``reference_error_*`` what plain torch operations in the row's dtype make of the same. ``*_host_ms``: until
+    a call returns to Python; ``layout_ms``: what the first call with a new layout costs more; ``layout_bytes``: what
+    stays with the layout after it. ``capability`` is the GPU's architecture, as ``"sm_90"``.
     """
 
     density: float | None = None
@@ -81,6 +90,15 @@ class Measured:
     single_forward_backward_ms_p50: float | None = None
     error_forward: float | None = None
     error_gradient: float | None = None
+    reference_error_forward: float | None = None
+    reference_error_gradient: float | None = None
+
+    forward_host_ms: float | None = None
+    forward_backward_host_ms: float | None = None
+    layout_ms: float | None = None
+    layout_bytes: int | None = None
+    library: str = ""
+    capability: str = ""
 
     device: str = ""
     device_name: str = ""
@@ -96,6 +114,16 @@ class Measurement(Measured):
 
     curves: tuple[tuple[str, int, float], ...] = ()
     rank_curves: tuple[tuple[str, int, int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a trial ended: with a measurement or with an error. ``failures`` counts the workers that died under it."""
+
+    spec: TrialSpec
+    measurement: Measurement | None
+    error: str | None
+    failures: int
 
 
 @dataclass(frozen=True, kw_only=True)

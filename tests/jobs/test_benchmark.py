@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from jobs import benchmark as job
-from raybsa.cluster.coordinator import Outcome
+from raybsa.cluster import coordinator
 from raybsa.cluster.resources import Share
-from raybsa.results.record import Measurement
+from raybsa.experiments import launch
+from raybsa.results.record import Measurement, Outcome
 from raybsa.results.store import Store
 from raybsa.spec import TrialSpec
 
@@ -102,9 +103,9 @@ def test_ctrl_c_keeps_what_was_measured_and_reports_it(
             return Outcome(spec, measured, None, 0)
 
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "--out", str(tmp_path), "--lengths", "128", "256", "512"])
-    monkeypatch.setattr(job, "cluster", lambda address: nullcontext())
-    monkeypatch.setattr(job, "worker_share", lambda cpus: Share())
-    monkeypatch.setattr(job, "Coordinator", Interrupted)
+    monkeypatch.setattr(launch, "cluster", lambda address: nullcontext())
+    monkeypatch.setattr(launch, "worker_share", lambda cpus: Share())
+    monkeypatch.setattr(coordinator, "Coordinator", Interrupted)
     assert job.main() == 130
     assert len(Store(str(tmp_path)).read_records()) == 1
     assert (tmp_path / "report.html").exists()

@@ -139,7 +139,7 @@ def test_tiles_by_descriptors_and_by_pointers_equal_the_reference(
     assert len(asked) == 3
 
 
-@on_both([SMALL[0]], LARGE[:3])
+@on_both([SMALL[0]], LARGE[:2])
 @pytest.mark.parametrize("shape", [(), (-1,), (1, -2), (4, 1, 1), (2, 1, -2, -1), (1, 4, -2, 1)], ids=str)
 @pytest.mark.parametrize("kind", ["bool", "float"])
 def test_attn_mask_broadcasts_by_strides(problem: Problem, device: str, shape: tuple[int, ...], kind: str) -> None:
@@ -202,7 +202,7 @@ def test_16_bit_errors_stay_within_twice_those_of_dense_torch(
         assert error <= budget, f"{name}: relative error {error:.2e}, budget {budget:.2e}"
 
 
-@on_both([SMALL[0]], LARGE[:2])
+@on_both([SMALL[0]], [LARGE[0], LARGE[3]])
 def test_inputs_of_any_memory_layout_give_the_same_numbers(problem: Problem, device: str) -> None:
     layout, inputs = problem.layout(device), problem.inputs(torch.float32, device)
 
@@ -330,6 +330,8 @@ def test_a_cuda_graph_captures_and_replays_forward_and_backward(device: str) -> 
         for x in leaves:
             x.copy_(torch.randn_like(x))
     graph.replay()
+    with torch.cuda.stream(side):  # where autograd met the leaves first
+        again = step()
     torch.cuda.synchronize()
-    for got, wanted in zip(captured, step(), strict=True):
+    for got, wanted in zip(captured, again, strict=True):
         assert torch.equal(got, wanted)

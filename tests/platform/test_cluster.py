@@ -12,9 +12,10 @@ from ray.exceptions import OutOfMemoryError
 
 from raybsa.cluster.coordinator import Coordinator, WorkerNotMade
 from raybsa.cluster.resources import Share, TooFewResources, await_resources
+from raybsa.experiments.recording import Run
 from raybsa.experiments.search import Pool, search
 from raybsa.experiments.space import SearchSpace
-from raybsa.experiments.trial import Run, run_trial
+from raybsa.experiments.trial import run_trial
 from raybsa.layout import BlockLayout
 from raybsa.patterns import save_blocks
 from raybsa.results.pareto import named_objectives

@@ -6,12 +6,11 @@ from types import SimpleNamespace
 import optuna
 import pytest
 
-from raybsa.cluster.coordinator import Outcome
+from raybsa.experiments.recording import Run
 from raybsa.experiments.search import _Questions, _Recorder, _value
 from raybsa.experiments.space import SearchSpace
-from raybsa.experiments.trial import Run
 from raybsa.results.pareto import DENSITY, LATENCY
-from raybsa.results.record import Measurement
+from raybsa.results.record import Measurement, Outcome
 from raybsa.results.store import Store
 from raybsa.spec import AttentionSpec, TrialSpec
 

@@ -4,10 +4,10 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from raybsa.cluster.coordinator import Outcome
 from raybsa.cluster.worker import Worker
-from raybsa.experiments.trial import Run, run_trial
-from raybsa.results.record import Measured
+from raybsa.experiments.recording import Run
+from raybsa.experiments.trial import run_trial
+from raybsa.results.record import Measured, Outcome
 from raybsa.results.store import Store
 from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
 

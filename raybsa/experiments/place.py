@@ -1,0 +1,29 @@
+"""Where a job writes and which code it runs. Needs no Ray."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+
+def absolute(option: str, path: str) -> str:
+    """The path from the root; a URI as it is.
+
+    Raises:
+        ValueError: a relative path in a submitted job, which runs in a temporary copy where the results would be lost.
+    """
+    if "://" in path or os.path.isabs(path):
+        return path
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        raise ValueError(f"{option} must be absolute in a submitted job (it runs in a temporary copy), got {path!r}")
+    return os.path.abspath(path)
+
+
+def git_commit(folder: Path) -> str:
+    """The commit that ``folder`` is checked out at; empty without git or in an uploaded copy."""
+    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
