@@ -134,8 +134,9 @@ class BlockLayout:
 
     @cached_property
     def density(self) -> float:
-        """nnz blocks / allowed blocks, over all groups (0 if nothing is allowed)."""
-        allowed = int(self.allowed_blocks.sum()) * self.num_groups
+        """nnz blocks / allowed blocks, over all groups (0 if nothing is allowed). Only a causal layout reads back."""
+        each = int(self.allowed_blocks.sum()) if self.causal else self.num_q_blocks * self.num_kv_blocks
+        allowed = each * self.num_groups
         return self.nnz_blocks / allowed if allowed else 0.0
 
     # ---- positions ---------------------------------------------------------------------------------------------

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from raybsa.kernels.auto_table import OWN
 from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
 
-OWN = "triton"
-PEERS = ("flex", "fa4", "cudnn")
 BASE = TrialSpec(
     "peers",
     (AttentionSpec("base", PatternSpec("random"), 0.1, 64, OWN),),

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from raybsa.experiments.peer_cells import OWN, PEERS, Cell
+from raybsa.experiments.peer_cells import Cell
 from raybsa.experiments.recording import Run, record_of, write
 from raybsa.kernels.api import BACKENDS
+from raybsa.kernels.auto_table import OWN, PEERS
 from raybsa.kernels.peers import dense
 from raybsa.kernels.peers.guards import installed
 from raybsa.results.record import Measurement, Outcome, Record
@@ -43,7 +44,7 @@ class PeerSuite:
 
     Args:
         cells: what to measure, in this order; neighbours of the same sizes share inputs and the dense line.
-        peers: also other libraries, and ``auto`` where it chooses one.
+        peers: also other libraries, and ``auto`` where it takes one of them.
         time_budget_s: no cell is started when these seconds have passed; None is no bound.
         device: where to measure.
         repeats, budget_s: as in ``measure_cell``.

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from raybsa.kernels import blocked, flex, reference, triton_backend, triton_op
+from raybsa.kernels import auto, blocked, flex, reference, triton_backend, triton_op
 from raybsa.kernels.call import AttentionCall, cast_inputs, check_call, kept_with
 from raybsa.kernels.peers import cudnn, fa4
 from raybsa.layout import BlockLayout
@@ -59,7 +59,9 @@ def block_sparse_attention(
             CPU generator.
         deterministic: True asks for bit-equal repeats; None follows ``torch.use_deterministic_algorithms``.
         return_lse: also return lse (B, H, Sq), natural log, float32 (float64 for float64 inputs), differentiable.
-        backend: ``"auto"`` or a name in ``BACKENDS``.
+        backend: ``"auto"`` or a name in ``BACKENDS``. ``"auto"`` takes what was fastest on this GPU for such a call
+            (``raybsa.kernels.auto_table``), our own kernels where nothing like it was measured. Under
+            ``torch.compile`` it takes our own.
 
     Returns:
         out (B, H, Sq, D) in q's dtype, or (out, lse).
@@ -125,9 +127,14 @@ def _chosen(call: AttentionCall, backend: str) -> ModuleType:
 
 
 def choose_backend(call: AttentionCall) -> str:
-    """The backend that ``auto`` takes: on CUDA the first of triton and flex that can serve the call, else blocked."""
+    """The backend that ``auto`` takes: the first that can serve the call.
+
+    They are asked in the order in which they were fastest on the nearest measured cell; then, and where nothing like
+    the call was measured, triton and flex on CUDA; blocked is last.
+    """
     on_cuda = ("triton", "flex") if call.q.device.type == "cuda" else ()
-    return next((name for name in on_cuda if BACKENDS[name].why_not(call) is None), "blocked")
+    order = (*auto.measured_order(call), *on_cuda)
+    return next((name for name in order if BACKENDS[name].why_not(call) is None), "blocked")
 
 
 def _named(name: str, call: AttentionCall) -> ModuleType:

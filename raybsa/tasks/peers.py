@@ -168,7 +168,7 @@ def measure_cell(
     """What each implementation does on the spec's layout: those that refuse or fail as they are tried, the rest timed.
 
     Args:
-        backends: names of ``BACKENDS``, or ``"auto"``, which is left out where it chooses one that is asked anyway.
+        backends: names of ``BACKENDS``, or ``"auto"``, which is left out where it takes our own kernels, timed anyway.
         ideal: dense attention of the same sizes, for the ``dense_*`` columns.
         repeats, budget_s: as in ``measure_in_turn``.
 
@@ -184,9 +184,9 @@ def measure_cell(
     rounding = parts_error(sampled_attention(call, picks, sparse_gradient, call.q.dtype), exact)
     checked: list[tuple[Side, Measurement]] = []
     for backend in backends:
-        if backend == "auto" and choose_backend(call) in backends:
-            continue
         side = _side(backend, call)
+        if backend == "auto" and isinstance(side, Side) and set(_chosen(side)) <= set(OWN):
+            continue
         found = side if isinstance(side, Refused) else _checked(side, exact, sparse_gradient)
         if isinstance(side, Side) and isinstance(found, Measurement):
             checked.append((side, replace(found, density=layout.density)))
@@ -233,7 +233,7 @@ def _timed(
                 dense_forward_ms_p50=ideal.forward_ms_p50 if ideal else None,
                 dense_forward_backward_ms_p50=ideal.forward_backward_ms_p50 if ideal else None,
                 dense_peak_bytes=ideal.peak_bytes if ideal else None,
-                library=_library(side.backend),
+                library=" / ".join(_chosen(side)) if side.backend == "auto" else _library(side.backend),
             )
             yield of_backend(spec, side.backend), measured
 
@@ -248,6 +248,11 @@ def _side(backend: str, call: AttentionCall) -> Side | Refused:
         return Side(backend, partial(attend, backend), call, True)
     alone = Side(backend, partial(attend, backend), call, False)
     return alone if BACKENDS[backend].why_not(alone.inference) is None else Refused(reason)
+
+
+def _chosen(side: Side) -> tuple[str, str]:
+    """What ``auto`` takes for the forward alone and for forward and backward."""
+    return choose_backend(side.inference), choose_backend(side.call)
 
 
 def _attend_own(backend: str, call: AttentionCall) -> Tensor:

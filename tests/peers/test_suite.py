@@ -132,6 +132,17 @@ def test_every_library_gets_a_row_that_says_what_it_did(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("libraries")
+def test_auto_is_measured_where_it_takes_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task, "choose_backend", lambda call: "blocked" if call.needs_grad else "flex")
+    store = Store.create(tmp_path)
+    list(suite(store, CELLS[:1]).records())
+    (row,) = (r for r in store.read_records() if r.backend == "auto")
+    assert (row.status, row.library) == ("ok", "flex / blocked")
+    assert row.forward_ms_p50
+    assert row.forward_backward_ms_p50
+
+
+@pytest.mark.usefixtures("libraries")
 def test_a_second_run_measures_only_what_is_missing(tmp_path: Path) -> None:
     store = Store.create(tmp_path)
     assert len(list(suite(store, peers=False).records())) == 3
@@ -252,7 +263,7 @@ def test_a_line_says_how_far_ahead_of_whom() -> None:
     assert len(line) <= 150
     forward, both = (part.split() for part in line.split("|")[1:3])
     assert forward == ["1.000", "80%", "0.50", "1.25", "fa4", "1.05"]
-    assert both == ["8.000", "50%", "0.80", "0.80", "flex", "1.00"]
+    assert both == ["8.000", "50%", "0.80", "0.80", "flex", "0.80"]
     assert " 5.0% " in line
     assert line.endswith("cudnn-")
     assert peer_table.HEAD.index("f+b ms") + len("f+b ms") == line.index("8.000") + len("8.000")
