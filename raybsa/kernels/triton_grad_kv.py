@@ -11,11 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from raybsa.kernels.call import AttentionCall, kept_with
+from raybsa.kernels.call import AttentionCall
 from raybsa.kernels.triton_arguments import (
     Softmax,
     constants,
-    dot_precision,
     feature_strides,
     feature_tensors,
     numbers,
@@ -42,19 +41,11 @@ from raybsa.kernels.triton_tiles import choose_tile
 SHIFT, BLOCK_BITS = tl.constexpr(MEMBER_SHIFT), tl.constexpr(MAX_BLOCKS - 1)
 
 
-def grad_kv(
-    call: AttentionCall, forward: Softmax, delta: Tensor, grad_out: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """k's and v's gradients (B, Hkv, Skv, D) in ``dtype``; delta (B, H, Sq) contiguous."""
-    kept = kept_with(call.layout)
-    key = ("grad_kv", dot_precision(call.q.dtype), call.signature, forward.signature(grad_out), dtype)
-    if key not in kept:
-        kept[key] = _GradKV(call, dtype)
-    return kept[key](call, forward, delta, grad_out)
+class GradKV:
+    """The launches of calls that differ in their tensors' numbers and the seed only.
 
-
-class _GradKV:
-    """The launches of calls that differ in their tensors' numbers and the seed only."""
+    A call gives k's and v's gradients (B, Hkv, Skv, D) in ``dtype``; delta (B, H, Sq) is contiguous.
+    """
 
     def __init__(self, call: AttentionCall, dtype: torch.dtype) -> None:
         (batch, kv_heads, _, head_dim), layout = call.k.shape, call.layout

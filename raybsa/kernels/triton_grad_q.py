@@ -10,11 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from raybsa.kernels.call import AttentionCall, kept_with
+from raybsa.kernels.call import AttentionCall
 from raybsa.kernels.triton_arguments import (
     Softmax,
     constants,
-    dot_precision,
     feature_strides,
     feature_tensors,
     numbers,
@@ -39,22 +38,12 @@ from raybsa.kernels.triton_scores import (
 from raybsa.kernels.triton_tiles import choose_tile
 
 
-def grad_q(
-    call: AttentionCall, forward: Softmax, delta: Tensor, grad_out: Tensor, with_bias: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """q's gradient (B, H, Sq, D) in ``dtype``, and block_bias's (nnz,) if wanted.
+class GradQ:
+    """The launches of calls that differ in their tensors' numbers and the seed only.
 
-    ``delta`` (B, H, Sq) is read, or written first where ``forward`` has the output that it is made of.
+    A call gives q's gradient (B, H, Sq, D) in ``dtype``, and block_bias's (nnz,) if wanted. ``delta`` (B, H, Sq) is
+    read, or written first where ``forward`` has the output that it is made of.
     """
-    kept = kept_with(call.layout)
-    key = ("grad_q", dot_precision(call.q.dtype), call.signature, forward.signature(grad_out), with_bias, dtype)
-    if key not in kept:
-        kept[key] = _GradQ(call, with_bias, dtype)
-    return kept[key](call, forward, delta, grad_out)
-
-
-class _GradQ:
-    """The launches of calls that differ in their tensors' numbers and the seed only."""
 
     def __init__(self, call: AttentionCall, with_bias: bool, dtype: torch.dtype) -> None:
         (batch, heads, _, head_dim), layout = call.q.shape, call.layout
