@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,9 +17,9 @@ ALIGNMENT = 128  # bytes: what any kernel here may assume of a tensor's address
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # frozen would take as long to make as a kernel to launch
 class AttentionCall:
-    """One call whose arguments fit together.
+    """One call whose arguments fit together; never changed once it is made.
 
     q is (B, H, Sq, D), k and v are (B, Hkv, Skv, D); the rest is as ``block_sparse_attention`` documents it, with
     ``scale``, ``seed`` and ``deterministic`` decided. Sq and Skv are the layout's tokens at hand.
@@ -43,13 +44,18 @@ class AttentionCall:
         return self.q.shape[1] // self.k.shape[1]
 
     @cached_property
-    def signature(self) -> tuple[Any, ...]:
-        """All that decides how the call runs, but for the numbers in its tensors, its layout and its seed."""
+    def signature(self) -> int:
+        """A number for all that decides how the call runs, but for the numbers in its tensors, its layout and its seed.
+
+        Calls of equal signature that share a layout pass the same checks and run the same kernels.
+        """
         tensors = (self.q, self.k, self.v, self.attn_mask, *(self.segment_ids or ()), self.block_bias)
         of_tensors = tuple([None if t is None else _signature(t) for t in tensors])
         of_mask = self.attn_mask is not None and self.attn_mask.requires_grad
         grads = (self.needs_grad, of_mask)
-        return *of_tensors, *grads, self.scale, self.dropout_p, self.deterministic, self.return_lse
+        known = (*of_tensors, *grads, self.scale, self.dropout_p, self.deterministic, self.return_lse)
+        found = _SIGNATURES.get(known)
+        return _SIGNATURES.setdefault(known, next(_NUMBERS)) if found is None else found
 
     @property
     def needs_grad(self) -> bool:
@@ -57,6 +63,8 @@ class AttentionCall:
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+_SIGNATURES: dict[tuple[Any, ...], int] = {}
+_NUMBERS = count()
 _KEPT: WeakKeyDictionary[BlockLayout, dict[tuple[object, ...], Any]] = WeakKeyDictionary()
 
 

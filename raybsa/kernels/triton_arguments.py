@@ -11,6 +11,7 @@ from torch import Tensor
 
 from raybsa.counter import Stream, mix_words
 from raybsa.kernels.call import AttentionCall
+from raybsa.kernels.triton_launch import Boxes
 from raybsa.kernels.triton_tiles import Tile, padded_head_dim
 
 LOG2E = 1.4426950408889634
@@ -69,7 +70,7 @@ def with_seed(fixed: tuple[int | float, ...], call: AttentionCall) -> tuple[int 
     return fixed if call.dropout_p == 0.0 else (*fixed[:-3], *_dropout_arguments(call.seed, call.dropout_p))
 
 
-def constants(call: AttentionCall, tile: Tile, descriptors: bool) -> tuple[Any, ...]:
+def constants(call: AttentionCall, tile: Tile, kept: Boxes, walked: Boxes) -> tuple[Any, ...]:
     """What the kernels are compiled for, beyond the types of their tensors, in the order of their signatures."""
     layout, head_dim = call.layout, call.q.shape[-1]
     return (
@@ -84,7 +85,8 @@ def constants(call: AttentionCall, tile: Tile, descriptors: bool) -> tuple[Any, 
         layout.kv_tokens % layout.kv_block_size != 0,
         call.dropout_p > 0.0,
         dot_precision(call.q.dtype),
-        descriptors,
+        bool(kept),
+        bool(walked),
     )
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from raybsa.kernels.call import AttentionCall
-from raybsa.kernels.triton_arguments import Softmax
+from raybsa.kernels.call import AttentionCall, kept_with
+from raybsa.kernels.triton_arguments import Softmax, dot_precision
 from raybsa.kernels.triton_plan import MAX_BLOCKS, MAX_MEMBERS
 from raybsa.kernels.triton_setup import devices, interpreting, repair_interpreter, why_not_here
 from raybsa.layout import BlockLayout
@@ -57,7 +57,7 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
     if not call.needs_grad:
         return _forward(call)
     numbers = (call.dropout_p, call.seed, call.deterministic, call.return_lse)
-    rest = _Rest(call.layout, call.scale, call.segment_ids, *numbers)
+    rest = _Rest(call.layout, call.scale, call.segment_ids, *numbers, call.signature)
     return _Triton.apply(call.q, call.k, call.v, call.attn_mask, call.block_bias, rest)
 
 
@@ -83,19 +83,25 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v in ``dtype``, and of block_bias if it is wanted; ``delta`` as ``grad_q`` takes it."""
     with _ready(call.q):
-        from raybsa.kernels.triton_grad_kv import grad_kv
-        from raybsa.kernels.triton_grad_q import grad_q
+        kept = kept_with(call.layout)
+        key = ("backward", dot_precision(call.q.dtype), call.signature, forward.signature(grad_out), with_bias, dtype)
+        if key not in kept:
+            from raybsa.kernels.triton_grad_kv import GradKV
+            from raybsa.kernels.triton_grad_q import GradQ
 
-        of_q, of_bias = grad_q(call, forward, delta, grad_out, with_bias, dtype)
-        of_k, of_v = grad_kv(call, forward, delta, grad_out, dtype)
-        return of_q, of_k, of_v, of_bias
+            kept[key] = GradQ(call, with_bias, dtype), GradKV(call, dtype)
+        grad_q, grad_kv = kept[key]
+        of_q, of_bias = grad_q(call, forward, delta, grad_out)
+        return of_q, *grad_kv(call, forward, delta, grad_out), of_bias
 
 
 class _Triton(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         *tensors, rest = args
-        out, lse = _forward(_with_tensors(rest, tensors))
+        call = _with_tensors(rest, tensors)
+        call.signature = rest.signature
+        out, lse = _forward(call)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, out, lse)
         ctx.rest = rest
@@ -136,8 +142,9 @@ class _Rest(NamedTuple):
     seed: int
     deterministic: bool
     return_lse: bool
+    signature: int
 
 
 def _with_tensors(rest: _Rest, tensors: Sequence[Any]) -> AttentionCall:
     q, k, v, attn_mask, block_bias = tensors
-    return AttentionCall(q, k, v, rest.layout, rest.scale, attn_mask, rest.segment_ids, block_bias, *rest[3:])
+    return AttentionCall(q, k, v, rest.layout, rest.scale, attn_mask, rest.segment_ids, block_bias, *rest[3:7])

@@ -1,4 +1,4 @@
-"""Which tensors go in as TMA descriptors: on Hopper and later one instruction loads a tile, without pointers."""
+"""Which tensors go in as TMA descriptors: on Hopper and later one instruction moves a tile, without pointers."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from raybsa.kernels.triton_launch import Boxes
 from raybsa.kernels.triton_tiles import Tile, padded_head_dim
 
 
-def boxes_of(block_size: int, tile: Tile, walked: dict[int, Tensor]) -> Boxes:
-    """The places of the walked tensors (B, H, S, D), each with the tile (tile.cols, padded D) that a program loads.
+def boxes_of(tile: Tile, block_size: int, tokens: int, tensors: dict[int, Tensor | None]) -> Boxes:
+    """The places of the tensors (B, H, S, D), each with the (tokens, padded D) that a program moves at once.
 
-    Empty where a block does not hold a tile, their strides do not fit or the GPU has no TMA.
+    Empty where a block does not hold so many tokens, the tensors' strides do not fit or the GPU has no TMA.
     """
-    tensors = list(walked.values())
-    if not tile.descriptors or block_size < tile.cols or not _has_descriptors(tensors[0].device):
+    given = {place: x for place, x in tensors.items() if x is not None}
+    if not tile.descriptors or block_size < tokens or not all(_fits(x) for x in given.values()):
         return ()
-    if not all(_fits(tensor) for tensor in tensors):
+    if not all(_has_descriptors(x.device) for x in given.values()):
         return ()
-    return tuple((place, (1, 1, tile.cols, padded_head_dim(x.shape[-1]))) for place, x in walked.items())
+    return tuple((place, (1, 1, tokens, padded_head_dim(x.shape[-1]))) for place, x in given.items())
 
 
 def _fits(x: Tensor) -> bool:

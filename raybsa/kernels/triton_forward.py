@@ -95,12 +95,13 @@ class _Forward:
         return out, lse
 
     def _launcher(self, call: AttentionCall, tensors: Tensors) -> Launcher:
-        tile, block_size = self._tile, call.layout.kv_block_size
+        tile, layout = self._tile, call.layout
         plain = call.attn_mask is None and call.segment_ids is None and call.block_bias is None and call.scale >= 0
-        boxes = boxes_of(block_size, tile, {1: call.k, 2: call.v})
+        kept = boxes_of(tile, layout.q_block_size, tile.rows, {0: call.q, 3: tensors[3]})
+        walked = boxes_of(tile, layout.kv_block_size, tile.cols, {1: call.k, 2: call.v})
         sizes = feature_strides(call) + strides(call.q, call.k, call.v, tensors[3])
-        every_constant = (*constants(call, tile, bool(boxes)), plain)
-        return launcher(forward_kernel, tensors, sizes, every_constant, tile.warps, tile.stages, boxes)
+        every_constant = (*constants(call, tile, kept, walked), plain)
+        return launcher(forward_kernel, tensors, sizes, every_constant, tile.warps, tile.stages, kept + walked)
 
     def _merge_parts(self, call: AttentionCall, tensors: Tensors) -> None:
         """Writes the split rows of out and lse."""
@@ -189,7 +190,8 @@ def forward_kernel(
     KV_RAGGED: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    KEPT_BOXES: tl.constexpr,
+    WALKED_BOXES: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
     """Program (item and tile within the query block, copy of the group): ROWS queries."""
@@ -210,12 +212,14 @@ def forward_kernel(
     q_position = q_token
     if q_starts is not None:
         q_position = tl.load(q_starts + q_block).to(tl.int32) + in_block
-    q_base = q + b.to(tl.int64) * q_b + h.to(tl.int64) * q_h
-    queries = load_tokens(
-        q_base + q_token.to(tl.int64)[:, None] * q_t + dim[None, :] * q_d, q_inside, dim, Q_EVEN, D, DP
-    )
+    corner = q_block * Q_BLOCK + (tl.program_id(0) % TILES) * ROWS
+    if KEPT_BOXES:
+        queries = tl.reshape(q.load([b, h, corner, 0]), [ROWS, DP])
+    else:
+        q_at = q + b.to(tl.int64) * q_b + h.to(tl.int64) * q_h + q_token.to(tl.int64)[:, None] * q_t
+        queries = load_tokens(q_at + dim[None, :] * q_d, q_inside, dim, Q_EVEN, D, DP)
     kv_head = h // queries_per_kv
-    if not DESCRIPTORS:
+    if not WALKED_BOXES:
         k_base = k + b.to(tl.int64) * k_b + kv_head.to(tl.int64) * k_h
         v_base = v + b.to(tl.int64) * v_b + kv_head.to(tl.int64) * v_h
     if q_ids is not None:
@@ -238,7 +242,7 @@ def forward_kernel(
             offset = tile_first(tile, KV_BLOCK, COLS)
             k_token = kv_block * KV_BLOCK + (offset + lane)
             k_inside = (k_token < kv_tokens) & (slots < end)
-            if DESCRIPTORS:
+            if WALKED_BOXES:
                 keys = tl.reshape(k.load([b, kv_head, kv_block * KV_BLOCK + offset, 0]), [COLS, DP])
             else:
                 k_at = tile_pointers(k_base, 0, kv_block, offset, lane, dim, k_t, k_d, KV_BLOCK, COLS)
@@ -277,7 +281,7 @@ def forward_kernel(
             if DROPOUT:
                 kept = is_kept(hash_base, flat_head, q_position[:, None], k_position[None, :], threshold)
                 weights = tl.where(kept, weights, 0.0)
-            if DESCRIPTORS:
+            if WALKED_BOXES:
                 values = tl.reshape(v.load([b, kv_head, kv_block * KV_BLOCK + offset, 0]), [COLS, DP])
             else:
                 v_at = tile_pointers(v_base, 0, kv_block, offset, lane, dim, v_t, v_d, KV_BLOCK, COLS)
@@ -297,9 +301,11 @@ def forward_kernel(
             store_tokens(part_out + at[:, None] * D + dim[None, :], result, in_block < Q_BLOCK, dim, False, D, DP)
     if part < 0:
         tl.store(lse + flat_head.to(tl.int64) * q_tokens + q_token, natural, mask=q_inside)
-        out_base = out + b.to(tl.int64) * out_b + h.to(tl.int64) * out_h
-        pointers = out_base + q_token.to(tl.int64)[:, None] * out_t + dim[None, :] * out_d
-        store_tokens(pointers, result, q_inside, dim, Q_EVEN, D, DP)
+        if KEPT_BOXES:
+            out.store([b, h, corner, 0], tl.reshape(result.to(out.dtype), [1, 1, ROWS, DP]))
+        else:
+            out_at = out + b.to(tl.int64) * out_b + h.to(tl.int64) * out_h + q_token.to(tl.int64)[:, None] * out_t
+            store_tokens(out_at + dim[None, :] * out_d, result, q_inside, dim, Q_EVEN, D, DP)
 
 
 @triton.jit(do_not_specialize=["groups", "blocks", "parts", "heads", "tokens"])

@@ -11,11 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from raybsa.kernels.call import AttentionCall, kept_with
+from raybsa.kernels.call import AttentionCall
 from raybsa.kernels.triton_arguments import (
     Softmax,
     constants,
-    dot_precision,
     feature_strides,
     feature_tensors,
     numbers,
@@ -42,19 +41,11 @@ from raybsa.kernels.triton_tiles import choose_tile
 SHIFT, BLOCK_BITS = tl.constexpr(MEMBER_SHIFT), tl.constexpr(MAX_BLOCKS - 1)
 
 
-def grad_kv(
-    call: AttentionCall, forward: Softmax, delta: Tensor, grad_out: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """k's and v's gradients (B, Hkv, Skv, D) in ``dtype``; delta (B, H, Sq) contiguous."""
-    kept = kept_with(call.layout)
-    key = ("grad_kv", dot_precision(call.q.dtype), call.signature, forward.signature(grad_out), dtype)
-    if key not in kept:
-        kept[key] = _GradKV(call, dtype)
-    return kept[key](call, forward, delta, grad_out)
+class GradKV:
+    """The launches of calls that differ in their tensors' numbers and the seed only.
 
-
-class _GradKV:
-    """The launches of calls that differ in their tensors' numbers and the seed only."""
+    A call gives k's and v's gradients (B, Hkv, Skv, D) in ``dtype``; delta (B, H, Sq) is contiguous.
+    """
 
     def __init__(self, call: AttentionCall, dtype: torch.dtype) -> None:
         (batch, kv_heads, _, head_dim), layout = call.k.shape, call.layout
@@ -88,11 +79,13 @@ class _GradKV:
         return grad_k, grad_v
 
     def _launcher(self, call: AttentionCall, grad_out: Tensor, tensors: Tensors) -> Launcher:
-        tile, block_size = self._tile, call.layout.q_block_size
-        boxes = boxes_of(block_size, tile, {1: call.q, 4: grad_out})
+        tile, layout = self._tile, call.layout
+        ours = {2: call.k, 3: call.v, 6: tensors[6], 7: tensors[7]}
+        kept = boxes_of(tile, layout.kv_block_size, tile.rows, ours)
+        walked = boxes_of(tile, layout.q_block_size, tile.cols, {1: call.q, 4: grad_out})
         sizes = feature_strides(call) + strides(call.q, call.k, call.v, grad_out, *tensors[6:8])
-        every_constant = constants(call, tile, bool(boxes))
-        return launcher(grad_kv_kernel, tensors, sizes, every_constant, tile.warps, tile.stages, boxes)
+        every_constant = constants(call, tile, kept, walked)
+        return launcher(grad_kv_kernel, tensors, sizes, every_constant, tile.warps, tile.stages, kept + walked)
 
 
 @triton.jit(
@@ -181,7 +174,8 @@ def grad_kv_kernel(
     KV_RAGGED: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    KEPT_BOXES: tl.constexpr,
+    WALKED_BOXES: tl.constexpr,
 ):
     """Program (item and tile within the KV block, copy of the group): ROWS keys."""
     TILES: tl.constexpr = KV_BLOCK // ROWS if KV_BLOCK > ROWS else 1
@@ -203,11 +197,16 @@ def grad_kv_kernel(
     if kv_starts is not None:
         k_position = tl.load(kv_starts + kv_block).to(tl.int32) + in_block
     k_steps = k_token.to(tl.int64)[:, None]
-    k_base = k + b.to(tl.int64) * k_b + kv_head.to(tl.int64) * k_h
-    v_base = v + b.to(tl.int64) * v_b + kv_head.to(tl.int64) * v_h
-    keys = load_tokens(k_base + k_steps * k_t + dim[None, :] * k_d, k_inside, dim, K_EVEN, D, DP)
-    values = load_tokens(v_base + k_steps * v_t + dim[None, :] * v_d, k_inside, dim, K_EVEN, D, DP)
-    if not DESCRIPTORS:
+    corner = kv_block * KV_BLOCK + (tl.program_id(0) % TILES) * ROWS
+    if KEPT_BOXES:
+        keys = tl.reshape(k.load([b, kv_head, corner, 0]), [ROWS, DP])
+        values = tl.reshape(v.load([b, kv_head, corner, 0]), [ROWS, DP])
+    else:
+        k_base = k + b.to(tl.int64) * k_b + kv_head.to(tl.int64) * k_h
+        v_base = v + b.to(tl.int64) * v_b + kv_head.to(tl.int64) * v_h
+        keys = load_tokens(k_base + k_steps * k_t + dim[None, :] * k_d, k_inside, dim, K_EVEN, D, DP)
+        values = load_tokens(v_base + k_steps * v_t + dim[None, :] * v_d, k_inside, dim, K_EVEN, D, DP)
+    if not WALKED_BOXES:
         q_base, do_base = q + b.to(tl.int64) * q_b, grad_out + b.to(tl.int64) * do_b
     if q_ids is not None:
         k_segment = tl.load(kv_ids + b * kv_ids_b + k_token * kv_ids_t, mask=k_inside, other=0)
@@ -231,7 +230,7 @@ def grad_kv_kernel(
             flat_head = b * heads + h
             q_token = q_block * Q_BLOCK + (offset + lane)
             q_inside = (q_token < q_tokens) & (slots < end)
-            if DESCRIPTORS:
+            if WALKED_BOXES:
                 queries = tl.reshape(q.load([b, h, q_block * Q_BLOCK + offset, 0]), [COLS, DP])
                 grads = tl.reshape(grad_out.load([b, h, q_block * Q_BLOCK + offset, 0]), [COLS, DP])
             else:
@@ -286,7 +285,11 @@ def grad_kv_kernel(
             store_tokens(part_k + at, sums_k, in_block < KV_BLOCK, dim, False, D, DP)
             store_tokens(part_v + at, sums_v, in_block < KV_BLOCK, dim, False, D, DP)
     if part < 0:
-        dk_base = grad_k + b.to(tl.int64) * dk_b + kv_head.to(tl.int64) * dk_h
-        dv_base = grad_v + b.to(tl.int64) * dv_b + kv_head.to(tl.int64) * dv_h
-        store_tokens(dk_base + k_steps * dk_t + dim[None, :] * dk_d, sums_k, k_inside, dim, K_EVEN, D, DP)
-        store_tokens(dv_base + k_steps * dv_t + dim[None, :] * dv_d, sums_v, k_inside, dim, K_EVEN, D, DP)
+        if KEPT_BOXES:
+            grad_k.store([b, kv_head, corner, 0], tl.reshape(sums_k.to(grad_k.dtype), [1, 1, ROWS, DP]))
+            grad_v.store([b, kv_head, corner, 0], tl.reshape(sums_v.to(grad_v.dtype), [1, 1, ROWS, DP]))
+        else:
+            dk_base = grad_k + b.to(tl.int64) * dk_b + kv_head.to(tl.int64) * dk_h
+            dv_base = grad_v + b.to(tl.int64) * dv_b + kv_head.to(tl.int64) * dv_h
+            store_tokens(dk_base + k_steps * dk_t + dim[None, :] * dk_d, sums_k, k_inside, dim, K_EVEN, D, DP)
+            store_tokens(dv_base + k_steps * dv_t + dim[None, :] * dv_d, sums_v, k_inside, dim, K_EVEN, D, DP)

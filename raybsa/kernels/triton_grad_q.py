@@ -10,11 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from raybsa.kernels.call import AttentionCall, kept_with
+from raybsa.kernels.call import AttentionCall
 from raybsa.kernels.triton_arguments import (
     Softmax,
     constants,
-    dot_precision,
     feature_strides,
     feature_tensors,
     numbers,
@@ -39,22 +38,12 @@ from raybsa.kernels.triton_scores import (
 from raybsa.kernels.triton_tiles import choose_tile
 
 
-def grad_q(
-    call: AttentionCall, forward: Softmax, delta: Tensor, grad_out: Tensor, with_bias: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """q's gradient (B, H, Sq, D) in ``dtype``, and block_bias's (nnz,) if wanted.
+class GradQ:
+    """The launches of calls that differ in their tensors' numbers and the seed only.
 
-    ``delta`` (B, H, Sq) is read, or written first where ``forward`` has the output that it is made of.
+    A call gives q's gradient (B, H, Sq, D) in ``dtype``, and block_bias's (nnz,) if wanted. ``delta`` (B, H, Sq) is
+    read, or written first where ``forward`` has the output that it is made of.
     """
-    kept = kept_with(call.layout)
-    key = ("grad_q", dot_precision(call.q.dtype), call.signature, forward.signature(grad_out), with_bias, dtype)
-    if key not in kept:
-        kept[key] = _GradQ(call, with_bias, dtype)
-    return kept[key](call, forward, delta, grad_out)
-
-
-class _GradQ:
-    """The launches of calls that differ in their tensors' numbers and the seed only."""
 
     def __init__(self, call: AttentionCall, with_bias: bool, dtype: torch.dtype) -> None:
         (batch, heads, _, head_dim), layout = call.q.shape, call.layout
@@ -97,13 +86,16 @@ class _GradQ:
         return grad, bias_sums.sum((0, 2)).to(call.block_bias.dtype)
 
     def _launcher(self, call: AttentionCall, tensors: Tensors) -> Launcher:
-        tile, block_size = self._tile, call.layout.kv_block_size
+        tile, layout = self._tile, call.layout
         _, _, _, grad_out, out, grad_lse, _, _, grad, *_ = tensors
-        boxes = boxes_of(block_size, tile, {1: call.k, 2: call.v})
+        same_type = grad_out is not None and grad_out.dtype == call.q.dtype
+        ours = {0: call.q, 3: grad_out, 4: out, 8: grad} if same_type else {}
+        kept = boxes_of(tile, layout.q_block_size, tile.rows, ours)
+        walked = boxes_of(tile, layout.kv_block_size, tile.cols, {1: call.k, 2: call.v})
         sizes = feature_strides(call) + strides(call.q, call.k, call.v, grad_out, grad, out)
         sizes += (0, 0, 0) if grad_lse is None else grad_lse.stride()
-        every_constant = constants(call, tile, bool(boxes))
-        return launcher(grad_q_kernel, tensors, sizes, every_constant, tile.warps, tile.stages, boxes)
+        every_constant = constants(call, tile, kept, walked)
+        return launcher(grad_q_kernel, tensors, sizes, every_constant, tile.warps, tile.stages, kept + walked)
 
 
 @triton.jit(
@@ -198,7 +190,8 @@ def grad_q_kernel(
     KV_RAGGED: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    KEPT_BOXES: tl.constexpr,
+    WALKED_BOXES: tl.constexpr,
 ):
     """Program (item and tile within the query block, copy of the group): ROWS queries."""
     TILES: tl.constexpr = Q_BLOCK // ROWS if Q_BLOCK > ROWS else 1
@@ -219,26 +212,34 @@ def grad_q_kernel(
     if q_starts is not None:
         q_position = tl.load(q_starts + q_block).to(tl.int32) + in_block
     q_steps = q_token.to(tl.int64)[:, None]
-    q_base = q + b.to(tl.int64) * q_b + h.to(tl.int64) * q_h
-    queries = load_tokens(q_base + q_steps * q_t + dim[None, :] * q_d, q_inside, dim, Q_EVEN, D, DP)
-    do_base = grad_out + b.to(tl.int64) * do_b + h.to(tl.int64) * do_h
-    grads = load_tokens(do_base + q_steps * do_t + dim[None, :] * do_d, q_inside, dim, Q_EVEN, D, DP)
-    grads = grads.to(queries.dtype)
+    corner = q_block * Q_BLOCK + (tl.program_id(0) % TILES) * ROWS
+    if KEPT_BOXES:
+        queries = tl.reshape(q.load([b, h, corner, 0]), [ROWS, DP])
+        grads = tl.reshape(grad_out.load([b, h, corner, 0]), [ROWS, DP])
+    else:
+        q_base = q + b.to(tl.int64) * q_b + h.to(tl.int64) * q_h
+        queries = load_tokens(q_base + q_steps * q_t + dim[None, :] * q_d, q_inside, dim, Q_EVEN, D, DP)
+        do_base = grad_out + b.to(tl.int64) * do_b + h.to(tl.int64) * do_h
+        grads = load_tokens(do_base + q_steps * do_t + dim[None, :] * do_d, q_inside, dim, Q_EVEN, D, DP)
+        grads = grads.to(queries.dtype)
     at_row = flat_head.to(tl.int64) * q_tokens + q_token
     row_lse = tl.load(lse + at_row, mask=q_inside, other=float("inf"))
     row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse) * LOG2E
     if out is None:
         row_delta = tl.load(delta + at_row, mask=q_inside, other=0.0)
     else:
-        out_base = out + b.to(tl.int64) * out_b + h.to(tl.int64) * out_h
-        outs = load_tokens(out_base + q_steps * out_t + dim[None, :] * out_d, q_inside, dim, Q_EVEN, D, DP)
+        if KEPT_BOXES:
+            outs = tl.reshape(out.load([b, h, corner, 0]), [ROWS, DP])
+        else:
+            out_base = out + b.to(tl.int64) * out_b + h.to(tl.int64) * out_h
+            outs = load_tokens(out_base + q_steps * out_t + dim[None, :] * out_d, q_inside, dim, Q_EVEN, D, DP)
         row_delta = tl.sum(outs.to(tl.float32) * grads.to(tl.float32), 1)
         if grad_lse is not None:
             at_lse = b.to(tl.int64) * dlse_b + h.to(tl.int64) * dlse_h + q_token.to(tl.int64) * dlse_t
             row_delta -= tl.load(grad_lse + at_lse, mask=q_inside, other=0.0).to(tl.float32)
         tl.store(delta + at_row, row_delta, mask=q_inside)
     kv_head = h // queries_per_kv
-    if not DESCRIPTORS:
+    if not WALKED_BOXES:
         k_base = k + b.to(tl.int64) * k_b + kv_head.to(tl.int64) * k_h
         v_base = v + b.to(tl.int64) * v_b + kv_head.to(tl.int64) * v_h
     if q_ids is not None:
@@ -259,12 +260,12 @@ def grad_q_kernel(
             offset = tile_first(tile, KV_BLOCK, COLS)
             k_token = kv_block * KV_BLOCK + (offset + lane)
             k_inside = (k_token < kv_tokens) & (slots < end)
-            if DESCRIPTORS:
+            if WALKED_BOXES:
                 keys = tl.reshape(k.load([b, kv_head, kv_block * KV_BLOCK + offset, 0]), [COLS, DP])
             else:
                 k_at = tile_pointers(k_base, 0, kv_block, offset, lane, dim, k_t, k_d, KV_BLOCK, COLS)
                 keys = load_tokens(k_at, k_inside, dim, phase == 0, D, DP)
-            if DESCRIPTORS:
+            if WALKED_BOXES:
                 values = tl.reshape(v.load([b, kv_head, kv_block * KV_BLOCK + offset, 0]), [COLS, DP])
             else:
                 v_at = tile_pointers(v_base, 0, kv_block, offset, lane, dim, v_t, v_d, KV_BLOCK, COLS)
@@ -315,5 +316,8 @@ def grad_q_kernel(
             at = (tl.program_id(1) * parts + part).to(tl.int64) * Q_BLOCK + in_block
             store_tokens(part_grad + at[:, None] * D + dim[None, :], sums, in_block < Q_BLOCK, dim, False, D, DP)
     if part < 0:
-        grad_base = grad + b.to(tl.int64) * grad_b + h.to(tl.int64) * grad_h
-        store_tokens(grad_base + q_steps * grad_t + dim[None, :] * grad_d, sums, q_inside, dim, Q_EVEN, D, DP)
+        if KEPT_BOXES:
+            grad.store([b, h, corner, 0], tl.reshape(sums.to(grad.dtype), [1, 1, ROWS, DP]))
+        else:
+            grad_base = grad + b.to(tl.int64) * grad_b + h.to(tl.int64) * grad_h
+            store_tokens(grad_base + q_steps * grad_t + dim[None, :] * grad_d, sums, q_inside, dim, Q_EVEN, D, DP)

@@ -49,8 +49,8 @@ features = (ids[0].bool(), (ids, ids), torch.zeros(layout.nnz_blocks), 0.1) if e
 call = AttentionCall(q, q, q, layout, 0.1, *features, 7, False, True)
 out, lse = triton_forward.forward(call)
 forward, delta = Softmax(lse, out, lse), torch.empty_like(lse)
-triton_grad_q.grad_q(call, forward, delta, q, everything, torch.float32)
-triton_grad_kv.grad_kv(call, forward, delta, q, torch.float32)
+triton_grad_q.GradQ(call, everything, torch.float32)(call, forward, delta, q)
+triton_grad_kv.GradKV(call, torch.float32)(call, forward, delta, q)
 print(json.dumps(seen))
 """
 

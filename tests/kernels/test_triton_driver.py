@@ -64,10 +64,7 @@ def test_a_launch_gets_the_addresses_and_numbers_of_its_own_call(monkeypatch: py
     assert [grid for grid, _ in driver.launched] == [(3 + i, 2, 1, 128, 1, 1, 1000, 99) for i in (0, 0, 1, 1)]
     for place, (_, given) in enumerate(driver.launched):
         out, q = calls[place // 2]
-        shape_and_strides = [
-            *(n.to_bytes(4, "little") for n in q.shape),
-            *(n.to_bytes(8, "little") for n in q.stride()),
-        ]
+        sizes = [(n, 4) for n in q.shape] + [(n, 8) for n in q.stride()]
         assert given[0] == out.data_ptr().to_bytes(8, "little")
         assert given[1] == bytes([1 + place // 2]) * 128
         assert given[2:10] == [n.to_bytes(width, "little") for n, width in sizes]
