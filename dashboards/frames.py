@@ -31,6 +31,11 @@ class Trial:
         return self.record.status != "ok"
 
     @property
+    def is_of_kernels(self) -> bool:
+        """Whether it is a row of the gpu suite: one library's kernels on one layout."""
+        return self.spec.task == "peers"
+
+    @property
     def is_dense(self) -> bool:
         """Whether every layer is the dense baseline."""
         return all(layer.pattern is None for layer in self.spec.attention)
@@ -69,7 +74,8 @@ class Results:
 
     @property
     def failures(self) -> list[Trial]:
-        return [trial for trial in self.trials if trial.failed]
+        """What did not finish; a library that refused a question is no failure."""
+        return [trial for trial in self.trials if trial.failed and trial.record.status != "refused"]
 
     @property
     def quality_groups(self) -> list[list[Trial]]:
@@ -103,6 +109,20 @@ class Results:
                     del asked[key]
                 groups[canonical_json([asked, trial.record.device_name, trial.record.devices])].append(trial)
         return sorted(groups.values(), key=len, reverse=True)
+
+    @property
+    def only_kernels(self) -> bool:
+        """Whether the gpu suite is all that ran here."""
+        return all(trial.is_of_kernels for trial in self.trials)
+
+    @property
+    def peer_groups(self) -> dict[str, list[Trial]]:
+        """Rows of the gpu suite by the GPU's name, refusals and failures included."""
+        groups: dict[str, list[Trial]] = defaultdict(list)
+        for trial in self.trials:
+            if trial.is_of_kernels:
+                groups[trial.record.device_name].append(trial)
+        return dict(groups)
 
 
 def load(results: str) -> Results:

@@ -14,6 +14,7 @@ from dashboards.page import Page
 from dashboards.sections.failures import failures_section
 from dashboards.sections.header import header
 from dashboards.sections.patterns import patterns_section
+from dashboards.sections.peers import peers_section
 from dashboards.sections.quality import quality_section
 from dashboards.sections.ring import ring_section
 from dashboards.sections.speed import speed_section
@@ -48,14 +49,19 @@ def write_report(results: str, out: str, *, own_patterns: bool = False) -> str:
 
 def _page(folder: str, own_patterns: bool) -> str:
     results, page = load(folder), Page(own_patterns)
-    body = element(
-        "main",
-        quality_section(page, results, folder),
-        speed_section(page, results, folder),
-        ring_section(page, results),
-        patterns_section(page, results, folder),
-        failures_section(results),
-    )
+    kernels = peers_section(page, results)
+    if results.only_kernels:
+        body = element("main", kernels, failures_section(results))
+    else:
+        body = element(
+            "main",
+            quality_section(page, results, folder),
+            speed_section(page, results, folder),
+            kernels,
+            ring_section(page, results),
+            patterns_section(page, results, folder),
+            failures_section(results),
+        )
     return page.render("raybsa report", join(header(results, folder), body))
 
 

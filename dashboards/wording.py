@@ -36,6 +36,11 @@ def percent(share: float | None) -> str:
     return "–" if share is None else f"{number(100 * share)}\u00a0%"
 
 
+def tokens(length: int) -> str:
+    """``128K``, or all digits where the length is no multiple of 1,024."""
+    return f"{length // 1024}K" if length and length % 1024 == 0 else f"{length:,}"
+
+
 def ratio(numerator: float | None, denominator: float | None) -> float | None:
     """numerator / denominator, or None where either was not measured."""
     return numerator / denominator if numerator and denominator else None

@@ -25,6 +25,7 @@ from pathlib import Path
 from raybsa import patterns
 from raybsa.experiments import peer_table
 from raybsa.experiments.peer_cells import cells, parts_of
+from raybsa.experiments.peer_rows import rows_of
 from raybsa.experiments.peer_suite import PeerSuite
 from raybsa.experiments.place import absolute, git_commit
 from raybsa.experiments.recording import Run, record_of, write
@@ -111,14 +112,11 @@ def _gpu(arguments: argparse.Namespace) -> int:
     ended = None
     try:
         for cell, records in suite.records():
-            print(*map(peer_table.line_of, peer_table.rows_of(records, [cell])), flush=True)
+            print(*map(peer_table.line_of, rows_of(records, [cell])), flush=True)
     except (KeyboardInterrupt, GpuLost) as error:
         ended = str(error) or "interrupted"
     _report(out)
-    print(f"results: {out}\n{peer_table.HEAD}")
-    for row in peer_table.rows_of(store.read_records(), cells()):
-        print(peer_table.line_of(row))
-    print(peer_table.LEGEND)
+    print(f"results: {out}\n{peer_table.text_of(rows_of(store.read_records(), cells()))}")
     if suite.left or ended:
         print(
             f"{ended or 'the time budget ended'}: the same command goes on with {len(suite.left) or 'the'} cells left"

@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import plotly.graph_objects as go
 
+from dashboards.figures.labels import add_end_labels
 from dashboards.frames import Trial
-from dashboards.theme import base_figure, colour, density_colour, spread
+from dashboards.theme import base_figure, colour, density_colour
 from raybsa.results.record import SeriesPoint
 
 _HEIGHT, _RIGHT = 340, 64
@@ -72,7 +73,10 @@ def curves_plot(info: CurvesInfo) -> go.Figure:
     figure.update_xaxes(title_text="training step", range=[0.4 * last, last] if last else None)
     y_range = later_range(info.curves)
     figure.update_yaxes(title_text=escape(title), range=y_range)
-    _add_end_labels(figure, info.curves, y_range)
+    named = [curve for curve in info.curves if curve.rank is not None or curve.trial.is_dense]
+    names = ("dense" if curve.trial.is_dense else str(curve.rank) for curve in named)
+    ends = [(curve.values[-1], name, _shade(curve)) for curve, name in zip(named, names, strict=True)]
+    add_end_labels(figure, ends, y_range)
     return figure
 
 
@@ -98,20 +102,3 @@ def _shade(curve: Curve) -> str:
     if curve.trial.is_dense:
         return colour("dense")
     return colour("dominated") if curve.rank is None else density_colour(curve.trial.density)
-
-
-def _add_end_labels(figure: go.Figure, curves: Sequence[Curve], y_range: Sequence[float]) -> None:
-    named = [curve for curve in curves if curve.rank is not None or curve.trial.is_dense]
-    gap = (y_range[1] - y_range[0]) * 16 / (_HEIGHT - 72)
-    places = spread([curve.values[-1] for curve in named], gap, y_range[1])
-    for curve, place in zip(named, places, strict=True):
-        figure.add_annotation(
-            x=1,
-            xref="paper",
-            y=place,
-            text="dense" if curve.trial.is_dense else str(curve.rank),
-            xanchor="left",
-            xshift=6,
-            showarrow=False,
-            font={"color": _shade(curve), "size": 12},
-        )

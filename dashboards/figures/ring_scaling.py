@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import plotly.graph_objects as go
 
-from dashboards.theme import base_figure, colour, density_colour, log_axis, spread
+from dashboards.figures.labels import add_end_labels
+from dashboards.theme import base_figure, colour, density_colour, log_axis
 from dashboards.wording import number
 
 _HEIGHT, _RIGHT = 380, 228
@@ -73,7 +74,7 @@ def ring_time_plot(info: RingScalingInfo) -> go.Figure:
     )
     _finish(figure, info, axis)
     ends = [log10(scale * _longest(line)[-1].ms) for line in info.lines]
-    _add_end_labels(figure, info, ends, axis["range"])
+    add_end_labels(figure, _ends(info, ends), axis["range"])
     return figure
 
 
@@ -94,7 +95,7 @@ def ring_efficiency_plot(info: RingScalingInfo) -> go.Figure:
     highest = 102 * top
     _finish(figure, info, {"range": [0, highest], "title": {"text": "efficiency, %"}})
     figure.add_hline(y=100, line={"color": colour("muted"), "width": 1.5, "dash": "dot"})
-    _add_end_labels(figure, info, ends, [0.0, highest])
+    add_end_labels(figure, _ends(info, ends), [0.0, highest])
     return figure
 
 
@@ -154,16 +155,5 @@ def _finish(figure: go.Figure, info: RingScalingInfo, y_axis: dict) -> None:
     figure.update_yaxes(y_axis)
 
 
-def _add_end_labels(figure: go.Figure, info: RingScalingInfo, ends: Sequence[float], y_range: Sequence[float]) -> None:
-    gap = (y_range[1] - y_range[0]) * 16 / (_HEIGHT - 72)
-    for line, place in zip(info.lines, spread(ends, gap, y_range[1]), strict=True):
-        figure.add_annotation(
-            x=1,
-            xref="paper",
-            y=place,
-            text=escape(line.name),
-            xanchor="left",
-            xshift=6,
-            showarrow=False,
-            font={"color": density_colour(line.density), "size": 12},
-        )
+def _ends(info: RingScalingInfo, places: Sequence[float]) -> list[tuple[float, str, str]]:
+    return [(place, x.name, density_colour(x.density)) for x, place in zip(info.lines, places, strict=True)]

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from html import escape
 from math import log10
 from statistics import median
 from typing import NamedTuple
 
 import plotly.graph_objects as go
 
+from dashboards.figures.labels import add_end_labels
 from dashboards.frames import Trial, line_label
-from dashboards.theme import base_figure, colour, density_colour, log_axis, spread
-from dashboards.wording import number, percent
+from dashboards.theme import base_figure, colour, density_colour, log_axis
+from dashboards.wording import percent, tokens
 from raybsa.results.record import Record
 
 Reader = Callable[[Record], float | None]
@@ -154,11 +154,14 @@ def scaling_plot(info: ScalingInfo) -> go.Figure:
     lengths = sorted({n for line in info.lines for n in line.lengths} | {n for n, _ in info.dense})
     figure.update_xaxes(log_axis(lengths, "tokens (log scale)"))
     ticks = lengths[:: -(-len(lengths) // 7)]
-    figure.update_xaxes(tickvals=ticks, ticktext=[_tokens(n) for n in ticks])
+    figure.update_xaxes(tickvals=ticks, ticktext=[tokens(n) for n in ticks])
     values = [v for line in info.lines for v in (*line.values, *line.ideal) if v is not None]
     axis = log_axis([*values, *(v for _, v in info.dense)], f"{unit} (log scale)")
     figure.update_yaxes(axis)
-    _add_end_labels(figure, info, axis["range"])
+    ends = [(log10(line.values[-1]), line.name, density_colour(line.density)) for line in info.lines]
+    if info.dense:
+        ends.append((log10(info.dense[-1][1]), "dense", colour("dense")))
+    add_end_labels(figure, ends, axis["range"])
     return figure
 
 
@@ -202,26 +205,3 @@ def _add_dense(figure: go.Figure, dense: Sequence[tuple[int, float]], unit: str)
             hovertemplate=f"dense<br>%{{x:,}} tokens: %{{y:.3g}} {unit}<extra></extra>",
         )
     )
-
-
-def _add_end_labels(figure: go.Figure, info: ScalingInfo, y_range: Sequence[float]) -> None:
-    """Names at the right end of each line, moved apart so that none covers another."""
-    ends = [(log10(line.values[-1]), line.name, density_colour(line.density)) for line in info.lines]
-    if info.dense:
-        ends.append((log10(info.dense[-1][1]), "dense", colour("dense")))
-    gap = (y_range[1] - y_range[0]) * 16 / (_HEIGHT - 72)
-    for (_, name, shade), place in zip(ends, spread([end[0] for end in ends], gap, y_range[1]), strict=True):
-        figure.add_annotation(
-            x=1,
-            xref="paper",
-            y=place,
-            text=escape(name),
-            xanchor="left",
-            xshift=6,
-            showarrow=False,
-            font={"color": shade, "size": 12},
-        )
-
-
-def _tokens(length: int) -> str:
-    return f"{length // 1024}k" if length >= 1024 and length % 1024 == 0 else number(length)

@@ -19,12 +19,14 @@ def header(results: Results, folder: str) -> Markup:
     ]
     pairs = (part for name, value in facts for part in (element("dt", name), element("dd", value)))
     question = "Which block-sparse pattern gives the best quality for its cost?"
+    if results.only_kernels:
+        question = "How fast are the kernels, and who is faster?"
     return element(
         "header",
         element("h1", "raybsa report"),
         element("p", question),
         element("dl", *pairs, class_="facts"),
-        _legend(),
+        None if results.only_kernels else _legend(),
     )
 
 

@@ -26,10 +26,13 @@ def patterns_section(page: Page, results: Results, folder: str) -> Markup:
 
 
 def distinct_patterns(results: Results) -> list[Trial]:
-    """One trial for each rule (whatever its density): one on a front if there is one. Failed trials are left out."""
+    """One trial for each rule (whatever its density): one on a front if there is one.
+
+    Failed trials and rows of the gpu suite are left out.
+    """
     front = {point.trial.id for trials in results.quality_groups for point in pareto_info(trials).front}
     distinct: dict[str, Trial] = {}
-    finished = [trial for trial in results.trials if not trial.failed]
+    finished = [trial for trial in results.trials if not trial.failed and not trial.is_of_kernels]
     for trial in sorted(finished, key=lambda trial: trial.id not in front):
         rules = [layer.pattern.to_dict() if layer.pattern else None for layer in trial.spec.attention]
         distinct.setdefault(canonical_json(rules), trial)

@@ -17,7 +17,7 @@ from dashboards.frames import Results, Trial
 from dashboards.markup import Column, Markup, element, join, table
 from dashboards.page import Page
 from dashboards.sections.frame import note, section
-from dashboards.wording import milliseconds, number, percent, question_label, ratio, size
+from dashboards.wording import milliseconds, number, percent, question_label, ratio, size, tokens
 from raybsa.results.record import efficiencies
 from raybsa.ring.timeline import from_series
 
@@ -49,7 +49,7 @@ def ring_lines(trials: Sequence[Trial]) -> list[RingLine]:
     for (label, length, partition), ranks in sorted(several.items()):
         first = [alone[label, length]] if (label, length) in alone else []
         points = sorted(map(_point, [*first, *ranks]))
-        name = f"{label.replace('_', ' ')}, {_tokens(length)}"
+        name = f"{label.replace('_', ' ')}, {tokens(length)}"
         name += "" if partition == "balanced" else f", {partition}"
         lines.append(RingLine(name, ranks[0].density, points, []))
     return lines
@@ -152,7 +152,3 @@ def _cells(trial: Trial) -> list[str]:
         number(r.error_forward),
         number(r.error_gradient),
     ]
-
-
-def _tokens(length: int) -> str:
-    return f"{length // 1024}K" if length % 1024 == 0 else f"{length:,}"

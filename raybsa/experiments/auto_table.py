@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from raybsa.experiments.peer_cells import Cell, cells
-from raybsa.experiments.peer_table import Row, rows_of
+from raybsa.experiments.peer_rows import Row, rows_of
 from raybsa.kernels.auto import skews
 from raybsa.kernels.auto_table import OWN, PATH, PEERS, Measured, parse, text_of
 from raybsa.results.record import Record

@@ -1,16 +1,17 @@
-"""The rows of the ``gpu`` suite as text: one line a cell, ours beside the ideal, FlexAttention and the best library."""
+"""The rows of the ``gpu`` suite as text: one line a cell, ours beside the ideal, FlexAttention and the best library.
+
+python -m raybsa.experiments.peer_table results/gpu --only 'd128-32K'
+"""
 
 from __future__ import annotations
 
-import json
-from collections import defaultdict
+import argparse
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 
-from raybsa.experiments.peer_cells import Cell
-from raybsa.kernels.auto_table import OWN, PEERS, of_device, table
-from raybsa.results.record import Record
-from raybsa.spec import TrialSpec, stable_hash
+from raybsa.experiments.peer_cells import cells
+from raybsa.experiments.peer_rows import PASSES, Row, extra_bytes, held_bytes, pass_of, rows_of
+from raybsa.results.store import Store
 
 _PASS = f"{'ideal':>5} {'/flex':>5} {'/best':>10} {'auto':>4}"
 _HOST = f"{'host ms':>9} {'mem':>5} {'err':>7}"
@@ -21,39 +22,15 @@ host: until a call returns, forward/forward + backward. mem: beyond inputs, outp
 err: forward/gradients, in errors of plain torch of the same dtype. Last: who refused (-) or failed (!)."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One cell's records by backend."""
-
-    name: str
-    spec: TrialSpec
-    by_backend: dict[str, Record]
-
-    @property
-    def own(self) -> Record | None:
-        record = self.by_backend.get(self.spec.layer(0).backend)
-        return record if record is not None and record.status == "ok" else None
-
-    @property
-    def peers(self) -> dict[str, Record]:
-        return {name: r for name, r in self.by_backend.items() if name in PEERS and r.status == "ok"}
-
-
-def rows_of(records: Iterable[Record], cells: Iterable[Cell]) -> list[Row]:
-    """The cells that have rows, in the order of ``cells``."""
-    found: dict[str, dict[str, Record]] = defaultdict(dict)
-    for record in records:
-        if record.task == "peers":
-            found[_question(json.loads(record.spec))][record.backend] = record
-    named = ((cell, found.get(_question(cell.spec.to_dict()))) for cell in cells)
-    return [Row(cell.name, cell.spec, known) for cell, known in named if known]
+def text_of(rows: Iterable[Row]) -> str:
+    """The whole table, its head and what it means."""
+    return "\n".join([HEAD, *map(line_of, rows), LEGEND])
 
 
 def line_of(row: Row) -> str:
     """One cell in at most 150 characters."""
     own, record = row.own, next(iter(row.by_backend.values()))
-    kept = next((r.density for r in row.by_backend.values() if r.density is not None), None)
-    start = f"{row.name:<26} {_shown(kept, '{:.2%}'):>6}"
+    start = f"{row.name:<26} {_shown(row.density, '{:.2%}'):>6}"
     if own is None:
         said = row.by_backend.get(row.spec.layer(0).backend, record).error or "not measured"
         return f"{start} | {' '.join(said.split())}"[:150]
@@ -62,50 +39,25 @@ def line_of(row: Row) -> str:
         _ratio(own.error_forward, own.reference_error_forward),
         _ratio(own.error_gradient, own.reference_error_gradient),
     )
+    memory = _ratio(extra_bytes(own, row.spec), held_bytes(row.spec))
     return (
-        f"{start} | {_pass(row, own, 'forward')} | {_pass(row, own, 'forward_backward')} | {host:>9} "
-        f"{_shown(_extra(row, own), '{:.1%}'):>5} {'/'.join(_shown(e, '{:.1f}') for e in errors):>7}{_marks(row)}"
+        f"{start} | {' | '.join(_pass(row, name) for name in PASSES)} | {host:>9} "
+        f"{_shown(memory, '{:.1%}'):>5} {'/'.join(_shown(e, '{:.1f}') for e in errors):>7}{_marks(row)}"
     )[:150]
 
 
-def _pass(row: Row, own: Record, name: str) -> str:
+def _pass(row: Row, name: str) -> str:
     """Times of one pass: ours, of ideal, against flex, against the best library by its name, and auto's."""
-    field = f"{name}_ms_p50"
-    ours, dense = getattr(own, field), getattr(own, f"dense_{field}")
-    theirs = {peer: getattr(r, field) for peer, r in row.peers.items() if getattr(r, field)}
-    best = min(theirs, key=lambda peer: theirs[peer], default=None)
-    against_best = f"{_shown(_ratio(ours, theirs[best]), '{:.2f}')} {best}" if best else "-"
-    share = dense * own.density / ours if ours and dense and own.density else None
-    auto = _ratio(_auto_ms(row, own, name), theirs[best]) if best else None
+    found = pass_of(row, name)
+    against_best = f"{_shown(found.over_best(found.own), '{:.2f}')} {found.best}" if found.best else "-"
     cells = [
-        f"{_shown(ours, '{:.3f}'):>7}",
-        f"{_shown(share, '{:.0%}'):>5}",
-        f"{_shown(_ratio(ours, theirs.get('flex')), '{:.2f}'):>5}",
+        f"{_shown(found.own, '{:.3f}'):>7}",
+        f"{_shown(_ratio(found.ideal, found.own), '{:.0%}'):>5}",
+        f"{_shown(_ratio(found.own, found.peers.get('flex')), '{:.2f}'):>5}",
         f"{against_best:>10}",
-        f"{_shown(auto, '{:.2f}'):>4}",
+        f"{_shown(found.over_best(found.auto), '{:.2f}'):>4}",
     ]
     return " ".join(cells)
-
-
-def _auto_ms(row: Row, own: Record, name: str) -> float | None:
-    """What ``auto`` takes: as it was measured, else the time of the backend that the table has for this cell."""
-    field, times = f"{name}_ms_p50", {OWN: own, **row.peers}
-    if (measured := row.by_backend.get("auto")) is not None and measured.status == "ok":
-        return getattr(measured, field)
-    known = of_device(table(), own.capability, own.device_name)
-    here = [line for line in known if line.cell == row.name and line.backward == (name == "forward_backward")]
-    order = here[0].order if here else (OWN,)
-    return next((getattr(times[backend], field) for backend in order if backend in times), None)
-
-
-def _extra(row: Row, own: Record) -> float | None:
-    """Peak memory beyond output and gradients, as a share of q, k, v and the output."""
-    spec = row.spec
-    kv_heads = spec.num_kv_heads or spec.num_heads
-    held = (
-        2 * spec.batch * spec.seq_len * spec.head_dim * (2 * spec.num_heads + 2 * kv_heads)
-    )  # as much as out and grads
-    return (own.peak_bytes - held) / held if own.peak_bytes is not None else None
 
 
 def _marks(row: Row) -> str:
@@ -121,7 +73,16 @@ def _shown(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
 
 
-def _question(spec: dict) -> str:
-    """Equal for the rows of one cell: all but who computes it."""
-    attention = [{key: value for key, value in layer.items() if key != "backend"} for layer in spec["attention"]]
-    return stable_hash({**spec, "attention": attention})
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m raybsa.experiments.peer_table", description="Print measured cells."
+    )
+    parser.add_argument("results", metavar="RESULTS", help="folder or pyarrow.fs URI of --suite gpu")
+    parser.add_argument("--only", default="", metavar="REGEX", help="cells whose name it finds")
+    options = parser.parse_args()
+    rows = rows_of(Store(options.results).read_records(), cells())
+    print(text_of(row for row in rows if re.search(options.only, row.name)))
+
+
+if __name__ == "__main__":
+    main()

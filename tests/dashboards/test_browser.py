@@ -16,6 +16,7 @@ from dashboards.report import write_report
 from raybsa.results.record import SeriesPoint
 from raybsa.results.store import Store
 from tests.dashboards.made import a_benchmark, a_search
+from tests.dashboards.made_peers import a_gpu_suite
 
 BROWSER = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -68,11 +69,12 @@ const inked = (canvas) => {
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A search and a benchmark, drawn, with the probe at the end of the page."""
+    """A search, a benchmark and part of the gpu suite, drawn, with the probe at the end of the page."""
     folder = tmp_path_factory.mktemp("report")
     store = Store.create(folder / "results")
     records, series = a_search()
-    for record in records + a_benchmark():
+    kernels = [record for record in a_gpu_suite() if record.seq_len == 8192 and record.block_size == 64]
+    for record in records + a_benchmark() + kernels:
         store.write_record(record)
     by_trial: dict[str, list[SeriesPoint]] = defaultdict(list)
     for point in series:

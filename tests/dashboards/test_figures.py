@@ -158,7 +158,7 @@ def test_speed_is_drawn_log_log_with_one_colour_a_density() -> None:
     assert info is not None
     figure = scaling_plot(info)
     assert (figure.layout.xaxis.type, figure.layout.yaxis.type) == ("log", "log")
-    assert list(figure.layout.xaxis.ticktext) == ["1k", "2k", "4k", "8k"]
+    assert list(figure.layout.xaxis.ticktext) == ["1K", "2K", "4K", "8K"]
     wanted = {density_colour(0.03), density_colour(0.1), density_colour(0.25), colour("dense")}
     assert {trace.line.color for trace in figure.data} == wanted
     assert [a.text.replace("\u00a0", " ") for a in figure.layout.annotations] == ["3 %", "10 %", "25 %", "dense"]

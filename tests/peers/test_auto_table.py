@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from raybsa.experiments import auto_table, peer_table
+from raybsa.experiments import auto_table, peer_rows, peer_table
 from raybsa.experiments.peer_cells import Cell, cells
 from raybsa.experiments.recording import Run, record_of
 from raybsa.kernels.auto_table import Measured, parse, text_of
@@ -102,13 +102,13 @@ def test_the_command_fails_with_one_line(tmp_path: Path, capsys: pytest.CaptureF
 @pytest.fixture
 def known(monkeypatch: pytest.MonkeyPatch) -> list[Measured]:
     rows = auto_table.table_rows(suite_rows(), ASKED)
-    monkeypatch.setattr(peer_table, "table", lambda: tuple(rows))
+    monkeypatch.setattr(peer_rows, "table", lambda: tuple(rows))
     return rows
 
 
 def autos(records: list[Record]) -> list[list[str]]:
     """The ``auto`` column of both passes, cell after cell."""
-    lines = [peer_table.line_of(row) for row in peer_table.rows_of(records, ASKED)]
+    lines = [peer_table.line_of(row) for row in peer_rows.rows_of(records, ASKED)]
     return [[part.split()[-1] for part in line.split("|")[1:3]] for line in lines]
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from jobs import benchmark
-from raybsa.experiments import peer_cells, peer_suite, peer_table
+from raybsa.experiments import peer_cells, peer_rows, peer_suite, peer_table
 from raybsa.experiments.peer_cells import Cell, cells, parts_of, window_global
 from raybsa.experiments.peer_suite import PeerSuite
 from raybsa.experiments.recording import Run
@@ -258,7 +258,7 @@ def test_a_line_says_how_far_ahead_of_whom() -> None:
         record("cudnn", "refused", density=0.1),
         record("auto", forward_ms_p50=0.84, forward_backward_ms_p50=8.0, **shared),
     ]
-    (row,) = peer_table.rows_of(records, [cell])
+    (row,) = peer_rows.rows_of(records, [cell])
     line = peer_table.line_of(row)
     assert len(line) <= 150
     forward, both = (part.split() for part in line.split("|")[1:3])

@@ -1,0 +1,30 @@
+"""Names at the right end of lines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+import plotly.graph_objects as go
+
+from dashboards.theme import spread
+
+
+def add_end_labels(figure: go.Figure, ends: Sequence[tuple[float, str, str]], y_range: Sequence[float]) -> None:
+    """A name beside each (place on the y axis, name, colour), moved apart so that none covers another.
+
+    Places and ``y_range`` are log10 of the values where the axis is logarithmic.
+    """
+    gap = (y_range[1] - y_range[0]) * 16 / (figure.layout.height - 72)
+    places = spread([place for place, _, _ in ends], gap, y_range[1])
+    for (_, name, shade), place in zip(ends, places, strict=True):
+        figure.add_annotation(
+            x=1,
+            xref="paper",
+            y=place,
+            text=escape(name),
+            xanchor="left",
+            xshift=6,
+            showarrow=False,
+            font={"color": shade, "size": 12},
+        )

@@ -1,0 +1,146 @@
+"""The gpu suite: our kernels beside other libraries' and the ideal, over density and length, and in numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+
+from dashboards.figures.peer_memory import memory_info, memory_plot
+from dashboards.figures.peers import NAMES, peers_info, peers_plot
+from dashboards.frames import Results
+from dashboards.markup import Column, Markup, element, join, table
+from dashboards.page import Page
+from dashboards.sections.frame import listed, note, section
+from dashboards.wording import milliseconds, number, percent, ratio, size, tokens
+from raybsa.experiments.peer_cells import cells
+from raybsa.experiments.peer_rows import PASSES, Row, extra_bytes, held_bytes, pass_of, rows_of
+from raybsa.spec import PatternSpec
+
+_TITLES = dict(zip(PASSES, ("Forward", "Forward + backward"), strict=True))
+_READ = (
+    "Medians of calls in turn in one process, on layouts that are known. Dotted: the ideal, dense cuDNN × density. "
+    "Point at a mark to see how near the ideal it is and what auto takes. What was measured at one density only is "
+    "in the table."
+)
+_TABLE = (
+    "Of ideal: the ideal's time / ours. / Flex, / best: our time over theirs, below 1 is ours ahead. "
+    'Auto: what backend="auto" takes, its time over the best library\'s. Memory: beyond inputs, output and gradients, '
+    "as a share of q + k + v + out. Errors: in those of plain torch operations of the same dtype."
+)
+_MEMORY = (
+    "Peak of forward and backward beyond inputs, output and gradients, with what stays with the layout, at the "
+    "sparsest random layout of each length. Dashed: what the project before this one claimed of its block-sparse "
+    "attention, with 8 heads × 64."
+)
+
+
+def peers_section(page: Page, results: Results) -> Markup:
+    """Nothing where the gpu suite did not run."""
+    parts: list[Markup | None] = []
+    for device, trials in results.peer_groups.items():
+        rows = rows_of((trial.record for trial in trials), cells())
+        if rows:
+            libraries = listed(r.library for row in rows for r in row.by_backend.values() if r.backend != "auto")
+            parts += [element("h3", f"On {device}"), note(libraries), _legend(), note(_READ), _times(page, rows)]
+            parts += [_memory(page, rows), element("h3", "The kernels in numbers"), note(_TABLE), _numbers(rows)]
+    return section("peers", "GPU kernels beside other libraries", *parts) if parts else Markup("")
+
+
+def kind(pattern: PatternSpec | None) -> str:
+    """A pattern's family in words; composed rules by their parts."""
+    if pattern is None:
+        return "dense"
+    parts = pattern.params.get("parts")
+    names = [part["name"] for part in parts] if isinstance(parts, list) else [pattern.name]
+    return " + ".join(names).replace("_", " ")
+
+
+def _legend() -> Markup:
+    shown = (
+        element("span", element("i", class_="swatch", style=f"background:var(--{backend})"), name)
+        for backend, name in NAMES.items()
+    )
+    ideal = element("span", element("i", class_="swatch ideal"), "ideal: dense cuDNN × density")
+    return element("div", *shown, ideal, class_="legend")
+
+
+def _grouped(rows: Sequence[Row], key: Callable[[Row], Hashable]) -> list[list[Row]]:
+    found: dict[Hashable, list[Row]] = {}
+    for row in rows:
+        found.setdefault(key(row), []).append(row)
+    return list(found.values())
+
+
+def _shape(row: Row) -> tuple[Hashable, ...]:
+    """Equal for cells that share a figure: all of the question but density and the pattern's own numbers."""
+    spec = row.spec
+    sizes = (spec.seq_len, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.causal)
+    return *sizes, spec.layer(0).block_size, kind(spec.layer(0).pattern)
+
+
+def _times(page: Page, rows: Sequence[Row]) -> Markup:
+    parts = []
+    for group in _grouped(rows, _shape):
+        cards = [card for name in PASSES if (card := _time(page, group, name)) is not None]
+        if cards:
+            parts.append(join(element("h4", _group_title(group[0])), element("div", *cards, class_="cards wide")))
+    return join(*parts)
+
+
+def _time(page: Page, group: Sequence[Row], name: str) -> Markup | None:
+    info = peers_info(group, name)
+    if info is None or len(info.lines[0].points) < 2:
+        return None
+    picture = page.figure(peers_plot(info), f"{_TITLES[name]} over density: {_group_title(group[0])}")
+    return element("div", element("h4", _TITLES[name]), picture, class_="card")
+
+
+def _group_title(row: Row) -> str:
+    spec = row.spec
+    heads = f"{spec.num_heads} heads × {spec.head_dim}"
+    return f"{tokens(spec.seq_len)} tokens, block {spec.layer(0).block_size}, {heads}, {kind(spec.layer(0).pattern)}"
+
+
+def _memory(page: Page, rows: Sequence[Row]) -> Markup | None:
+    plain = [row for row in rows if kind(row.spec.layer(0).pattern) == "random" and not row.spec.causal]
+    cards = []
+    for group in _grouped(plain, lambda row: (row.spec.num_heads, row.spec.head_dim, row.spec.layer(0).block_size)):
+        info = memory_info(group)
+        if info is not None:
+            spec = group[0].spec
+            title = f"Block {spec.layer(0).block_size}, {spec.num_heads} heads × {spec.head_dim}, {spec.dtype}"
+            picture = page.figure(memory_plot(info), f"Memory against length: {title}")
+            cards.append(element("div", element("h4", title), picture, class_="card"))
+    if not cards:
+        return None
+    return join(element("h3", "Memory against length"), note(_MEMORY), element("div", *cards, class_="cards wide"))
+
+
+def _numbers(rows: Sequence[Row]) -> Markup:
+    head = [Column("cell"), Column("kept", "right")]
+    for title in ("forward", "forward + backward"):
+        names = (title, "of ideal", "/ Flex", "/ best", "auto")
+        head += [Column(name, "right") for name in names]
+    head += [Column(name, "right") for name in ("memory", "error forward", "error gradient")]
+    return table([*head, Column("who could not", "text")], [_cells(row) for row in rows])
+
+
+def _cells(row: Row) -> list[str]:
+    own = row.own
+    shown = [row.name, percent(row.density)]
+    for name in PASSES:
+        times = pass_of(row, name)
+        shown += [
+            milliseconds(times.own),
+            percent(ratio(times.ideal, times.own)),
+            number(ratio(times.own, times.peers.get("flex"))),
+            f"{number(times.over_best(times.own))} {NAMES[times.best]}" if times.best else "–",
+            f"{number(times.over_best(times.auto))} {NAMES.get(times.auto_name, 'measured')}" if times.best else "–",
+        ]
+    extra = extra_bytes(own, row.spec) if own else None
+    shown += [
+        f"{size(extra)} ({percent(extra / held_bytes(row.spec))})" if extra and extra > 0 else "–",
+        number(ratio(own.error_forward, own.reference_error_forward) if own else None),
+        number(ratio(own.error_gradient, own.reference_error_gradient) if own else None),
+        listed(f"{NAMES.get(n, n)} ({r.status})" for n, r in row.by_backend.items() if r.status != "ok"),
+    ]
+    return shown
