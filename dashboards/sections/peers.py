@@ -29,7 +29,7 @@ _TABLE = (
 _MEMORY = (
     "Peak of forward and backward beyond inputs, output and gradients, with what stays with the layout, at the "
     "sparsest random layout of each length. Dashed: what the project before this one claimed of its block-sparse "
-    "attention, with 8 heads × 64."
+    "attention, without saying for which heads."
 )
 
 
