@@ -9,7 +9,7 @@ import csv
 import io
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -128,6 +128,7 @@ def _row(line: dict[str, str]) -> Measured:
 
 
 def _line(row: Measured) -> dict[str, str]:
+    row = replace(row, ms={name: float(f"{value:.4g}") for name, value in row.ms.items()})
     numbers = {"density": row.density, "row_skew": row.row_skew, "column_skew": row.column_skew, **row.ms}
     return {
         **{name: str(getattr(row, name)) for name in ("capability", "device", "dtype", "cell", "libraries")},
