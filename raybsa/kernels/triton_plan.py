@@ -20,7 +20,7 @@ from raybsa.kernels.triton_setup import processors
 from raybsa.layout import BlockLayout
 
 MIN_PART_TOKENS = 1024  # no list shorter than this is split
-SHARES = 2  # a part is at most this fraction of one processor's share of the work, or twice the mean list
+SHARES = 8  # a part is at most this fraction of one processor's share of the work (which runs up to four), or twice the mean list
 LENGTHS = 4  # items count as equally long within this fraction of the bound, and then keep their order
 MEMBER_SHIFT = 22  # an entry of a column is ``(query head within its KV head << 22) | query block``
 MAX_BLOCKS, MAX_MEMBERS = 2**MEMBER_SHIFT, 2 ** (31 - MEMBER_SHIFT)
