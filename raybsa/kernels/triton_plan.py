@@ -21,7 +21,7 @@ from raybsa.layout import BlockLayout
 
 MIN_PART_TOKENS = 1024  # no list shorter than this is split
 SHARES = (
-    8  # a part is at most this fraction of one processor's share of the work (a processor runs up to four programs)
+    8  # a part is at most this fraction of one processor's share of the work (it runs up to four programs)
 )
 ENOUGH = 2  # where there are so many lists a processor, those up to twice the mean stay whole
 LENGTHS = 4  # items count as equally long within this fraction of the bound, and then keep their order
