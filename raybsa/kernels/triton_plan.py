@@ -20,7 +20,10 @@ from raybsa.kernels.triton_setup import processors
 from raybsa.layout import BlockLayout
 
 MIN_PART_TOKENS = 1024  # no list shorter than this is split
-SHARES = 2  # a part is at most this fraction of one processor's share of the work, or twice the mean list
+SHARES = (
+    8  # a part is at most this fraction of one processor's share of the work (it runs up to four programs)
+)
+ENOUGH = 2  # where there are so many lists a processor, those up to twice the mean stay whole
 LENGTHS = 4  # items count as equally long within this fraction of the bound, and then keep their order
 MEMBER_SHIFT = 22  # an entry of a column is ``(query head within its KV head << 22) | query block``
 MAX_BLOCKS, MAX_MEMBERS = 2**MEMBER_SHIFT, 2 ** (31 - MEMBER_SHIFT)
@@ -102,7 +105,8 @@ def _part_blocks(blocks: int, lists: int, block_size: int, tile: int, device: to
     Where there are lists enough for every processor, those up to twice the mean stay whole.
     """
     share = blocks / (SHARES * processors(device))
-    most = max(share, MIN_PART_TOKENS / block_size, 2 * blocks / lists if lists >= SHARES * processors(device) else 0)
+    whole = 2 * blocks / lists if lists >= ENOUGH * processors(device) else 0
+    most = max(share, MIN_PART_TOKENS / block_size, whole)
     step = max(1, tile // block_size)
     return step * max(1, math.ceil(most / step))
 
