@@ -13,6 +13,7 @@ from dashboards.figures.peers import SYMBOLS, peers_info, peers_plot
 from dashboards.report import write_report
 from dashboards.sections.peers import kind
 from dashboards.theme import PALETTE, colour
+from raybsa.experiments import peer_rows
 from raybsa.experiments.peer_cells import cells
 from raybsa.experiments.peer_rows import Row, held_bytes, rows_of
 from raybsa.results.record import Record
@@ -27,6 +28,12 @@ HOSTILE = "<img src=x onerror=alert(2)>"
 @pytest.fixture(scope="module")
 def records() -> list[Record]:
     return a_gpu_suite()
+
+
+@pytest.fixture(autouse=True)
+def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No table: auto takes our own."""
+    monkeypatch.setattr(peer_rows, "table", lambda: ())
 
 
 def rows(records: list[Record], name: str) -> list[Row]:
