@@ -28,7 +28,7 @@ demo: .venv/.ready
 	@$(BIN)/python jobs/demo.py --out $(DEMO_OUT)
 
 test: .venv/.ready
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-gpu: .venv/.ready
 	@$(BIN)/python -m pytest -m gpu

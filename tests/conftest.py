@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Iterator
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: small tensors, and threads that wait for others spin
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -51,17 +52,33 @@ def everything_is_given_back(ray_cluster: str) -> Iterator[None]:
         time.sleep(0.1)
 
 
-@pytest.hookimpl(tryfirst=True)
+# ---- several workers: make test -------------------------------------------------------------------------------------
+
+SHARING_A_CLUSTER = (
+    "tests/jobs/test_benchmark.py",
+    "tests/jobs/test_training_jobs.py",
+    "tests/platform/test_cluster.py",
+    "tests/platform/test_training.py",
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A worker takes a whole file, so that its fixtures are made once, and one worker takes all that share a cluster.
+
+    (``--dist loadgroup`` is for this, but sees no group under pytest 9.2: pytest-xdist#1386.)
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class FilesAndACluster(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "cluster" if file in SHARING_A_CLUSTER else file
+
+    return FilesAndACluster(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Among several workers (``make test``) a file stays on one, and so do all that use the one Ray cluster: these
-    come first, since they take longest and mostly wait."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return
-    items.sort(key=lambda item: not _uses_the_cluster(item))
-    for item in items:
-        group = "cluster" if _uses_the_cluster(item) else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
-def _uses_the_cluster(item: pytest.Item) -> bool:
-    return "ray_cluster" in getattr(item, "fixturenames", ())
+    """A worker begins with those that share a cluster: they take longest."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: not item.nodeid.startswith(SHARING_A_CLUSTER))
