@@ -34,7 +34,7 @@ def test_a_training_leaves_a_record_curves_and_a_checkpoint_from_which_it_goes_o
     assert record.wire_bytes > 0
     losses = [point for point in Store(str(out)).read_series() if point.name == "train_loss"]
     assert [point.step for point in losses] == list(range(8))
-    again = run_job("train.py", *shape, *rest, "--resume", RAY_ADDRESS=ray_cluster)
+    again = run_job("train.py", *shape, *rest, "--resume", "--world-size", "1", RAY_ADDRESS=ray_cluster)
     assert "resumed from the checkpoint of step 8" in again.stdout, again.stdout + again.stderr
 
 
