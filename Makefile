@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_OUT ?= $(CURDIR)/results/demo
+WORKERS ?= 2
 export RAY_USAGE_STATS_ENABLED := 0
 
 .PHONY: help demo test test-gpu lint format benchmark clean
 
 help:
 	@echo "make demo        search patterns on real text on a local Ray cluster, then write the report (under 4 minutes)"
-	@echo "make test        run the CPU tests"
+	@echo "make test        run the CPU tests in two processes (make test WORKERS=4: in four)"
 	@echo "make test-gpu    run the tests that need a CUDA device"
 	@echo "make lint        ruff and mypy"
 	@echo "make format      let ruff rewrite the code"
@@ -27,7 +28,7 @@ demo: .venv/.ready
 	@$(BIN)/python jobs/demo.py --out $(DEMO_OUT)
 
 test: .venv/.ready
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-gpu: .venv/.ready
 	@$(BIN)/python -m pytest -m gpu

@@ -115,7 +115,7 @@ class Drill:
                 spec,
                 Share(1),
                 world_size=arguments.world_size,
-                spares=arguments.spares,
+                spares=arguments.spares if plan else 0,
                 settings=settings,
                 heartbeat_s=arguments.heartbeat,
                 replace_s=60.0,

@@ -1,6 +1,13 @@
-"""Shared by all tests: one seed, one place that says which devices a test runs on."""
+"""Shared by all tests: one seed, one thread, one Ray cluster, one place that says which devices a test runs on."""
 
 import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: small tensors, and threads that wait for others spin
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import pytest
 import torch
@@ -19,3 +26,59 @@ def device(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return request.param
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """The address of a local Ray cluster of 6 CPU shares, started once for all tests that need none of their own."""
+    import ray
+
+    ray.init(
+        address="local", num_cpus=6, num_gpus=0, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
+    )
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+@pytest.fixture
+def everything_is_given_back(ray_cluster: str) -> Iterator[None]:
+    """After the test the whole cluster is free again: no worker outlived its coordinator."""
+    import ray
+
+    yield
+    deadline = time.monotonic() + 20
+    while ray.available_resources().get("CPU", 0) < 6:
+        assert time.monotonic() < deadline, f"6 CPUs should be free again, there are {ray.available_resources()}"
+        time.sleep(0.1)
+
+
+# ---- several workers: make test -------------------------------------------------------------------------------------
+
+SHARING_A_CLUSTER = (
+    "tests/jobs/test_benchmark.py",
+    "tests/jobs/test_training_jobs.py",
+    "tests/platform/test_cluster.py",
+    "tests/platform/test_training.py",
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A worker takes a whole file, so that its fixtures are made once, and one worker takes all that share a cluster.
+
+    (``--dist loadgroup`` is for this, but sees no group under pytest 9.2: pytest-xdist#1386.)
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class FilesAndACluster(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "cluster" if file in SHARING_A_CLUSTER else file
+
+    return FilesAndACluster(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A worker begins with those that share a cluster: they take longest."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: not item.nodeid.startswith(SHARING_A_CLUSTER))

@@ -1,13 +1,16 @@
-"""The search job as it is submitted: it measures, and stopped halfway it leaves no process and no torn file."""
+"""The search job, submitted and run directly: it measures, and stopped halfway leaves no process and no torn file."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,12 +19,7 @@ from raybsa.cluster.head import LocalHead, local_head
 from raybsa.results.store import Store
 
 ROOT = Path(__file__).parent.parent.parent
-
-
-def run_job(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "jobs" / "search.py"), *arguments]
-    variables = os.environ | {"RAY_AUTH_MODE": "disabled"} | environment
-    return subprocess.run(command, capture_output=True, text=True, env=variables, timeout=60, check=False)
+QUICK = ["--preset", "quick", "--workers", "1"]
 
 
 def ray_cli(head: LocalHead, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
@@ -46,27 +44,41 @@ def processes_with(word: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "environment", "message"),
+    ("arguments", "message"),
     [
-        (["--out", "relative"], {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}, "--out must be absolute in a submitted job"),
-        (["--out", "/proc/nowhere"], {}, "/proc/nowhere"),
-        (["--out", "OUT", "--text", "EMPTY"], {}, "empty"),
-        (["--out", "OUT", "--objectives", "quality,beauty"], {}, "objectives must be different ones of"),
-        (["--out", "OUT", "--trials", "0"], {}, "--trials must be at least 1, got 0"),
-        (["--out", "OUT", "--workers", "-1"], {}, "--workers must be at least 1, got -1"),
-        (["--out", "OUT", "--address", "127.0.0.1:1"], {}, "wanted at '127.0.0.1:1', nothing answers there"),
+        (["--out", "/proc/nowhere"], "/proc/nowhere"),
+        (["--out", "OUT", "--text", "EMPTY"], "empty"),
+        (["--out", "OUT", "--text", "/no/such/text"], "got '/no/such/text', which does not exist"),
+        (["--out", "OUT", "--objectives", "quality,beauty"], "objectives must be different ones of"),
+        (["--out", "OUT", "--objectives", "quality,quality"], "objectives must be different ones of"),
+        (["--out", "OUT", "--trials", "0"], "--trials must be at least 1, got 0"),
+        (["--out", "OUT", "--workers", "-1"], "--workers must be at least 1, got -1"),
+        (["--out", "OUT", "--seq-len", "-1"], "seq_len must be a positive integer, got -1"),
+        (["--out", "OUT", "--address", "127.0.0.1:1"], "wanted at '127.0.0.1:1', nothing answers there"),
     ],
-    ids=["relative out", "unwritable out", "empty text", "unknown objective", "no trials", "no workers", "no cluster"],
-)
+    ids=[
+        "unwritable out", "empty text", "no such text", "unknown objective", "objective twice", "no trials",
+        "no workers", "no tokens", "no cluster",
+    ],
+)  # fmt: skip
 def test_bad_input_is_one_line_before_anything_starts(
-    arguments: list[str], environment: dict[str, str], message: str, tmp_path: Path
+    arguments: list[str], message: str, tmp_path: Path, refused: Callable[..., tuple[int, str]]
 ) -> None:
     (tmp_path / "empty").mkdir()
     places = {"OUT": str(tmp_path / "out"), "EMPTY": str(tmp_path / "empty")}
-    done = run_job(*(places.get(argument, argument) for argument in arguments), **environment)
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    code, words = refused("search.py", *(places.get(argument, argument) for argument in arguments))
+    assert code == 1
+    assert message in words
+    assert len(words.splitlines()) == 1
+
+
+def test_a_submitted_job_is_refused_a_relative_results_folder(
+    monkeypatch: pytest.MonkeyPatch, refused: Callable[..., tuple[int, str]]
+) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    code, words = refused("search.py", "--out", "relative")
+    assert code == 1
+    assert "--out must be absolute in a submitted job" in words
 
 
 @pytest.mark.cluster
@@ -80,7 +92,7 @@ def test_a_submitted_search_ends_whole_and_a_stopped_one_leaves_nothing_behind(
         with pytest.raises(urllib.error.HTTPError, match="401"):
             urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"{head.address}/api/jobs/", timeout=10)
         submit = ["job", "submit", "--address", head.address, "--working-dir", str(ROOT)]
-        job = ["python", "jobs/search.py", "--preset", "quick"]
+        job = ["python", "jobs/search.py", *QUICK]
         done = ray_cli(head, *submit, "--", *job, "--trials", "3", "--out", str(whole))
         assert done.returncode == 0, done.stdout + done.stderr
         assert f"report:  {whole / 'report.html'}" in done.stdout
@@ -122,3 +134,40 @@ def _actors(head: LocalHead) -> str:
     shown = ray_cli(head, "list", "actors", "--address", head.address, "--filter", "state=ALIVE", "--format", "json")
     assert shown.returncode == 0, shown.stderr
     return "" if "No resource in the cluster" in shown.stdout else shown.stdout.strip()
+
+
+@pytest.mark.cluster
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads /proc")
+def test_ctrl_c_ends_a_job_with_a_report_of_whole_records_and_no_process(tmp_path: Path) -> None:
+    mark, out = f"raybsa-test-{uuid.uuid4().hex}", tmp_path / "out"
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    process = subprocess.Popen(
+        [sys.executable, "-u", str(ROOT / "jobs" / "search.py"), "--out", str(out), *QUICK, "--trials", "500"],
+        env=environment | {"RAYBSA_TEST": mark},
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("3/500"):
+            break
+    assert processes_with(mark), "the mark must reach Ray's processes"
+    process.send_signal(signal.SIGINT)
+    lines += process.communicate(timeout=60)[0].splitlines(keepends=True)
+    output = "".join(lines)
+    assert process.returncode == 128 + signal.SIGINT, output
+
+    records = Store(str(out)).read_records()
+    assert len(records) >= 3, output
+    assert all(record.status == "ok" for record in records)
+    kinds = {path.suffix for path in out.rglob("*") if path.is_file()}
+    assert kinds <= {".parquet", ".html"}, "no temporary file stays"
+    assert (out / "report.html").stat().st_size > 100_000, output
+    deadline = time.monotonic() + 20
+    while processes_with(mark):
+        assert time.monotonic() < deadline, processes_with(mark)
+        time.sleep(0.2)

@@ -67,10 +67,12 @@ def test_attn_mask_broadcasts_without_being_expanded(shape: tuple[int, ...], kin
     assert_equals_reference(problem, torch.float64, device, attn_mask=mask)
 
 
+@pytest.mark.parametrize("threads", [1, 2])  # a chunk grows with them
 @pytest.mark.parametrize("problem", PROBLEMS[:4], ids=lambda p: p.name)
 def test_rows_split_into_pieces_equal_the_reference(
-    problem: Problem, device: str, monkeypatch: pytest.MonkeyPatch
+    problem: Problem, threads: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(chunks, "PIECE_BYTES", 1)
     monkeypatch.setattr(chunks, "CPU_CHUNK_BYTES", 2**18)
     layout = problem.layout(device)

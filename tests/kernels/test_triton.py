@@ -28,7 +28,7 @@ SMALL = [
     Problem("causal-more-queries-than-keys", "dense", True, 1, 1, 1, 100, 40, 32, 32),
     Problem("wide-blocks-causal", "random", True, 1, 2, 2, 128, 128, 64, 16, 2),
     Problem("tall-blocks-causal-ragged", "random", True, 1, 2, 2, 121, 121, 16, 64),
-    Problem("blocks-larger-than-tiles", "dense", True, 1, 1, 1, 200, 200, 128, 128, 1, 80),
+    Problem("blocks-larger-than-tiles", "dense", True, 1, 1, 1, 140, 140, 128, 128, 1, 80),
     Problem("blocks-smaller-than-dot", "global", True, 1, 1, 1, 45, 45, 8, 4, 1, 16),
     Problem("one-token", "dense", False, 1, 1, 1, 1, 1),
     Problem("odd-head-dim", "global", False, 1, 1, 1, 64, 64, 32, 32, 1, 24),

@@ -13,15 +13,18 @@ import pytest
 pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent.parent
 
-# Runs the launches of one forward and backward with a driver that knows an H100's name but has none.
+# arch, block, head_dim, dtype, and whether every feature is asked for
+CASES = [(90, 128, 128, "bfloat16", False), (90, 32, 80, "float16", True), (80, 64, 64, "bfloat16", False)]
+
+# Runs the launches of one forward and backward a case with a driver that knows an H100's name but has none.
 PROGRAM = """
 import json, sys, torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
 class Driver:
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", int(sys.argv[1]), 32))
-    get_current_device = staticmethod(lambda: 0)
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", arch, 32))
+    get_current_device = staticmethod(lambda: arch)  # Triton remembers the target of a device
     get_current_stream = staticmethod(lambda device: 0)
 
 driver.set_active(Driver())
@@ -29,7 +32,8 @@ run, seen = jit.JITFunction.run, {}
 
 def compile_only(self, *args, grid, warmup, **options):
     kernel = run(self, *args, grid=grid, warmup=True, **options)
-    seen[self.__name__] = {"shared": kernel.metadata.shared, "tensor_cores": "mma" in kernel.asm["ptx"]}
+    facts = {"arch": kernel.metadata.target.arch, "shared": kernel.metadata.shared}
+    seen[self.__name__] = facts | {"tensor_cores": "mma" in kernel.asm["ptx"]}
 
 jit.JITFunction.run = compile_only
 from raybsa import BlockLayout
@@ -38,44 +42,56 @@ from raybsa.kernels.call import AttentionCall
 from raybsa.kernels.triton_arguments import Softmax
 
 triton_plan.MIN_PART_TOKENS, triton_plan.SHARES = 64, 10**6
-block, head_dim, dtype, everything = int(sys.argv[2]), int(sys.argv[3]), getattr(torch, sys.argv[4]), sys.argv[5] == "1"
-tokens = 3 * block - (5 if everything else 0)
-layout = BlockLayout.from_rows(
-    [[[0], [0, 1], [0, 1, 2]]] * 2, q_len=tokens, kv_len=tokens, q_block_size=block, causal=everything
-)
-q = torch.zeros(1, 2, tokens, head_dim, dtype=dtype)
-ids = torch.zeros(1, tokens, dtype=torch.int64)
-features = (ids[0].bool(), (ids, ids), torch.zeros(layout.nnz_blocks), 0.1) if everything else (None, None, None, 0.0)
-call = AttentionCall(q, q, q, layout, 0.1, *features, 7, False, True)
-out, lse = triton_forward.forward(call)
-forward, delta = Softmax(lse, out, lse), torch.empty_like(lse)
-triton_grad_q.GradQ(call, everything, torch.float32)(call, forward, delta, q)
-triton_grad_kv.GradKV(call, torch.float32)(call, forward, delta, q)
-print(json.dumps(seen))
+
+def compile_case(block, head_dim, dtype, everything):
+    tokens = 3 * block - (5 if everything else 0)
+    layout = BlockLayout.from_rows(
+        [[[0], [0, 1], [0, 1, 2]]] * 2, q_len=tokens, kv_len=tokens, q_block_size=block, causal=everything
+    )
+    q = torch.zeros(1, 2, tokens, head_dim, dtype=getattr(torch, dtype))
+    ids = torch.zeros(1, tokens, dtype=torch.int64)
+    features = (None, None, None, 0.0)
+    if everything:
+        features = (ids[0].bool(), (ids, ids), torch.zeros(layout.nnz_blocks), 0.1)
+    call = AttentionCall(q, q, q, layout, 0.1, *features, 7, False, True)
+    out, lse = triton_forward.forward(call)
+    forward, delta = Softmax(lse, out, lse), torch.empty_like(lse)
+    triton_grad_q.GradQ(call, everything, torch.float32)(call, forward, delta, q)
+    triton_grad_kv.GradKV(call, torch.float32)(call, forward, delta, q)
+
+shown = []
+for arch, *case in json.loads(sys.argv[1]):
+    seen = {}
+    compile_case(*case)
+    shown.append(seen)
+print(json.dumps(shown))
 """
 
 
-@pytest.mark.parametrize(
-    ("arch", "block", "head_dim", "dtype", "everything"),
-    [(90, 128, 128, "bfloat16", False), (90, 32, 80, "float16", True), (80, 64, 64, "bfloat16", False)],
-)
-def test_every_kernel_compiles(
-    arch: int, block: int, head_dim: int, dtype: str, everything: bool, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict]]:
+    """By case: what each kernel was compiled for, its shared memory and whether it uses tensor cores."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     shown = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *map(str, (arch, block, head_dim, dtype, int(everything)))],
+        [sys.executable, "-c", PROGRAM, json.dumps(CASES)],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))},
         check=False,
     )
     assert shown.returncode == 0, shown.stderr[-3000:]
-    kernels = json.loads(shown.stdout)
+    return json.loads(shown.stdout)
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=["-".join(map(str, case)) for case in CASES])
+def test_every_kernel_compiles(number: int, compiled: list[dict[str, dict]]) -> None:
+    kernels = compiled[number]
     attention = {"forward_kernel", "grad_q_kernel", "grad_kv_kernel"}
     assert kernels.keys() == attention | {"merge_parts_kernel", "sum_parts_kernel"}
+    arch = CASES[number][0]
     room = {90: 232_448, 80: 166_912}[arch]
     for name, kernel in kernels.items():
+        assert kernel["arch"] == arch
         assert kernel["shared"] <= room, f"{name} wants {kernel['shared']} bytes of shared memory"
         assert kernel["tensor_cores"] or name not in attention

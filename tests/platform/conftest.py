@@ -1,12 +1,8 @@
 """What the platform's tests share."""
 
-import os
-
 import pytest
 
 from raybsa.results.record import Record
-
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 
 @pytest.fixture

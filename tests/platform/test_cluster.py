@@ -22,25 +22,8 @@ from raybsa.results.pareto import named_objectives
 from raybsa.results.store import Store
 from raybsa.spec import AttentionSpec, TrialSpec
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("everything_is_given_back")]
 SPEC = TrialSpec("speed", (AttentionSpec("dense"),), seq_len=128, num_layers=1, num_heads=1, head_dim=8)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(autouse=True)
-def everything_is_given_back():
-    """After each test the whole cluster is free again: no worker outlived its coordinator."""
-    yield
-    deadline = time.monotonic() + 20
-    while ray.available_resources().get("CPU", 0) < 2:
-        assert time.monotonic() < deadline, f"2 CPUs should be free again, there are {ray.available_resources()}"
-        time.sleep(0.1)
 
 
 @pytest.fixture
@@ -117,12 +100,13 @@ def test_workers_of_a_stream_that_nobody_reads_to_its_end_are_given_back(scripte
         outcomes.close()
 
 
-def test_too_few_resources_are_named_after_a_bounded_wait():
+def test_too_few_resources_are_named_after_a_bounded_wait(monkeypatch):
+    monkeypatch.setattr("raybsa.cluster.resources._SAY_EVERY_S", 0.5)
     said = []
     start = time.monotonic()
-    with pytest.raises(TooFewResources, match=r"2 workers of 8 CPU and 0 GPU wanted, the cluster has 2 CPU and 0 GPU"):
-        await_resources(Share(8), 2, wait_s=6.0, say=said.append)
-    assert 6 <= time.monotonic() - start < 15
+    with pytest.raises(TooFewResources, match=r"2 workers of 8 CPU and 0 GPU wanted, the cluster has 6 CPU and 0 GPU"):
+        await_resources(Share(8), 2, wait_s=1.0, say=said.append)
+    assert 1 <= time.monotonic() - start < 10
     assert "waiting up to" in said[0]
     with pytest.raises(TooFewResources, match=r"1 worker of 1 CPU and 1 GPU wanted.*gave up after 0\.5 s"):
         Coordinator(Share(1, 1), wait_s=0.5).__enter__()

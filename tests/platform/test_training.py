@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,24 +20,8 @@ from raybsa.cluster.training import TrainingCoordinator, TrainingFailed, Trainin
 from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
 from tests.kernels.problems import relative_error
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180), pytest.mark.usefixtures("everything_is_given_back")]
 STEPS = 12
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(autouse=True)
-def everything_is_given_back() -> Iterator[None]:
-    yield
-    deadline = time.monotonic() + 20
-    while ray.available_resources().get("CPU", 0) < 6:
-        assert time.monotonic() < deadline, f"6 CPUs should be free again, there are {ray.available_resources()}"
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +43,9 @@ def spec(text: str) -> TrialSpec:
 Trained = tuple[TrainingResult, list[Tensor]]
 
 
-def train(question: TrialSpec, plan: FaultPlan = (), marks: Path | None = None, **options) -> Trained:
+def train(question: TrialSpec, plan: FaultPlan = (), **options) -> Trained:
     """The result and the weights of rank 0."""
-    settings = options.pop("settings", None) or MemberSettings(marks=None if marks is None else str(marks))
+    settings = options.pop("settings", MemberSettings())
     resume = options.pop("resume", False)
     options = {"world_size": 3, "heartbeat_s": 1.5, "say": lambda text: None} | options
     with TrainingCoordinator(question, Share(1), settings=settings, plan=plan, **options) as coordinator:
@@ -74,7 +57,7 @@ def assert_same_up_to_rounding(weights: list[Tensor], wanted: list[Tensor]) -> N
 
 
 @pytest.fixture(scope="module")
-def undisturbed(text: str) -> Trained:
+def undisturbed(text: str, ray_cluster: str) -> Trained:
     result, weights = train(spec(text))
     assert not result.recoveries
     assert list(result.losses) == list(range(STEPS))
@@ -83,6 +66,7 @@ def undisturbed(text: str) -> Trained:
 
 PLAN = (
     (Fault(FaultKind.EXIT, FaultPlace.FORWARD_HOP, 1, 2, hop=1),),
+    (Fault(FaultKind.EXIT, FaultPlace.CHECKPOINT, 0, 4),),  # the others are through with the stretch by then
     (Fault(FaultKind.SIGKILL, FaultPlace.BEFORE_COMMIT, 2, 4),),
     (Fault(FaultKind.SIGSTOP, FaultPlace.EXCHANGE, 0, 5),),
     (Fault(FaultKind.OUT_OF_MEMORY, FaultPlace.BACKWARD_HOP, 1, 6, hop=0),),
@@ -98,19 +82,22 @@ PLAN = (
 def test_after_every_kind_of_fault_the_weights_are_those_of_the_run_without(
     text: str, undisturbed: Trained, tmp_path: Path
 ) -> None:
-    result, _ = train(spec(text), PLAN, tmp_path, spares=2, replace_s=60.0)
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    settings = MemberSettings(marks=str(marks), checkpoints=str(tmp_path / "checkpoints"), checkpoint_every=4)
+    result, _ = train(spec(text), PLAN, settings=settings, spares=2, replace_s=60.0)
     for faults in PLAN:
         for fault in faults:
-            assert mark_file(str(tmp_path), fault).exists(), f"{fault} never struck"
-    assert [len(recovery.lost) for recovery in result.recoveries] == [1, 1, 1, 1, 1, 3]
+            assert mark_file(str(marks), fault).exists(), f"{fault} never struck"
+    assert [len(recovery.lost) for recovery in result.recoveries] == [1, 1, 1, 1, 1, 1, 3]
     for faults, recovery in zip(PLAN, result.recoveries, strict=False):
         committed = faults[0].place is FaultPlace.BEFORE_COMMIT  # the others may have applied the step
         assert recovery.step in (faults[0].step, faults[0].step + committed), recovery
         assert (recovery.steps_lost, recovery.world_size) == (0, 3), recovery
-    assert "no sign of life" in result.recoveries[2].lost[0][1]
-    assert "injected: out of memory" in result.recoveries[3].lost[0][1]
+    assert "no sign of life" in result.recoveries[3].lost[0][1]
+    assert "injected: out of memory" in result.recoveries[4].lost[0][1]
     assert result.digest == undisturbed[0].digest
-    assert result.losses == undisturbed[0].losses
+    assert result.losses == undisturbed[0].losses, "what ranks told before another died is not lost"
     assert result.bits_per_byte == undisturbed[0].bits_per_byte
 
 
@@ -147,22 +134,13 @@ def test_a_training_whose_driver_died_goes_on_from_its_checkpoint(
     assert_same_up_to_rounding(weights, undisturbed[1])
 
 
-def test_what_ranks_told_before_another_died_is_not_lost(text: str, undisturbed: Trained, tmp_path: Path) -> None:
-    plan = ((Fault(FaultKind.EXIT, FaultPlace.CHECKPOINT, 0, 4),),)  # the others are through with the stretch by then
-    settings = MemberSettings(checkpoints=str(tmp_path), checkpoint_every=4)
-    result, _ = train(spec(text), plan, settings=settings, replace_s=60.0)
-    assert [(recovery.step, recovery.steps_lost) for recovery in result.recoveries] == [(4, 0)]
-    assert result.losses == undisturbed[0].losses
-    assert result.digest == undisturbed[0].digest
-
-
 def test_when_all_ranks_die_at_once_it_goes_on_from_the_checkpoint(
     text: str, undisturbed: Trained, tmp_path: Path
 ) -> None:
     plan = (tuple(Fault(FaultKind.SIGKILL, FaultPlace.BEFORE_FORWARD, rank, 9) for rank in range(3)),)
     settings = MemberSettings(checkpoints=str(tmp_path), checkpoint_every=6)
     said: list[str] = []
-    result, _ = train(spec(text), plan, settings=settings, replace_s=60.0, spares=2, say=said.append)
+    result, _ = train(spec(text), plan, settings=settings, replace_s=60.0, say=said.append)
     assert [(recovery.step, recovery.steps_lost) for recovery in result.recoveries] == [(6, 2)]
     assert "resumed from the checkpoint of step 6" in said
     assert result.digest == undisturbed[0].digest
@@ -172,7 +150,7 @@ def test_when_all_ranks_die_at_once_it_goes_on_from_the_checkpoint(
 def test_a_training_that_always_dies_at_the_same_step_ends(text: str) -> None:
     plan = tuple((Fault(FaultKind.EXIT, FaultPlace.BEFORE_FORWARD, 0, 6),) for _ in range(3))
     with pytest.raises(TrainingFailed, match="step 4 failed 2 times"):  # 4 is the last that anybody heard of
-        train(spec(text), plan, world_size=1, max_failures=1, spares=2, replace_s=60.0)
+        train(spec(text), plan, world_size=1, max_failures=1, replace_s=60.0)
 
 
 def test_what_no_rank_can_do_fails_at_once(text: str) -> None:
@@ -211,7 +189,7 @@ def test_too_few_ranks_left_is_an_error(text: str) -> None:
 
 
 def test_more_ranks_than_resources_is_a_bounded_wait_and_a_clear_error(text: str) -> None:
-    with pytest.raises(TooFewResources, match="9 workers of 1 CPU and 0 GPU wanted, the cluster has 6 CPU"):
-        train(spec(text), world_size=9, wait_s=1.0)
+    with pytest.raises(TooFewResources, match="2 workers of 4 CPU and 0 GPU wanted, the cluster has 6 CPU"):
+        TrainingCoordinator(spec(text), Share(4), world_size=2, wait_s=1.0, say=lambda text: None).__enter__()
     with pytest.raises(ValueError, match="needs 1 <= min_ranks <= world_size"):
         TrainingCoordinator(spec(text), Share(1), world_size=0)
