@@ -137,6 +137,7 @@ def _actors(head: LocalHead) -> str:
 
 
 @pytest.mark.cluster
+@pytest.mark.timeout(240)
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads /proc")
 def test_ctrl_c_ends_a_job_with_a_report_of_whole_records_and_no_process(tmp_path: Path) -> None:
     mark, out = f"raybsa-test-{uuid.uuid4().hex}", tmp_path / "out"
