@@ -137,28 +137,23 @@ def _actors(head: LocalHead) -> str:
 
 
 @pytest.mark.cluster
+@pytest.mark.timeout(240)
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads /proc")
 def test_ctrl_c_ends_a_job_with_a_report_of_whole_records_and_no_process(tmp_path: Path) -> None:
     mark, out = f"raybsa-test-{uuid.uuid4().hex}", tmp_path / "out"
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-u", str(ROOT / "jobs" / "search.py"), "--out", str(out), *QUICK, "--trials", "500"],
         env=environment | {"RAYBSA_TEST": mark},
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-    )
-    assert process.stdout is not None
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith("3/500"):
-            break
-    assert processes_with(mark), "the mark must reach Ray's processes"
-    process.send_signal(signal.SIGINT)
-    lines += process.communicate(timeout=60)[0].splitlines(keepends=True)
-    output = "".join(lines)
+    ) as process:
+        try:
+            output = _interrupted_after_three(process, mark)
+        finally:
+            process.kill()
     assert process.returncode == 128 + signal.SIGINT, output
 
     records = Store(str(out)).read_records()
@@ -171,3 +166,16 @@ def test_ctrl_c_ends_a_job_with_a_report_of_whole_records_and_no_process(tmp_pat
     while processes_with(mark):
         assert time.monotonic() < deadline, processes_with(mark)
         time.sleep(0.2)
+
+
+def _interrupted_after_three(process: subprocess.Popen[str], mark: str) -> str:
+    """All that the job prints when Ctrl-C comes after its third trial."""
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("3/500"):
+            break
+    assert processes_with(mark), "the mark must reach Ray's processes"
+    process.send_signal(signal.SIGINT)
+    return "".join(lines) + process.communicate(timeout=60)[0]
