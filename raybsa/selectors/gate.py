@@ -1,0 +1,85 @@
+"""Gate: from pooled q and k to vectors whose products are the scores of blocks.
+
+After SeerAttention (Gao et al., 2410.13276): a linear map a KV head from pooled statistics to a few numbers. Position
+comes in as products too: Fourier features of the block's number, whose learned amplitudes make any function of the
+distance that a few waves can make. So a score is one dot product, and a tile of scores one matrix product.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+_WAVES = 12
+_SHORTEST, _LONGEST = 3.0, 8192.0  # wave lengths in blocks
+_MAXIMUM = 0.3  # how much of the first maps reads the maxima
+
+
+class Gate(nn.Module):
+    """Scores ``u @ w.T`` of query blocks against KV blocks, one map a KV head.
+
+    It starts as a random projection of means: about the mean-pooled scores.
+
+    Args:
+        kv_heads: Hkv.
+        queries_per_kv: query heads that share a KV head.
+        head_dim: D.
+        gate_dim: numbers a block, at most D.
+    """
+
+    def __init__(self, kv_heads: int, queries_per_kv: int, head_dim: int, gate_dim: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.empty(kv_heads, queries_per_kv, 3, head_dim, gate_dim))
+        self.key = nn.Parameter(torch.empty(kv_heads, 2, head_dim, gate_dim))
+        self.waves = nn.Parameter(torch.empty(kv_heads, 2, _WAVES))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Equal orthogonal maps of a mean query and a mean key; so that their product is about ``q @ k / sqrt(D)``."""
+        head_dim, gate_dim = self.key.shape[2:]
+        maps = torch.stack([_orthogonal(head_dim, gate_dim) for _ in range(2 * len(self.key))]).unflatten(0, (-1, 2))
+        weights = torch.tensor([1.0, _MAXIMUM])
+        self.key.copy_(maps * weights[:, None, None] * math.sqrt(head_dim / gate_dim))
+        shared = torch.cat([maps, maps[:, :1]], 1) * torch.tensor([0.5, _MAXIMUM, 0.5])[:, None, None]
+        scale = math.sqrt(head_dim / gate_dim) / math.sqrt(head_dim) / self.query.shape[1]
+        self.query.copy_((shared * scale)[:, None].expand_as(self.query))
+        nn.init.normal_(self.waves, std=0.02)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What scores are computed in: float64 for float64 parameters, else float32."""
+        return torch.float64 if self.key.dtype == torch.float64 else torch.float32
+
+    def queries(self, features: Tensor, ids: Tensor) -> Tensor:
+        """u (B, Hkv, n, gate_dim + waves) of ``query_features`` and the blocks' numbers ``ids`` (n,)."""
+        weight = self.query.to(self.dtype).flatten(1, 3)
+        cos, sin = _waves(ids, self.dtype)
+        place = torch.cat([cos, sin], -1).expand(*features.shape[:2], -1, -1)
+        return torch.cat([features.to(self.dtype) @ weight, place], -1)
+
+    def keys(self, features: Tensor, ids: Tensor) -> Tensor:
+        """w (B, Hkv, n, gate_dim + waves) of ``key_features``.
+
+        With ``cos(i - j) = cos i cos j + sin i sin j`` the products of u and w hold
+        ``sum_m a_m cos(f_m (i - j)) + c_m sin(f_m (i - j))``.
+        """
+        weight = self.key.to(self.dtype).flatten(1, 2)
+        cos, sin = _waves(ids, self.dtype)
+        a, c = self.waves.to(self.dtype)[:, :, None].unbind(1)
+        place = torch.cat([a * cos - c * sin, a * sin + c * cos], -1).expand(len(features), -1, -1, -1)
+        return torch.cat([features.to(self.dtype) @ weight, place], -1)
+
+
+def _waves(ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(n, waves) cosines and sines of the blocks' numbers, in float64 at first: numbers are large."""
+    ratio = (_LONGEST / _SHORTEST) ** (1.0 / (_WAVES - 1))
+    lengths = _SHORTEST * ratio ** torch.arange(_WAVES, device=ids.device, dtype=torch.float64)
+    angle = ids.double()[:, None] * (2.0 * math.pi / lengths)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def _orthogonal(rows: int, columns: int) -> Tensor:
+    return nn.init.orthogonal_(torch.empty(rows, columns))
