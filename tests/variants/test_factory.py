@@ -101,7 +101,7 @@ def test_the_research_block_makes_attention_that_learns_its_pattern():
     assert isinstance(model, BlockSparseAdaptive)
     q = torch.randn(1, 8, 256, 64)
     assert model(q, q, q).shape == q.shape
-    assert float(model.selector_loss()) > 0
+    assert model.selector_loss().item() > 0
 
 
 def test_the_learned_variant_is_made_by_its_name_or_its_pattern():
