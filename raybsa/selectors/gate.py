@@ -37,16 +37,17 @@ class Gate(nn.Module):
         self.reset_parameters()
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Equal orthogonal maps of a mean query and a mean key; so that their product is about ``q @ k / sqrt(D)``."""
         head_dim, gate_dim = self.key.shape[2:]
-        maps = torch.stack([_orthogonal(head_dim, gate_dim) for _ in range(2 * len(self.key))]).unflatten(0, (-1, 2))
+        drawn = [torch.empty(head_dim, gate_dim) for _ in range(2 * len(self.key))]
+        maps = torch.stack([nn.init.orthogonal_(x, generator=generator) for x in drawn]).unflatten(0, (-1, 2))
         weights = torch.tensor([1.0, _MAXIMUM])
         self.key.copy_(maps * weights[:, None, None] * math.sqrt(head_dim / gate_dim))
         shared = torch.cat([maps, maps[:, :1]], 1) * torch.tensor([0.5, _MAXIMUM, 0.5])[:, None, None]
         scale = math.sqrt(head_dim / gate_dim) / math.sqrt(head_dim) / self.query.shape[1]
         self.query.copy_((shared * scale)[:, None].expand_as(self.query))
-        nn.init.normal_(self.waves, std=0.02)
+        nn.init.normal_(self.waves, std=0.02, generator=generator)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -79,7 +80,3 @@ def _waves(ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     lengths = _SHORTEST * ratio ** torch.arange(_WAVES, device=ids.device, dtype=torch.float64)
     angle = ids.double()[:, None] * (2.0 * math.pi / lengths)
     return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
-def _orthogonal(rows: int, columns: int) -> Tensor:
-    return nn.init.orthogonal_(torch.empty(rows, columns))

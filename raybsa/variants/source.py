@@ -39,6 +39,10 @@ class LayoutSource(Protocol):
         """The variant's output, from that of the attention over the blocks selected last; ``lse`` (B, H, Sq)."""
         ...
 
+    def layout(self, q_len: int, kv_len: int, num_heads: int, device: torch.device) -> BlockLayout:
+        """The layout as far as it is known without data: of a learned source only how many blocks each row keeps."""
+        ...
+
 
 class FixedPattern:
     """One rule for every input: the layout depends on lengths, heads and device alone, and is cached.
