@@ -14,13 +14,12 @@ from torch import Tensor, nn
 
 _WAVES = 12
 _SHORTEST, _LONGEST = 3.0, 8192.0  # wave lengths in blocks
-_MAXIMUM = 0.3  # how much of the first maps reads the maxima
 
 
 class Gate(nn.Module):
     """Scores ``u @ w.T`` of query blocks against KV blocks, one map a KV head.
 
-    It starts as a random projection of means: about the mean-pooled scores.
+    It starts as a random projection of means and first tokens, near the mean-pooled scores; maxima are learned.
 
     Args:
         kv_heads: Hkv.
@@ -40,13 +39,12 @@ class Gate(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Equal orthogonal maps of a mean query and a mean key; so that their product is about ``q @ k / sqrt(D)``."""
         head_dim, gate_dim = self.key.shape[2:]
-        drawn = [torch.empty(head_dim, gate_dim) for _ in range(2 * len(self.key))]
-        maps = torch.stack([nn.init.orthogonal_(x, generator=generator) for x in drawn]).unflatten(0, (-1, 2))
-        weights = torch.tensor([1.0, _MAXIMUM])
-        self.key.copy_(maps * weights[:, None, None] * math.sqrt(head_dim / gate_dim))
-        shared = torch.cat([maps, maps[:, :1]], 1) * torch.tensor([0.5, _MAXIMUM, 0.5])[:, None, None]
-        scale = math.sqrt(head_dim / gate_dim) / math.sqrt(head_dim) / self.query.shape[1]
-        self.query.copy_((shared * scale)[:, None].expand_as(self.query))
+        drawn = [torch.empty(head_dim, gate_dim) for _ in self.key]
+        maps = torch.stack([nn.init.orthogonal_(x, generator=generator) for x in drawn]) * math.sqrt(
+            head_dim / gate_dim
+        )
+        self.key.zero_()[:, 0] = maps
+        self.query.zero_()[:, :, ::2] = maps[:, None, None] * (0.5 / math.sqrt(head_dim) / self.query.shape[1])
         nn.init.normal_(self.waves, std=0.02, generator=generator)
 
     @property

@@ -187,6 +187,20 @@ class BlockSelector(nn.Module):
         """() what to add to the loss of the last forward: nats of KL under ``"distill"`` in training, else 0."""
         return torch.zeros((), device=self._device) if self._loss is None else self._loss
 
+    def divergence(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        """() nats of KL between the whole attention of a few sampled rows and the gate: to train the gate alone.
+
+        Args:
+            q, k: (B, H, Sq, D) and (B, Hkv, Skv, D), not differentiated.
+            scale: factor on the scores of the attention.
+        """
+        self._check(q, k)
+        q, k = q.detach(), k.detach()
+        u, w = self._compare(q, k)
+        nowhere = Shape.make(self.rules, q.shape[2], k.shape[2], 1.0, q.device, torch.zeros(1, dtype=torch.int64))
+        call = AttentionCall(q, k, k, nowhere.everything(), scale, None, None, None, 0.0, 0, False, False)
+        return self._sampled_divergence(u, w, call)
+
     def step(self) -> None:
         """Tells the schedules that a step of training was applied."""
         self.density.step()
@@ -270,19 +284,24 @@ class BlockSelector(nn.Module):
         return entries.over_heads(gate.masked_fill(own, 0.0), copies)
 
     def _distill(self, choice: _Choice, call: AttentionCall, lse: Tensor) -> Tensor:
-        copies, temperature = call.queries_per_kv, self.temperature.value
-        rows = sampled_rows(len(choice.shape.rows), self.sample_rows, self.seed + self.calls)
-        self.calls += 1
-        sampled = Shape.make(self.rules, choice.shape.q_len, choice.shape.kv_len, 1.0, call.q.device, rows)
-        entries = Entries.of(sampled.everything(call.q.shape[0] * self.num_kv_heads))
-        mass = dense_mass(call, sampled.everything(call.q.shape[0] * self.num_heads))
-        scores = entries.scores(choice.u[:, :, sampled.rows], choice.w) / temperature
-        loss = divergence(scores, entries.mean_of_heads(mass, copies), entries, self.rules)
+        loss = self._sampled_divergence(choice.u, choice.w, call)
         if choice.dense:
             return loss
         entries = Entries.of(choice.by_kv_head)
-        kept = entries.mean_of_heads(block_mass(call, lse), copies)
-        return (loss + divergence(entries.scores(choice.u, choice.w) / temperature, kept, entries, self.rules)) / 2
+        kept = entries.mean_of_heads(block_mass(call, lse), call.queries_per_kv)
+        scores = entries.scores(choice.u, choice.w) / self.temperature.value
+        return (loss + divergence(scores, kept, entries, self.rules)) / 2
+
+    def _sampled_divergence(self, u: Tensor, w: Tensor, call: AttentionCall) -> Tensor:
+        """That of a few rows, drawn anew in each call, over all their candidates."""
+        (batch, heads, q_len, _), kv_len = call.q.shape, call.k.shape[2]
+        rows = sampled_rows(u.shape[2], self.sample_rows, self.seed + self.calls)
+        self.calls += 1
+        sampled = Shape.make(self.rules, q_len, kv_len, 1.0, call.q.device, rows)
+        entries = Entries.of(sampled.everything(batch * self.num_kv_heads))
+        mass = entries.mean_of_heads(dense_mass(call, sampled.everything(batch * heads)), call.queries_per_kv)
+        scores = entries.scores(u[:, :, sampled.rows], w) / self.temperature.value
+        return divergence(scores, mass, entries, self.rules)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle forgets the last forward."""

@@ -9,7 +9,7 @@ from raybsa import patterns
 from raybsa.cluster.worker import Worker
 from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
 from raybsa.tasks.attention import timed_attention
-from raybsa.tasks.fidelity import relative_errors
+from raybsa.tasks.exactness import relative_errors
 from raybsa.tasks.speed import AttentionStack, synthetic_qkv
 
 WINDOW = AttentionSpec("base", PatternSpec("sliding_window"), density=0.25, block_size=16)
