@@ -21,8 +21,9 @@ from raybsa.selectors.entries import Entries
 from raybsa.selectors.rules import Rules
 
 
-def divergence(scores: Tensor, mass: Tensor, entries: Entries, rules: Rules) -> Tensor:
-    """Nats of KL(mass || softmax of scores) over the rows' blocks that are not forced, mean weighted by their mass.
+def divergence(scores: Tensor, mass: Tensor, entries: Entries, rules: Rules) -> tuple[Tensor, Tensor]:
+    """(), () KL(mass || softmax of scores) in nats over the rows' blocks that are not forced, summed with these blocks'
+    mass as the rows' weight, and the sum of the weights: their quotient is the mean.
 
     Args:
         scores: (nnz,) of the entries, over the temperature; differentiable.
@@ -34,7 +35,7 @@ def divergence(scores: Tensor, mass: Tensor, entries: Entries, rules: Rules) -> 
     share = mass / mass.new_zeros(rows).index_add_(0, entries.row, mass).clamp(min=1e-20)[entries.row]
     gap = torch.xlogy(share, share) - share * entries.log_softmax(scores, free)
     weight = mass.new_zeros(rows).index_add_(0, entries.row, mass)[entries.row]
-    return (weight * gap).sum() / mass.sum().clamp(min=1e-20)
+    return (weight * gap).sum(), mass.sum().clamp(min=1e-20)
 
 
 def sampled_rows(num_rows: int, count: int, seed: int) -> Tensor:

@@ -58,7 +58,7 @@ class Shape:
         counts = rules.budget(here, -(-kv_len // size), density)
         begin = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         row = torch.repeat_interleave(torch.arange(len(here)), counts)
-        widest = int(counts.max())
+        widest = int(counts.max()) if len(counts) else 0
         flat = row * widest + torch.arange(len(row)) - begin[row]
         tensors = (x.to(device) for x in (here, counts, begin, row, flat))
         here, counts, begin, row, flat = tensors

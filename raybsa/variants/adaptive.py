@@ -59,7 +59,7 @@ class BlockSparseAdaptive(nn.Module):
         super().__init__()
         if num_heads is None or head_dim is None:
             raise ValueError(
-                f"BlockSparseAdaptive needs num_heads and head_dim, for its parameters: got {num_heads} and {head_dim}"
+                f"the adaptive pattern needs num_heads and head_dim, for its parameters: got {num_heads} and {head_dim}"
             )
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must lie in [0, 1), got {dropout!r}")

@@ -44,7 +44,7 @@ def create_block_sparse_attention(
             there is no pattern either, 0.1.
         sparsity_ratio: another word for ``density`` (0.01 keeps 1 % of the blocks); give one of the two.
         distributed_config: for ``"distributed"`` alone.
-        num_heads, head_dim, num_kv_heads: of q and k; ``"adaptive"`` needs the first two, the others take any.
+        num_heads, head_dim, num_kv_heads: of q and k; what is adaptive needs the first two, the others take any.
         pattern: as in BlockSparseBase; for ``"adaptive"`` None or ``{"name": "adaptive", "params": {...}}`` with the
             options of ``BlockSelector``.
         segment_lengths, dilation_rates, block_size, causal, dropout, scale, backend: as in BlockSparseBase.
@@ -80,7 +80,7 @@ def create_block_sparse_attention(
         return BlockSparseAdaptive(**arguments, **heads, density=density, **(options or {}))
     arguments |= {"pattern": pattern, "density": density}
     if variant == "distributed":
-        return BlockSparseDistributed(distributed_config, **arguments)
+        return BlockSparseDistributed(distributed_config, **arguments, **heads)
     return BlockSparseBase(**arguments)
 
 

@@ -75,7 +75,7 @@ class BlockSparseMultihead(nn.MultiheadAttention):
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
-        self.source: LayoutSource = layout_source(
+        source = layout_source(
             pattern,
             segment_lengths,
             dilation_rates,
@@ -85,8 +85,9 @@ class BlockSparseMultihead(nn.MultiheadAttention):
             num_heads=num_heads,
             head_dim=self.head_dim,
         )
-        if isinstance(self.source, BlockSelector):
-            self.source.to(device=device, dtype=dtype)
+        self.source: LayoutSource = (
+            source.to(device=device, dtype=dtype) if isinstance(source, BlockSelector) else source
+        )
         self.backend = backend
 
     def _reset_parameters(self) -> None:

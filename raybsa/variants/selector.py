@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -143,19 +143,51 @@ class BlockSelector(nn.Module):
     def select(self, q: Tensor, k: Tensor) -> tuple[BlockLayout, Tensor | None]:
         """The layout for q (B, H, Sq, D) and k (B, Hkv, Skv, D), a group for each sample and head (one in all where
         everything is kept), and the bias (nnz,) of the method ``"bias"``."""
-        self._check(q, k)
-        shape = self._shape(q.shape[2], k.shape[2], self.density.value, q.device)
-        u, w = self._compare(q, k)
-        copies, groups = self.num_heads // self.num_kv_heads, q.shape[0] * self.num_kv_heads
+        own, keys = self.query_stats(q), self.key_stats(k)
+        before = blocks_before(own) if self.rules.causal else None
+        return self.choose(own, before, keys, self._shape(q.shape[2], k.shape[2], self.density.value, q.device))
+
+    def query_stats(self, q: Tensor) -> Tensor:
+        """(B, H, n, 3, D) what the gate sees of q; without a gradient where the method gives it none."""
+        self._check("q", q, self.num_heads)
+        return block_stats(q.detach() if self.method == "distill" else q, self.rules.block_size)
+
+    def key_stats(self, k: Tensor) -> Tensor:
+        """(B, Hkv, n, 3, D) the same of k."""
+        self._check("k", k, self.num_kv_heads)
+        return block_stats(k.detach() if self.method == "distill" else k, self.rules.block_size)
+
+    def choose(
+        self, own: Tensor, before: Tensor | None, keys: Tensor, shape: Shape
+    ) -> tuple[BlockLayout, Tensor | None]:
+        """The layout and bias of the shape's rows, which may be a part of the sequence's.
+
+        Args:
+            own, before: of these rows' blocks and of those before them, as in ``query_features``.
+            keys: ``key_stats`` of all of k.
+        """
+        u, w = self._compare(own, before, keys, shape.rows)
+        copies, groups = self.num_heads // self.num_kv_heads, len(u) * self.num_kv_heads
         dense = self.density.value == 1.0 and self.rules.max_blocks is None
         if dense:
-            apart = self.method == "bias"
+            apart = self.method == "bias" or not shape.is_whole
             by_kv_head = shape.everything(groups if apart else 1)
             layout = shape.everything(groups * copies) if apart and copies > 1 else by_kv_head
         else:
             by_kv_head, layout = self._sparse(u, w, shape, copies)
         self._choice, self._loss = _Choice(u, w, shape, by_kv_head, dense), None
         return layout, self._bias(self._choice, copies) if self.method == "bias" else None
+
+    def take_loss_of_shard(self, mass: Tensor, total: Callable[[Tensor], Tensor]) -> None:
+        """Keeps this rank's part of the loss over ranks, from the mass (nnz,) of the blocks that it chose last.
+
+        Args:
+            total: () of this rank -> () the sum over all ranks.
+        """
+        choice, self._choice = self._choice, None
+        assert choice is not None, "choose comes first"
+        part, weight = self._kept_divergence(choice, mass)
+        self._loss = part / total(weight)
 
     def complete(self, call: AttentionCall, out: Tensor, lse: Tensor | None) -> Tensor:
         """The output after what the method does to it. Told of the attention (``lse`` (B, H, Sq) where ``wants_lse``),
@@ -194,9 +226,8 @@ class BlockSelector(nn.Module):
             q, k: (B, H, Sq, D) and (B, Hkv, Skv, D), not differentiated.
             scale: factor on the scores of the attention.
         """
-        self._check(q, k)
         q, k = q.detach(), k.detach()
-        u, w = self._compare(q, k)
+        u, w = self._compare_whole(q, k)
         nowhere = Shape.make(self.rules, q.shape[2], k.shape[2], 1.0, q.device, torch.zeros(1, dtype=torch.int64))
         call = AttentionCall(q, k, k, nowhere.everything(), scale, None, None, None, 0.0, 0, False, False)
         return self._sampled_divergence(u, w, call)
@@ -214,9 +245,8 @@ class BlockSelector(nn.Module):
 
         ``freeze_to`` saves it as a pattern.
         """
-        self._check(q, k)
         shape = self._shape(q.shape[2], k.shape[2], self.density.end, q.device)
-        u, w = self._compare(q, k)
+        u, w = self._compare_whole(q, k)
         best = torch.empty(1, u.shape[1], u.shape[2], shape.widest, dtype=torch.int64, device=q.device)
         for place, odds in mean_probabilities(u, w, shape, self.temperature.end):
             best[:, :, place] = top_columns(self.rules.preferences(odds, shape.rows[place]), shape.widest)
@@ -236,35 +266,28 @@ class BlockSelector(nn.Module):
     def _distills(self) -> bool:
         return self.method == "distill" and self.training and torch.is_grad_enabled()
 
-    def _check(self, q: Tensor, k: Tensor) -> None:
-        wanted = (self.num_heads, self.num_kv_heads, self.head_dim)
-        if (q.shape[1], k.shape[1], q.shape[3]) != wanted or k.shape[3] != self.head_dim:
-            raise ValueError(
-                f"the selector is for {wanted[0]} query heads, {wanted[1]} KV heads and head_dim {wanted[2]}, "
-                f"got q {tuple(q.shape)} and k {tuple(k.shape)}"
-            )
+    def _check(self, name: str, x: Tensor, heads: int) -> None:
+        if x.shape[1] != heads or x.shape[3] != self.head_dim:
+            raise ValueError(f"the selector is for {name} (B, {heads}, S, {self.head_dim}), got {tuple(x.shape)}")
 
     def _shape(self, q_len: int, kv_len: int, density: float, device: torch.device) -> Shape:
         key = (q_len, kv_len, density, device)
         return self._cache.get(key, lambda: Shape.make(self.rules, q_len, kv_len, density, device))
 
-    def _compare(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """u (B, Hkv, num_q_blocks, d) and w (B, Hkv, num_kv_blocks, d)."""
-        if self.method == "distill":
-            q, k = q.detach(), k.detach()
-        size = self.rules.block_size
-        with torch.autocast(q.device.type, enabled=False):
-            own, keys = block_stats(q, size), block_stats(k, size)
-            before = blocks_before(own) if self.rules.causal else None
-            return self._project(own, before, keys)
+    def _compare_whole(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        own, keys = self.query_stats(q), self.key_stats(k)
+        before = blocks_before(own) if self.rules.causal else None
+        return self._compare(own, before, keys, torch.arange(own.shape[2], device=q.device))
 
-    def _project(self, own: Tensor, before: Tensor | None, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def _compare(self, own: Tensor, before: Tensor | None, keys: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """u (B, Hkv, rows, d) and w (B, Hkv, num_kv_blocks, d)."""
         if self.gate is None:
             mean = own[:, :, :, 0] if before is None else before[:, :, :, 0] + own[:, :, :, 2] / self.rules.block_size
             return mean.unflatten(1, (self.num_kv_heads, -1)).mean(2), keys[:, :, :, 0]
-        rows, columns = (torch.arange(x.shape[2], device=x.device) for x in (own, keys))
-        features = query_features(own, before, self.num_kv_heads)
-        return self.gate.queries(features, rows), self.gate.keys(key_features(keys), columns)
+        with torch.autocast(own.device.type, enabled=False):
+            features = query_features(own, before, self.num_kv_heads)
+            columns = torch.arange(keys.shape[2], device=keys.device)
+            return self.gate.queries(features, rows), self.gate.keys(key_features(keys), columns)
 
     def _sparse(self, u: Tensor, w: Tensor, shape: Shape, copies: int) -> tuple[BlockLayout, BlockLayout]:
         """The layout of KV heads and that of query heads."""
@@ -287,10 +310,14 @@ class BlockSelector(nn.Module):
         loss = self._sampled_divergence(choice.u, choice.w, call)
         if choice.dense:
             return loss
+        kept, weight = self._kept_divergence(choice, block_mass(call, lse))
+        return (loss + kept / weight) / 2
+
+    def _kept_divergence(self, choice: _Choice, mass: Tensor) -> tuple[Tensor, Tensor]:
+        """``divergence`` over the kept blocks, from their mass (nnz of the query heads' layout,)."""
         entries = Entries.of(choice.by_kv_head)
-        kept = entries.mean_of_heads(block_mass(call, lse), call.queries_per_kv)
         scores = entries.scores(choice.u, choice.w) / self.temperature.value
-        return (loss + divergence(scores, kept, entries, self.rules)) / 2
+        return divergence(scores, entries.mean_of_heads(mass, self.num_heads // self.num_kv_heads), entries, self.rules)
 
     def _sampled_divergence(self, u: Tensor, w: Tensor, call: AttentionCall) -> Tensor:
         """That of a few rows, drawn anew in each call, over all their candidates."""
@@ -301,7 +328,8 @@ class BlockSelector(nn.Module):
         entries = Entries.of(sampled.everything(batch * self.num_kv_heads))
         mass = entries.mean_of_heads(dense_mass(call, sampled.everything(batch * heads)), call.queries_per_kv)
         scores = entries.scores(u[:, :, sampled.rows], w) / self.temperature.value
-        return divergence(scores, mass, entries, self.rules)
+        found, weight = divergence(scores, mass, entries, self.rules)
+        return found / weight
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle forgets the last forward."""

@@ -116,19 +116,25 @@ def layout_source(
     density: float | None,
     block_size: int,
     causal: bool,
-    num_heads: int,
-    head_dim: int,
-) -> LayoutSource:
-    """The source that the arguments of a variant with known heads ask for: a ``BlockSelector`` where the pattern is
-    named "adaptive" (its options are the pattern's parameters), else as ``fixed_pattern``."""
+    num_heads: int | None,
+    head_dim: int | None,
+    num_kv_heads: int | None = None,
+) -> FixedPattern | BlockSelector:
+    """The source that a variant's arguments ask for: a ``BlockSelector`` where the pattern is named "adaptive" (its
+    options are the pattern's parameters), else as ``fixed_pattern``, which does not ask for heads."""
     options = adaptive_options(pattern)
     if options is None:
         return fixed_pattern(
             pattern, segment_lengths, dilation_rates, density=density, block_size=block_size, causal=causal
         )
+    if num_heads is None or head_dim is None:
+        raise ValueError(
+            f"the adaptive pattern needs num_heads and head_dim, for its parameters: got {num_heads} and {head_dim}"
+        )
     return BlockSelector(
         num_heads,
         head_dim,
+        num_kv_heads=num_kv_heads,
         segment_lengths=segment_lengths,
         dilation_rates=dilation_rates,
         density=DEFAULT_DENSITY if density is None else density,
