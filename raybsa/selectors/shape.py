@@ -7,12 +7,16 @@ nothing is counted, and on a GPU nothing is read back.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from raybsa.layout import BlockLayout
 from raybsa.selectors.rules import Rules
+
+_DENSE_BLOCK = 128
+_LITTLE = 1e-9  # a density: one block a row
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +105,16 @@ class Shape:
         col = torch.cat([x.nonzero()[:, 1] for x in found])
         first = torch.arange(groups, device=col.device)[:, None] * len(col)
         return self._layout(first + begin, col.repeat(groups))
+
+    @cached_property
+    def dense(self) -> BlockLayout:
+        """The attention of ``everything``, for all rows and heads alike; in blocks of at least 128 tokens where no
+        segment needs finer ones: the same tokens in fewer pieces."""
+        if self.rules.segments is not None or not self.is_whole:
+            return self.everything()
+        rules = Rules(max(self.rules.block_size, _DENSE_BLOCK), self.rules.causal, sinks=0)
+        coarse = Shape.make(rules, self.q_len, self.kv_len, _LITTLE, self.rows.device)
+        return coarse.everything()
 
     def nearest(self) -> BlockLayout:
         """One group of as many blocks a row as a selection has, those nearest to the diagonal: what is known of its

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from raybsa.variants.adaptive import BlockSparseAdaptive
 from raybsa.variants.base import BlockSparseBase
@@ -32,8 +31,9 @@ class Captured:
 def capture(model: nn.Module, calls: list[Captured], limit: int = 64) -> Iterator[list[Captured]]:
     """Appends to ``calls`` what ``model`` attends with inside the ``with`` block, in order, up to ``limit`` calls.
 
-    Seen are calls of ``F.scaled_dot_product_attention``, as most models make them (``nn.MultiheadAttention`` with
-    ``need_weights=False``), and this package's modules. Masks are not kept.
+    Seen are calls of ``torch.nn.functional.scaled_dot_product_attention`` by that name, which is replaced meanwhile (so
+    most models call it, ``nn.MultiheadAttention`` with ``need_weights=False`` in training), and this package's modules.
+    Masks are not kept.
     """
 
     def keep(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> None:
@@ -49,30 +49,21 @@ def capture(model: nn.Module, calls: list[Captured], limit: int = 64) -> Iterato
 
     own = [module for module in model.modules() if isinstance(module, (BlockSparseBase, BlockSparseAdaptive))]
     hooks = [module.register_forward_pre_hook(before, with_kwargs=True) for module in own]
+    dense = F.scaled_dot_product_attention
+
+    def watched(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if query.dim() == 4:
+            given = dict(zip(("attn_mask", "dropout_p", "is_causal"), args, strict=False)) | kwargs
+            keep(query, key, value, given.get("is_causal", False), given.get("scale"))
+        return dense(query, key, value, *args, **kwargs)
+
+    F.scaled_dot_product_attention = watched
     try:
-        with _Watch(keep):
-            yield calls
+        yield calls
     finally:
+        F.scaled_dot_product_attention = dense
         for hook in hooks:
             hook.remove()
-
-
-class _Watch(TorchFunctionMode):
-    """Tells ``keep`` of every call of scaled_dot_product_attention with tensors (B, H, S, D)."""
-
-    def __init__(self, keep: Any) -> None:
-        super().__init__()
-        self._keep = keep
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function is F.scaled_dot_product_attention:
-            names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-            given = dict(zip(names, args, strict=False)) | kwargs
-            if given["query"].dim() == 4:
-                tensors = (given[name] for name in names[:3])
-                self._keep(*tensors, given.get("is_causal", False), given.get("scale"))
-        return function(*args, **kwargs)
 
 
 def save_calls(calls: Sequence[Captured], path: str | Path) -> None:

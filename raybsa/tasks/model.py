@@ -19,7 +19,8 @@ from raybsa.selectors.gate import Gate
 from raybsa.spec import TrialSpec
 from raybsa.tasks.attention import build_attention
 
-_ROTARY_BASE, _ROTARY_TOKENS = 200.0, 512  # lower than usual: these models train for minutes; more for more tokens
+_ROTARY_BASE = 200.0  # lower than usual: these models train for minutes at some hundred tokens
+_ROTARY_TOKENS = 512  # for longer sequences the base is their length
 
 
 class Transformer(nn.Module):
@@ -33,7 +34,7 @@ class Transformer(nn.Module):
     def __init__(self, spec: TrialSpec, vocab_size: int) -> None:
         super().__init__()
         self.head_dim = spec.head_dim
-        self.rotary_base = _ROTARY_BASE * max(1.0, spec.train_len / _ROTARY_TOKENS)
+        self.rotary_base = float(spec.train_len) if spec.train_len > _ROTARY_TOKENS else _ROTARY_BASE
         width = spec.num_heads * spec.head_dim
         self.embedding = nn.Embedding(vocab_size, width)
         self.layers = nn.ModuleList(Layer(spec, index) for index in range(spec.num_layers))

@@ -171,7 +171,7 @@ class BlockSelector(nn.Module):
         dense = self.density.value == 1.0 and self.rules.max_blocks is None
         if dense:
             apart = self.method == "bias" or not shape.is_whole
-            by_kv_head = shape.everything(groups if apart else 1)
+            by_kv_head = shape.everything(groups) if apart else shape.dense
             layout = shape.everything(groups * copies) if apart and copies > 1 else by_kv_head
         else:
             by_kv_head, layout = self._sparse(u, w, shape, copies)
@@ -354,6 +354,13 @@ def _pairs(lengths: Sequence[int] | None, rates: Sequence[int] | None) -> tuple[
 def selector_loss(model: nn.Module) -> Tensor | float:
     """What the selectors of a model add to the loss of its last forward; 0.0 where it has none."""
     return sum(module.selector_loss() for module in model.modules() if isinstance(module, BlockSelector))
+
+
+def set_schedules(model: nn.Module, step: int) -> None:
+    """Tells every schedule of a model how many steps of training were applied so far."""
+    for module in model.modules():
+        if isinstance(module, Schedule):
+            module.count = step
 
 
 def step_schedules(model: nn.Module) -> None:

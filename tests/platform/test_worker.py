@@ -82,7 +82,7 @@ def test_an_inexact_attention_shows_in_the_errors(monkeypatch):
     def wrong_module(spec, index):
         return timed_attention(spec if spec.layer(0).backend == "reference" else other, index)
 
-    monkeypatch.setattr("raybsa.tasks.fidelity.timed_attention", wrong_module)
+    monkeypatch.setattr("raybsa.tasks.exactness.timed_attention", wrong_module)
     wrong = relative_errors(SPEC, 64, torch.device("cpu"))
     assert max(exact) < 1e-4
     assert min(wrong) > 1e-2
