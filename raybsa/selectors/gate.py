@@ -31,7 +31,7 @@ class Gate(nn.Module):
     def __init__(self, kv_heads: int, queries_per_kv: int, head_dim: int, gate_dim: int) -> None:
         super().__init__()
         self.query = nn.Parameter(torch.empty(kv_heads, queries_per_kv, 3, head_dim, gate_dim))
-        self.key = nn.Parameter(torch.empty(kv_heads, 2, head_dim, gate_dim))
+        self.key = nn.Parameter(torch.empty(kv_heads, 4, head_dim, gate_dim))
         self.waves = nn.Parameter(torch.empty(kv_heads, 2, _WAVES))
         self.reset_parameters()
 

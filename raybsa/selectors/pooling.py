@@ -29,8 +29,10 @@ def _stats(blocks: Tensor) -> Tensor:
 
 
 def key_features(stats: Tensor) -> Tensor:
-    """(B, Hkv, n, 2 D): mean and maximum."""
-    return stats[:, :, :, :2].flatten(3)
+    """(B, Hkv, n, 4 D): mean and maximum of each block and of the block before it, 0 where there is none: what a query
+    asks for often lies right after what it resembles."""
+    own = stats[:, :, :, :2]
+    return torch.cat([own, blocks_before(own)], 3).flatten(3)
 
 
 def query_features(stats: Tensor, before: Tensor | None, kv_heads: int) -> Tensor:

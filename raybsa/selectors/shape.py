@@ -6,7 +6,7 @@ nothing is counted, and on a GPU nothing is read back.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -45,6 +45,7 @@ class Shape:
     row: Tensor
     flat: Tensor
     is_whole: bool
+    _crow: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def make(
@@ -82,9 +83,9 @@ class Shape:
         """The layout of ``best`` (B, groups, n, widest) int64, columns in order of preference, of which each row keeps
         its ``counts`` first ones; every group ``copies`` times in a row."""
         chosen = torch.where(self.kept, best.flatten(0, 1), self.columns)
-        col = chosen.sort(-1).values.flatten(1)[:, self.flat].repeat_interleave(copies, 0)
-        groups = torch.arange(len(col), device=col.device)[:, None] * col.shape[1]
-        return self._layout(groups + self.begin, col.flatten())
+        col = chosen.sort(-1).values.flatten(1)[:, self.flat]
+        col = col[:, None].expand(-1, copies, -1)
+        return self._layout(self._offsets(len(col) * copies), col.flatten())
 
     def capped_layout(self, best: Tensor, wanted: Tensor, copies: int = 1) -> BlockLayout:
         """As ``layout``, of the choices that are ``wanted`` (B, groups, n, widest) too. Reads sizes back."""
@@ -105,6 +106,14 @@ class Shape:
         col = torch.cat([x.nonzero()[:, 1] for x in found])
         first = torch.arange(groups, device=col.device)[:, None] * len(col)
         return self._layout(first + begin, col.repeat(groups))
+
+    def _offsets(self, groups: int) -> Tensor:
+        """(groups, n + 1) int64, one tensor for all calls: a GPU's plan of the rows goes with it."""
+        if groups not in self._crow:
+            with torch.inference_mode(False):  # a later training step must be able to use it
+                first = torch.arange(groups, device=self.begin.device)[:, None] * len(self.row)
+                self._crow[groups] = first + self.begin
+        return self._crow[groups]
 
     @cached_property
     def dense(self) -> BlockLayout:

@@ -29,7 +29,10 @@ def test_query_heads_of_a_kv_head_lie_side_by_side():
     features = query_features(stats, None, kv_heads=2)
     assert features.shape == (2, 2, 3, 12)
     torch.testing.assert_close(features[1, 1, 2], torch.cat([stats[1, 2, 2].flatten(), stats[1, 3, 2].flatten()]))
-    assert key_features(stats).shape == (2, 4, 3, 4)
+    keys = key_features(stats).unflatten(-1, (4, 2))
+    assert torch.equal(keys[:, :, :, :2], stats[:, :, :, :2])
+    assert torch.equal(keys[:, :, 1:, 2:], stats[:, :, :-1, :2])
+    assert not keys[:, :, 0, 2:].any()
 
 
 def test_a_causal_query_reads_the_block_before_and_its_own_first_token_alone():
