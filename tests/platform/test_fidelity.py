@@ -16,7 +16,7 @@ from raybsa.tasks.fidelity import DenseTruth, fidelities
 from raybsa.tasks.planted import planted, planted_recall
 from raybsa.variants.selector import BlockSelector
 
-SIZES = {"heads": 2, "blocks": 24, "block_size": 8, "head_dim": 24}
+SIZES = {"heads": 2, "blocks": 16, "block_size": 4, "head_dim": 24}
 
 
 def call(causal: bool = True, tokens: int = 100, batch: int = 2) -> Captured:
@@ -131,14 +131,14 @@ def test_a_file_of_something_else_is_refused(tmp_path):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_distillation_finds_the_planted_block_of_every_head_and_sample(causal):
-    options = {"density": 0.25, "block_size": 8, "causal": causal, "sinks": 0, "window": 1, "sample_rows": 12}
-    lesson, _ = planted(0, batch=4, causal=causal, **SIZES)
+    options = {"density": 0.3, "block_size": 4, "causal": causal, "sinks": 0, "window": 1, "sample_rows": 16}
+    lesson, _ = planted(0, batch=64, causal=causal, **SIZES)
     test, target = planted(1, batch=3, causal=causal, **SIZES)
     recalls = {}
     for method in ("mean-pool", "distill"):
         selector = BlockSelector(2, 24, method=method, **options)
         recalls[method, 0] = planted_recall(selector.eval().select(test.q, test.k)[0], target)
-    losses = distill(selector.train(), lesson, 200)
+    losses = distill(selector.train(), lesson, 150, learning_rate=2e-2, batch=8)
     recall = planted_recall(selector.eval().select(test.q, test.k)[0], target)
     assert losses[-1] < 0.5 * losses[0]
     assert recalls["mean-pool", 0].mean() < 0.5

@@ -7,6 +7,8 @@ from raybsa.selectors import selection
 from raybsa.selectors.rules import Rules
 from raybsa.selectors.selection import best_columns, mean_probabilities, within_share
 from raybsa.selectors.shape import Shape
+from raybsa.timing import peak_bytes
+from raybsa.variants.selector import BlockSelector
 
 SEGMENTS = ((64, 1), (128, 2))
 
@@ -99,3 +101,17 @@ def test_probabilities_are_means_over_samples_and_sum_to_one_over_free_blocks():
     torch.testing.assert_close(odds.sum(-1)[:, :, 3:], torch.ones(1, 3, 13))
     of_row = torch.softmax(torch.einsum("bd,bjd->bj", u[:, 1, 9], w[:, 1, 1:8]) / 0.5, -1).mean(0)
     torch.testing.assert_close(odds[0, 1, 9, 1:8], of_row)
+
+
+def test_memory_grows_with_the_tokens_and_not_with_their_square():
+    """With a bounded number of blocks a row, selection at twice the length takes about twice the bytes."""
+    found = []
+    for tokens in (32_768, 65_536):
+        selector = BlockSelector(1, 16, block_size=16, causal=True, max_blocks=8, density=0.5, method="mean-pool")
+        q = torch.randn(1, 1, tokens, 16)
+        with torch.no_grad():
+            selector.select(q, q)
+            found.append(peak_bytes(lambda selector=selector, q=q: selector.select(q, q), "cpu"))
+    squared = (65_536 // 16) ** 2
+    assert found[1] < 2.5 * found[0]
+    assert found[1] < 4 * squared, "not even one float32 a pair of blocks"
