@@ -90,7 +90,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=2)
     parser.add_argument("--head-dim", type=int, default=32)
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16"))
-    parser.add_argument("--warmup", type=float, default=0.25, help="share of the steps that adaptive trains densely")
+    parser.add_argument("--warmup", type=float, default=0.5, help="share of the steps that adaptive trains densely")
     parser.add_argument("--anneal", type=float, default=0.25, help="share of the steps in which it becomes sparse")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (torch's choice)")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 _WAVES = 12
+_RECENCY = 0.5  # of each wave at first: as lengths go by factors of two, a score falls by as much with every doubling
 _SHORTEST, _LONGEST = 3.0, 8192.0  # wave lengths in blocks
 
 
@@ -46,6 +47,7 @@ class Gate(nn.Module):
         self.key.zero_()[:, 0] = maps
         self.query.zero_()[:, :, ::2] = maps[:, None, None] * (0.5 / math.sqrt(head_dim) / self.query.shape[1])
         nn.init.normal_(self.waves, std=0.02, generator=generator)
+        self.waves[:, 0] += _RECENCY
 
     @property
     def dtype(self) -> torch.dtype:

@@ -39,7 +39,7 @@ class Rules:
     block_size: int
     causal: bool
     segments: tuple[tuple[int, int], ...] | None = None
-    sinks: int = 1
+    sinks: int = 0
     window: int = 2
     max_blocks: int | None = None
 

@@ -99,7 +99,7 @@ class BlockSelector(nn.Module):
         causal: bool = False,
         method: str = "distill",
         gate_dim: int = 32,
-        sinks: int = 1,
+        sinks: int = 0,
         window: int = 2,
         max_blocks: int | None = None,
         top_p: float | None = None,
