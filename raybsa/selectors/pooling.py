@@ -9,12 +9,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from raybsa.kernels.triton_setup import why_not_here
+
 
 def block_stats(x: Tensor, block_size: int) -> Tensor:
     """(B, H, n, 3, D) in at least float32: mean, maximum and first token of each block of ``x`` (B, H, S, D).
 
-    A ragged last block is pooled over its own tokens.
+    A ragged last block is pooled over its own tokens. On a GPU, where no gradient is wanted, in one pass.
     """
+    if x.is_cuda and why_not_here(x.device) is None and not (x.requires_grad and torch.is_grad_enabled()):
+        from raybsa.selectors.triton_pool import pooled
+
+        return pooled(x, block_size)
     whole = x.shape[2] // block_size * block_size
     parts = [_stats(x[:, :, :whole].unflatten(2, (-1, block_size)))] if whole else []
     if whole < x.shape[2]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from raybsa.kernels.triton_setup import why_not_here
 from raybsa.selectors.rules import Rules
 from raybsa.selectors.shape import Shape
 from raybsa.selectors.topk import top_columns
@@ -27,6 +28,22 @@ def best_columns(u: Tensor, w: Tensor, shape: Shape) -> Tensor:
     for place, scores in score_tiles(u, w):
         best[:, :, place] = top_columns(shape.rules.preferences(scores, shape.rows[place]), shape.widest)
     return best
+
+
+@torch.no_grad()
+def kept_columns(u: Tensor, w: Tensor, shape: Shape) -> Tensor:
+    """(B * Hkv, m) int32: of each row the columns that it keeps, ascending, row after row; as ``best_columns`` has
+    them. On a GPU one kernel a tile."""
+    if not (u.is_cuda and why_not_here(u.device) is None and shape.rules.segments is None):
+        return shape.columns_of(best_columns(u, w, shape))
+    from raybsa.selectors.triton_select import MAX_COLUMNS, choose
+
+    if shape.columns > MAX_COLUMNS:
+        return shape.columns_of(best_columns(u, w, shape))
+    out = torch.empty(u.shape[0] * u.shape[1], len(shape.row), dtype=torch.int32, device=u.device)
+    for place, scores in score_tiles(u.float(), w.float()):
+        choose(scores.flatten(0, 1), shape, place.start, out)
+    return out
 
 
 @torch.no_grad()

@@ -79,13 +79,15 @@ class Shape:
         """(n, widest) bool: which of a row's choices, in order of preference, are its ``counts`` first."""
         return torch.arange(self.widest, device=self.counts.device) < self.counts[:, None]
 
-    def layout(self, best: Tensor, copies: int = 1) -> BlockLayout:
-        """The layout of ``best`` (B, groups, n, widest) int64, columns in order of preference, of which each row keeps
-        its ``counts`` first ones; every group ``copies`` times in a row."""
+    def columns_of(self, best: Tensor) -> Tensor:
+        """(B * groups, m) int32 of ``best`` (B, groups, n, widest), columns in order of preference: of each row its
+        ``counts`` first ones, ascending."""
         chosen = torch.where(self.kept, best.flatten(0, 1), self.columns)
-        col = chosen.sort(-1).values.flatten(1)[:, self.flat]
-        col = col[:, None].expand(-1, copies, -1)
-        return self._layout(self._offsets(len(col) * copies), col.flatten())
+        return chosen.sort(-1).values.flatten(1)[:, self.flat].to(torch.int32)
+
+    def layout(self, col: Tensor, copies: int = 1) -> BlockLayout:
+        """The layout of the columns ``col`` (groups, m), every group ``copies`` times in a row."""
+        return self._layout(self._offsets(len(col) * copies), col[:, None].expand(-1, copies, -1).flatten())
 
     def capped_layout(self, best: Tensor, wanted: Tensor, copies: int = 1) -> BlockLayout:
         """As ``layout``, of the choices that are ``wanted`` (B, groups, n, widest) too. Reads sizes back."""
@@ -130,7 +132,7 @@ class Shape:
         work before there is data."""
         step = max(1, 2**20 // self.columns)
         best = [self._nearest(rows) for rows in self.rows.split(step)]
-        return self.layout(torch.cat(best)[None, None])
+        return self.layout(self.columns_of(torch.cat(best)[None, None]))
 
     def _nearest(self, rows: Tensor) -> Tensor:
         columns = torch.arange(self.columns, device=rows.device)

@@ -92,7 +92,7 @@ class DenseTruth:
         """The layout, one for each sample and head, that keeps the most mass at a density, and every diagonal."""
         shape = Shape.make(self.rules, self.call.q.shape[2], self.call.k.shape[2], density, self.mass.device)
         best = top_columns(self.rules.preferences(self.mass, shape.rows), shape.widest)
-        return shape.layout(best[None])
+        return shape.layout(shape.columns_of(best[None]))
 
 
 def fidelities(

@@ -23,7 +23,7 @@ from raybsa.selectors.gate import Gate
 from raybsa.selectors.pooling import block_stats, blocks_before, key_features, query_features
 from raybsa.selectors.rules import Rules
 from raybsa.selectors.schedule import Schedule
-from raybsa.selectors.selection import best_columns, mean_probabilities, within_share
+from raybsa.selectors.selection import best_columns, kept_columns, mean_probabilities, within_share
 from raybsa.selectors.shape import Shape
 from raybsa.selectors.topk import top_columns
 from raybsa.spec import PatternSpec
@@ -250,7 +250,7 @@ class BlockSelector(nn.Module):
         best = torch.empty(1, u.shape[1], u.shape[2], shape.widest, dtype=torch.int64, device=q.device)
         for place, odds in mean_probabilities(u, w, shape, self.temperature.end):
             best[:, :, place] = top_columns(self.rules.preferences(odds, shape.rows[place]), shape.widest)
-        return shape.layout(best, self.num_heads // self.num_kv_heads)
+        return shape.layout(shape.columns_of(best), self.num_heads // self.num_kv_heads)
 
     def freeze_to(self, path: str, q: Tensor, k: Tensor) -> PatternSpec:
         """Saves ``freeze(q, k)`` in a Parquet file; the pattern ``blocks`` that reads it, for this geometry."""
@@ -291,10 +291,11 @@ class BlockSelector(nn.Module):
 
     def _sparse(self, u: Tensor, w: Tensor, shape: Shape, copies: int) -> tuple[BlockLayout, BlockLayout]:
         """The layout of KV heads and that of query heads."""
-        best = best_columns(u, w, shape)
         if self.top_p is None:
-            by_kv_head = shape.layout(best)
-            return by_kv_head, by_kv_head if copies == 1 else shape.layout(best, copies)
+            col = kept_columns(u, w, shape)
+            by_kv_head = shape.layout(col)
+            return by_kv_head, by_kv_head if copies == 1 else shape.layout(col, copies)
+        best = best_columns(u, w, shape)
         wanted = within_share(u, w, shape, best, self.top_p, self.temperature.value)
         by_kv_head = shape.capped_layout(best, wanted)
         return by_kv_head, by_kv_head if copies == 1 else shape.capped_layout(best, wanted, copies)

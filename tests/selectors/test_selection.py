@@ -5,7 +5,7 @@ import torch
 
 from raybsa.selectors import selection
 from raybsa.selectors.rules import Rules
-from raybsa.selectors.selection import best_columns, mean_probabilities, within_share
+from raybsa.selectors.selection import best_columns, kept_columns, mean_probabilities, within_share
 from raybsa.selectors.shape import Shape
 from raybsa.timing import peak_bytes
 from raybsa.variants.selector import BlockSelector
@@ -35,7 +35,7 @@ def test_tiles_of_any_size_keep_what_one_sort_keeps(monkeypatch, causal, segment
     monkeypatch.setitem(selection.TILE_SCORES, "cpu", tile)
     shape = Shape.make(Rules(16, causal, segments), q_len, kv_len, 0.3, "cpu")
     u, w = vectors(len(shape.rows), shape.columns)
-    layout = shape.layout(best_columns(u, w, shape)).validate()
+    layout = shape.layout(kept_columns(u, w, shape)).validate()
     assert torch.equal(layout.to_dense(), sorted_at_once(u, w, shape))
     assert torch.equal(layout.row_counts, shape.counts.expand(6, -1))
 
@@ -43,16 +43,16 @@ def test_tiles_of_any_size_keep_what_one_sort_keeps(monkeypatch, causal, segment
 def test_copies_repeat_each_group_in_a_row():
     shape = Shape.make(Rules(16, True), 256, 256, 0.3, "cpu")
     u, w = vectors(16, 16)
-    best = best_columns(u, w, shape)
-    assert shape.layout(best, 3).digest() == shape.layout(best).repeat_heads(3).digest()
+    col = kept_columns(u, w, shape)
+    assert shape.layout(col, 3).digest() == shape.layout(col).repeat_heads(3).digest()
 
 
 def test_a_part_of_the_rows_gets_what_the_whole_gives_them():
     rules, rows = Rules(16, True), torch.tensor([2, 3, 9, 15])
     whole, part = (Shape.make(rules, 247, 247, 0.3, "cpu", some) for some in (None, rows))
     u, w = vectors(16, 16)
-    wanted = whole.layout(best_columns(u, w, whole)).select(rows, None)
-    assert part.layout(best_columns(u[:, :, rows], w, part)).validate().digest() == wanted.digest()
+    wanted = whole.layout(kept_columns(u, w, whole)).select(rows, None)
+    assert part.layout(kept_columns(u[:, :, rows], w, part)).validate().digest() == wanted.digest()
 
 
 @pytest.mark.parametrize("segments", [None, SEGMENTS])
@@ -88,7 +88,7 @@ def test_a_whole_share_caps_nothing():
     u, w = vectors(16, 16)
     best = best_columns(u, w, shape)
     capped = shape.capped_layout(best, within_share(u, w, shape, best, 1.0 + 1e-6, 1.0))
-    assert capped.digest() == shape.layout(best).digest()
+    assert capped.digest() == shape.layout(shape.columns_of(best)).digest()
 
 
 def test_probabilities_are_means_over_samples_and_sum_to_one_over_free_blocks():
