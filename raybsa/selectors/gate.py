@@ -54,29 +54,28 @@ class Gate(nn.Module):
         """What scores are computed in: float64 for float64 parameters, else float32."""
         return torch.float64 if self.key.dtype == torch.float64 else torch.float32
 
-    def queries(self, features: Tensor, ids: Tensor) -> Tensor:
-        """u (B, Hkv, n, gate_dim + waves) of ``query_features`` and the blocks' numbers ``ids`` (n,)."""
+    def queries(self, features: Tensor, place: Tensor) -> Tensor:
+        """u (B, Hkv, n, gate_dim + 2 waves) of ``query_features`` and ``position_waves`` (n, 2, waves)."""
         weight = self.query.to(self.dtype).flatten(1, 3)
-        cos, sin = _waves(ids, self.dtype)
-        place = torch.cat([cos, sin], -1).expand(*features.shape[:2], -1, -1)
+        place = place.to(self.dtype).flatten(1).expand(*features.shape[:2], -1, -1)
         return torch.cat([features.to(self.dtype) @ weight, place], -1)
 
-    def keys(self, features: Tensor, ids: Tensor) -> Tensor:
-        """w (B, Hkv, n, gate_dim + waves) of ``key_features``.
+    def keys(self, features: Tensor, place: Tensor) -> Tensor:
+        """w (B, Hkv, n, gate_dim + 2 waves) of ``key_features`` and ``position_waves`` (n, 2, waves).
 
         With ``cos(i - j) = cos i cos j + sin i sin j`` the products of u and w hold
         ``sum_m a_m cos(f_m (i - j)) + c_m sin(f_m (i - j))``.
         """
         weight = self.key.to(self.dtype).flatten(1, 2)
-        cos, sin = _waves(ids, self.dtype)
+        cos, sin = place.to(self.dtype).unbind(1)
         a, c = self.waves.to(self.dtype)[:, :, None].unbind(1)
         place = torch.cat([a * cos - c * sin, a * sin + c * cos], -1).expand(len(features), -1, -1, -1)
         return torch.cat([features.to(self.dtype) @ weight, place], -1)
 
 
-def _waves(ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(n, waves) cosines and sines of the blocks' numbers, in float64 at first: numbers are large."""
+def position_waves(count: int, device: torch.device | str) -> Tensor:
+    """(count, 2, waves) float32 cosines and sines of the numbers of blocks; made in float64, as numbers are large."""
     ratio = (_LONGEST / _SHORTEST) ** (1.0 / (_WAVES - 1))
-    lengths = _SHORTEST * ratio ** torch.arange(_WAVES, device=ids.device, dtype=torch.float64)
-    angle = ids.double()[:, None] * (2.0 * math.pi / lengths)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    lengths = _SHORTEST * ratio ** torch.arange(_WAVES, dtype=torch.float64)
+    angle = torch.arange(count, dtype=torch.float64)[:, None] * (2.0 * math.pi / lengths)
+    return torch.stack([angle.cos(), angle.sin()], 1).float().to(device)

@@ -19,7 +19,7 @@ from raybsa.patterns.pattern import check_density
 from raybsa.selectors.coarse import coarse_attention
 from raybsa.selectors.distill import dense_mass, divergence, sampled_rows
 from raybsa.selectors.entries import Entries
-from raybsa.selectors.gate import Gate
+from raybsa.selectors.gate import Gate, position_waves
 from raybsa.selectors.pooling import block_stats, blocks_before, key_features, query_features
 from raybsa.selectors.rules import Rules
 from raybsa.selectors.schedule import Schedule
@@ -130,6 +130,7 @@ class BlockSelector(nn.Module):
         self.share = nn.Parameter(torch.full((num_heads,), -2.0)) if method == "compressed" else None
         self.calls = 0
         self._cache: LayoutCache[Shape] = LayoutCache()
+        self._places: LayoutCache[Tensor] = LayoutCache()
         self._choice: _Choice | None = None
         self._loss: Tensor | None = None
 
@@ -166,7 +167,7 @@ class BlockSelector(nn.Module):
             own, before: of these rows' blocks and of those before them, as in ``query_features``.
             keys: ``key_stats`` of all of k.
         """
-        u, w = self._compare(own, before, keys, shape.rows)
+        u, w = self._compare(own, before, keys, None if shape.is_whole else shape.rows)
         copies, groups = self.num_heads // self.num_kv_heads, len(u) * self.num_kv_heads
         dense = self.density.value == 1.0 and self.rules.max_blocks is None
         if dense:
@@ -277,17 +278,21 @@ class BlockSelector(nn.Module):
     def _compare_whole(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         own, keys = self.query_stats(q), self.key_stats(k)
         before = blocks_before(own) if self.rules.causal else None
-        return self._compare(own, before, keys, torch.arange(own.shape[2], device=q.device))
+        return self._compare(own, before, keys, None)
 
-    def _compare(self, own: Tensor, before: Tensor | None, keys: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """u (B, Hkv, rows, d) and w (B, Hkv, num_kv_blocks, d)."""
+    def _compare(self, own: Tensor, before: Tensor | None, keys: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        """u (B, Hkv, rows, d) and w (B, Hkv, num_kv_blocks, d); ``rows`` None: the first ones."""
         if self.gate is None:
             mean = own[:, :, :, 0] if before is None else before[:, :, :, 0] + own[:, :, :, 2] / self.rules.block_size
             return mean.unflatten(1, (self.num_kv_heads, -1)).mean(2), keys[:, :, :, 0]
         with torch.autocast(own.device.type, enabled=False):
             features = query_features(own, before, self.num_kv_heads)
-            columns = torch.arange(keys.shape[2], device=keys.device)
-            return self.gate.queries(features, rows), self.gate.keys(key_features(keys), columns)
+            waves = self._waves(max(own.shape[2], keys.shape[2]), keys.device)
+            u = self.gate.queries(features, waves[: own.shape[2]] if rows is None else waves[rows])
+            return u, self.gate.keys(key_features(keys), waves[: keys.shape[2]])
+
+    def _waves(self, count: int, device: torch.device) -> Tensor:
+        return self._places.get((count, device), lambda: position_waves(count, device))
 
     def _sparse(self, u: Tensor, w: Tensor, shape: Shape, copies: int) -> tuple[BlockLayout, BlockLayout]:
         """The layout of KV heads and that of query heads."""
