@@ -20,8 +20,7 @@ from raybsa.experiments.compare import answer, questions, summary
 from raybsa.experiments.launch import absolute, exit_on_sigterm, git_commit
 from raybsa.experiments.trial import Run
 from raybsa.results.store import Store
-from raybsa.spec import DENSE, AttentionSpec, PatternSpec, TrialSpec
-from raybsa.variants.source import ADAPTIVE
+from raybsa.spec import ADAPTIVE, DENSE, AttentionSpec, PatternSpec, TrialSpec
 
 
 def main() -> int:

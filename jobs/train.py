@@ -26,10 +26,9 @@ from raybsa.experiments.trained import write_training
 from raybsa.experiments.trial import Run
 from raybsa.gradients.catalog import build
 from raybsa.results.store import Store, StoreError
-from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
+from raybsa.spec import ADAPTIVE, AttentionSpec, PatternSpec, TrialSpec
 from raybsa.tasks.text import load_corpus
 from raybsa.variants.distributed import DistributedConfig
-from raybsa.variants.source import ADAPTIVE
 
 
 def main() -> int:

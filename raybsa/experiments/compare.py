@@ -13,11 +13,10 @@ from raybsa.cluster.coordinator import Outcome
 from raybsa.experiments.trial import Run, record_of, write
 from raybsa.results.record import Measurement, Record
 from raybsa.results.store import Store
-from raybsa.spec import DENSE, AttentionSpec, PatternSpec, TrialSpec
+from raybsa.spec import ADAPTIVE, DENSE, AttentionSpec, PatternSpec, TrialSpec
 from raybsa.tasks.attention import layer_density
 from raybsa.tasks.catalog import find_judge
 from raybsa.timing import DeviceLock, device_name
-from raybsa.variants.source import ADAPTIVE
 
 
 def questions(

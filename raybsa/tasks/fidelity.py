@@ -3,13 +3,14 @@
     python -m raybsa.tasks.fidelity qkv.pt --pattern sliding_window bigbird adaptive --density 0.05 0.1 --block-size 16
 
 The file comes from ``raybsa.tasks.capture``. Beside every pattern stands the oracle: of each row the blocks with the
-most mass, the best that any choice of so many blocks can do. "adaptive" is distilled on the first samples of each call
-and judged, as all others, on the last.
+most mass, the best that any choice of so many blocks a row can do. "adaptive" is distilled on the first samples of each
+call and judged, as all others, on the last.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -96,15 +97,20 @@ class DenseTruth:
 
 
 def fidelities(
-    call: Captured, patterns: Sequence[PatternSpec], densities: Sequence[float], block_size: int, steps: int = 300
+    call: Captured,
+    patterns: Sequence[PatternSpec],
+    densities: Sequence[float],
+    block_size: int,
+    steps: int = 300,
+    held_out: int = 1,
 ) -> Iterator[Fidelity]:
-    """The oracle and every pattern at every density, on the last sample of a call.
+    """The oracle and every pattern at every density, on the last ``held_out`` samples of a call.
 
     Args:
         patterns: rules, or "adaptive" with the options of ``BlockSelector``, which is distilled in ``steps`` steps on
-            the samples before the last; "adaptive" with the method "mean-pool" needs none.
+            the samples before these; "adaptive" with the method "mean-pool" needs none.
     """
-    last = replace(call, q=call.q[-1:], k=call.k[-1:], v=call.v[-1:])
+    last = replace(call, q=call.q[-held_out:], k=call.k[-held_out:], v=call.v[-held_out:])
     truth = DenseTruth(last, block_size)
     for density in densities:
         yield truth.judge(ORACLE, truth.oracle(density))
@@ -116,7 +122,8 @@ def fidelities(
                 continue
             selector = selector_for(call, density, block_size, options)
             if selector.method == "distill":
-                distill(selector, replace(call, q=call.q[:-1], k=call.k[:-1], v=call.v[:-1]), steps)
+                lesson = replace(call, q=call.q[:-held_out], k=call.k[:-held_out], v=call.v[:-held_out])
+                distill(selector, lesson, steps)
             name = spec.name if selector.method == "distill" else f"{spec.name} ({selector.method})"
             yield truth.judge(name, selector.eval().select(last.q, last.k)[0])
 
@@ -137,13 +144,18 @@ def selector_for(call: Captured, density: float, block_size: int, options: dict)
 
 def main() -> int:
     arguments = _arguments()
-    specs = [PatternSpec(name) for name in arguments.pattern]
+    specs = [
+        PatternSpec.from_dict(json.loads(text)) if text.startswith("{") else PatternSpec(text)
+        for text in arguments.pattern
+    ]
     for number, call in enumerate(load_calls(arguments.file)):
         call = replace(call, causal=call.causal or arguments.causal)
         print(f"call {number}: q {tuple(call.q.shape)}, k {tuple(call.k.shape)}, causal={call.causal}")
         print(f"{'pattern':<18} {'kept':>7} {'recall':>7} {'worst':>7} {'of oracle':>9} {'output error':>12}")
         oracle = 1.0
-        for row in fidelities(call, specs, arguments.density, arguments.block_size, arguments.steps):
+        for row in fidelities(
+            call, specs, arguments.density, arguments.block_size, arguments.steps, arguments.held_out
+        ):
             oracle = row.recall if row.name == ORACLE else oracle
             print(
                 f"{row.name:<18} {row.density:>7.2%} {row.recall:>7.2%} {row.worst_recall:>7.2%} "
@@ -163,6 +175,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--block-size", type=int, default=64)
     parser.add_argument("--causal", action="store_true", help="where the file does not say so")
     parser.add_argument("--steps", type=int, default=300, help="of distillation, for adaptive")
+    parser.add_argument("--held-out", type=int, default=1, help="samples at the end that all are judged on")
     return parser.parse_args()
 
 

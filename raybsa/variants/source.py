@@ -12,13 +12,12 @@ from raybsa import patterns
 from raybsa.kernels.call import AttentionCall
 from raybsa.layout import BlockLayout, check_geometry
 from raybsa.patterns.pattern import Pattern, check_density
-from raybsa.spec import PatternSpec, canonical_json
+from raybsa.spec import ADAPTIVE, PatternSpec, canonical_json
 from raybsa.variants.cache import LayoutCache
 from raybsa.variants.selector import BlockSelector
 
 DEFAULT_PATTERN = "sliding_window"
 DEFAULT_DENSITY = 0.1
-ADAPTIVE = "adaptive"
 
 PatternLike = Pattern | PatternSpec | Mapping[str, Any] | str
 
