@@ -27,7 +27,7 @@ from raybsa.experiments.recording import Run
 from raybsa.experiments.trained import write_training
 from raybsa.gradients.catalog import build
 from raybsa.results.store import Store, StoreError
-from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
+from raybsa.spec import ADAPTIVE, AttentionSpec, PatternSpec, TrialSpec
 from raybsa.tasks.text import load_corpus
 from raybsa.variants.distributed import DistributedConfig
 
@@ -91,7 +91,8 @@ def _question(arguments: argparse.Namespace) -> tuple[TrialSpec, MemberSettings,
         seed=arguments.seed,
         task_params={"text": arguments.text, "train_batch": arguments.batch},
     )
-    patterns.build(arguments.pattern)
+    if arguments.pattern != ADAPTIVE:
+        patterns.build(arguments.pattern)
     out = absolute("--out", arguments.out)
     settings = MemberSettings(
         DistributedConfig(partition=arguments.partition),
@@ -124,7 +125,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in OUT")
     parser.add_argument("--checkpoint-every", type=int, default=50, help="steps between checkpoints")
     parser.add_argument("--tell-every", type=int, default=20, help="steps between lines of progress")
-    parser.add_argument("--pattern", default="bigbird", help="a family of raybsa.patterns, or module:Class")
+    parser.add_argument(
+        "--pattern", default="bigbird", help="a family of raybsa.patterns, module:Class, or adaptive: learned"
+    )
     parser.add_argument("--density", type=float, default=0.2)
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--backend", default="auto")

@@ -51,6 +51,7 @@ def stable_hash(value: Any) -> str:
 
 
 DENSE = "dense"
+ADAPTIVE = "adaptive"  # in the place of a pattern's name: blocks that a learned selector chooses
 UNTRAINED = ("speed", "ring", "peers")  # tasks that only measure
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 

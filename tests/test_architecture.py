@@ -21,6 +21,7 @@ FLOORS = {
     "raybsa.kernels": 2,
     "raybsa.gradients": 2,
     "raybsa.ring": 3,
+    "raybsa.selectors": 3,
     "raybsa.variants": 4,
     "raybsa.tasks": 5,
     "raybsa.cluster": 6,

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from raybsa import patterns
+from raybsa.tasks.capture import load_calls
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -29,9 +31,33 @@ def test_the_own_pattern_keeps_what_it_says(tmp_path: Path, monkeypatch: pytest.
     del sys.modules["mine"]
 
 
+def test_the_learned_pattern_learns_and_freezes_and_calls_are_captured(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    q, k, v = (torch.randn(2, 8, 320, 64, requires_grad=True) for _ in range(3))
+    scope = {"q": q, "k": k, "v": v, "task_loss": lambda out: out.square().mean(), "torch": torch}
+    exec(BLOCKS[2], scope)
+    assert scope["attend"].source.density.count == 1
+    assert all(parameter.grad is not None for parameter in scope["attend"].parameters())
+    assert scope["layout"].num_groups == 8
+    attend = scope["attend"]
+    exec(BLOCKS[3], {"torch": torch, "model": Calls(attend), "inputs": (q, k, v)})
+    assert len(load_calls("qkv.pt")) == 1
+
+
+class Calls(torch.nn.Module):
+    """A model that attends to what it is given."""
+
+    def __init__(self, attend: torch.nn.Module) -> None:
+        super().__init__()
+        self.attend = attend
+
+    def forward(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return self.attend(*inputs)
+
+
 def test_the_ring_example_runs_under_torchrun(tmp_path: Path) -> None:
     setup = "import torch\nq, k, v = (torch.randn(1, 8, 512, 16) for _ in range(3))\n"
-    (tmp_path / "ring.py").write_text(setup + BLOCKS[2])
+    (tmp_path / "ring.py").write_text(setup + BLOCKS[4])
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(tmp_path / "ring.py")]
     root = Path(__file__).parent.parent
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=100)

@@ -11,7 +11,7 @@ from plotly.subplots import make_subplots
 from dashboards.theme import AXIS, base_figure, colour
 from raybsa import patterns
 from raybsa.layout import BlockLayout
-from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
+from raybsa.spec import ADAPTIVE, AttentionSpec, PatternSpec, TrialSpec
 
 MAX_CELLS = 32
 MAX_TOKENS = 8_192
@@ -95,6 +95,8 @@ def _family_names(spec: PatternSpec) -> list[str]:
 @lru_cache(maxsize=1024)
 def _draw(attention: AttentionSpec, tokens: int, num_heads: int, causal: bool) -> tuple[Panel, ...] | str:
     """The panels of one layer. A pattern may be the user's own code, so whatever it raises becomes the reason."""
+    if attention.pattern is not None and attention.pattern.name == ADAPTIVE:
+        return "not drawn: learned, its blocks depend on the data"
     try:
         rule = patterns.build(attention.pattern or PatternSpec("dense"))
         block, density = attention.block_size, attention.density

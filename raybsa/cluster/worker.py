@@ -12,7 +12,7 @@ from raybsa.results.record import Measurement
 from raybsa.spec import TrialSpec
 from raybsa.tasks.attention import layer_density
 from raybsa.tasks.catalog import find_judge
-from raybsa.tasks.fidelity import relative_errors
+from raybsa.tasks.exactness import relative_errors
 from raybsa.tasks.params import known_params
 from raybsa.tasks.speed import measure_beside_dense
 from raybsa.tasks.training import Quality

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from raybsa import patterns
-from raybsa.spec import DENSE, AttentionSpec, PatternSpec, TrialSpec, canonical_json
+from raybsa.spec import ADAPTIVE, DENSE, AttentionSpec, PatternSpec, TrialSpec, canonical_json
+from raybsa.variants.source import layout_source
 
 # Density sets a family's own free parameter; what else shapes it is searched.
 DEFAULT_FAMILIES: dict[str, dict[str, list[Any]]] = {
@@ -33,7 +33,8 @@ class SearchSpace:
 
     Args:
         base: everything but the attention.
-        families: catalog name -> parameter -> choices (JSON values). A parameter that is not named keeps its default.
+        families: catalog name, or ``"adaptive"`` with the options of ``BlockSelector``, -> parameter -> choices (JSON
+            values). A parameter that is not named keeps its default.
         densities: lowest and highest, drawn log-uniformly.
         block_sizes: choices, powers of two; families are first compared at the first.
 
@@ -53,8 +54,18 @@ class SearchSpace:
         if not self.families or not self.block_sizes:
             raise ValueError(f"a space needs families and block sizes, got {self.families} and {self.block_sizes}")
         for config in self.first_points()[1:]:
-            patterns.build(self._pattern(config))
-            self.spec(config)
+            attention = self.spec(config).layer(0)
+            layout_source(
+                attention.pattern,
+                None,
+                None,
+                density=attention.density,
+                block_size=attention.block_size,
+                causal=self.base.causal,
+                num_heads=self.base.num_heads,
+                head_dim=self.base.head_dim,
+                num_kv_heads=self.base.num_kv_heads,
+            )
 
     def suggest(self, trial: Any) -> dict[str, Any] | None:
         """Optuna's define-by-run: the first question of a study is the dense baseline, the others are drawn."""
@@ -82,7 +93,8 @@ class SearchSpace:
         if config["family"] == DENSE:
             return replace(self.base, attention=(AttentionSpec(DENSE),))
         density = float(f"{config['density']:.3g}")  # what is pasted from a report should be readable
-        attention = AttentionSpec("base", self._pattern(config), density=density, block_size=config["block_size"])
+        variant = ADAPTIVE if config["family"] == ADAPTIVE else "base"
+        attention = AttentionSpec(variant, self._pattern(config), density=density, block_size=config["block_size"])
         return replace(self.base, attention=(attention,))
 
     def _pattern(self, config: Mapping[str, Any]) -> PatternSpec:

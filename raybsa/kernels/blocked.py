@@ -21,7 +21,7 @@ from raybsa.kernels.chunks import plan_chunks
 from raybsa.kernels.delta import row_delta
 from raybsa.kernels.gather import BlockTable
 from raybsa.kernels.merge import merge
-from raybsa.kernels.scores import ChunkScores, scaled_product
+from raybsa.kernels.scores import ChunkScores, scaled_product, take_rows
 
 INF = float("inf")
 
@@ -117,15 +117,7 @@ class _Tables:
         if self.k.steps != self.v.steps:
             index = self.v.index(kv_head, at.kv_block)
         values = self.v.take(index, count, self.dtype)
-        return _take_rows(self.q, at, self.dtype), keys, values
-
-
-def _take_rows(table: BlockTable, at: ChunkScores, dtype: torch.dtype) -> Tensor:
-    """(C, bq, n) in ``dtype``: the chunk's query blocks. May be a view: not to be written to."""
-    chunk = at.chunk
-    if chunk.span and table.blocks is not None:
-        return table.blocks[chunk.span].to(dtype)
-    return table.take(table.index(chunk.head, chunk.q_block[:, None]), len(chunk.row), dtype)
+        return take_rows(self.q, at, self.dtype), keys, values
 
 
 def _softmax(scores: Tensor, may_hide_rows: bool, with_lse: bool) -> tuple[Tensor, Tensor | None]:
@@ -202,7 +194,7 @@ class _Backward:
         return scores.sub_(lse.masked_fill(lse == -INF, INF)).exp_()
 
     def _take(self, table: BlockTable, at: ChunkScores) -> Tensor:
-        return _take_rows(table, at, self.dtype)
+        return take_rows(table, at, self.dtype)
 
     def _add_blocks(self, target: Tensor, index: Tensor, source: Tensor) -> None:
         """``target[index] += source``, repeats summed; in a fixed order if asked for (CUDA's index_add has none)."""

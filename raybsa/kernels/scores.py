@@ -11,6 +11,7 @@ from torch import Tensor
 from raybsa.counter import Stream, uniform
 from raybsa.kernels.call import AttentionCall, compute_dtype
 from raybsa.kernels.chunks import Chunk
+from raybsa.kernels.gather import BlockTable
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,6 +142,14 @@ class ChunkScores:
 def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """``scale * a @ b`` of two batches of matrices, in one operation."""
     return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0.0, alpha=scale)
+
+
+def take_rows(table: BlockTable, at: ChunkScores, dtype: torch.dtype) -> Tensor:
+    """(C, bq, n) in ``dtype``: the chunk's query blocks. May be a view: not to be written to."""
+    chunk = at.chunk
+    if chunk.span and table.blocks is not None:
+        return table.blocks[chunk.span].to(dtype)
+    return table.take(table.index(chunk.head, chunk.q_block[:, None]), len(chunk.row), dtype)
 
 
 def _tokens(blocks: Tensor, size: int, tokens: int) -> Tensor:

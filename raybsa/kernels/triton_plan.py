@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from raybsa.kernels.call import AttentionCall, kept_with
 from raybsa.kernels.triton_setup import processors
@@ -65,15 +66,25 @@ class Columns:
     work: Work
 
 
+_ROWS = WeakTensorKeyDictionary()  # of the rows' offsets: dict[tuple[object, ...], Work]
+
+
 def plan_rows(call: AttentionCall, tile: int) -> Work:
-    """The rows' work for tiles of ``tile`` keys."""
-    plans, layout = kept_with(call.layout), call.layout
+    """The rows' work for tiles of ``tile`` keys, kept as long as the layout lives.
+
+    With equal block sizes it follows from the rows' offsets alone and is kept as long as that tensor lives: layouts
+    that share it, as those of a learned selection do, are planned once, and nothing is read back for the next one.
+    """
+    layout = call.layout
+    alike = layout.q_block_size == layout.kv_block_size and layout.q_block_ids is layout.kv_block_ids is None
+    plans = _ROWS.setdefault(layout.crow_indices, {}) if alike else kept_with(layout)
     copies = call.q.shape[0] * call.q.shape[1] // layout.num_groups
-    key = ("rows", copies, tile)
+    key = ("rows", copies, tile, layout.causal, layout.q_len, layout.kv_len, layout.kv_block_size)
     if key not in plans:
         lists = max(1, layout.num_groups * layout.num_q_blocks * copies)
         bound = _part_blocks(layout.nnz_blocks * copies, lists, layout.kv_block_size, tile, layout.device)
-        plans[key] = _cut(*_row_lists(layout), bound, max(1, tile // layout.kv_block_size))
+        offsets, turn = _rows_cut_last(layout) if alike else _row_lists(layout)
+        plans[key] = _cut(offsets, turn, bound, max(1, tile // layout.kv_block_size))
     found = plans[key]
     assert isinstance(found, Work)
     return found
@@ -107,6 +118,15 @@ def _part_blocks(blocks: int, lists: int, block_size: int, tile: int, device: to
     most = max(share, MIN_PART_TOKENS / block_size, whole)
     step = max(1, tile // block_size)
     return step * max(1, math.ceil(most / step))
+
+
+def _rows_cut_last(layout: BlockLayout) -> tuple[Tensor, Tensor]:
+    """As ``_row_lists`` for equal block sizes, whatever the columns are: only a row's last block can be cut, and to
+    mask one that is not does no harm."""
+    crow = layout.crow_indices
+    offsets = torch.cat([crow[:, :-1].reshape(-1), crow[-1:, -1]])
+    may_cut = layout.causal or layout.kv_tokens % layout.kv_block_size != 0
+    return offsets, torch.maximum(offsets[1:] - 1, offsets[:-1]) if may_cut else offsets[1:]
 
 
 def _row_lists(layout: BlockLayout) -> tuple[Tensor, Tensor]:

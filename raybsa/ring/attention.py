@@ -84,13 +84,13 @@ def ring_attention(
     communicator.agree("the ring's call", problem or signature(q, k, plan, scale, segment_ids, dropout_p, seed))
     if problem is not None:
         raise ValueError(problem)
-    ring = _Ring(
+    ring = Ring(
         plan,
         communicator,
         tuple(k.shape),
         k.element_size(),
         1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
-        None if segment_ids is None else _all_segments(segment_ids, plan, communicator),
+        None if segment_ids is None else all_segments(segment_ids, plan, communicator),
         segment_ids,
         float(dropout_p),
         seed or 0,
@@ -105,7 +105,7 @@ def ring_attention(
 
 
 @dataclass(frozen=True)
-class _Ring:
+class Ring:
     """What stays the same over one call: the plan, who to talk to, and the arguments that are not differentiable."""
 
     plan: RingPlan
@@ -187,7 +187,7 @@ class _Ring:
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, block_bias: Tensor | None, ring: _Ring) -> Any:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, block_bias: Tensor | None, ring: Ring) -> Any:
         parts = _Merged(q)
         for hop, keys, values in ring.arriving(k, v):
             if not len(hop.q_blocks):
@@ -210,7 +210,7 @@ class _RingAttention(torch.autograd.Function):
 
 
 def _backward(
-    ring: _Ring, saved: tuple[Tensor, ...], grad_out: Tensor | None, grad_lse: Tensor | None
+    ring: Ring, saved: tuple[Tensor, ...], grad_out: Tensor | None, grad_lse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     q, k, v, block_bias, out, lse = saved
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
@@ -252,7 +252,7 @@ class _Merged:
 class _Gradients:
     """Sums of the gradients in the compute dtype; returns of dK and dV are under way while the next hops compute."""
 
-    def __init__(self, ring: _Ring, q: Tensor, k: Tensor, v: Tensor, block_bias: Tensor | None) -> None:
+    def __init__(self, ring: Ring, q: Tensor, k: Tensor, v: Tensor, block_bias: Tensor | None) -> None:
         dtype = compute_dtype(q.dtype)
         self.ring, self.like = ring, (q, k, v, block_bias)
         self.q = torch.zeros_like(q, dtype=dtype)
@@ -308,7 +308,7 @@ def rows_of(x: Tensor, hop: Hop, dim: int) -> Tensor:
     return x if hop.rows is None else x.index_select(dim, hop.rows)
 
 
-def _all_segments(own: Tensor, plan: RingPlan, communicator: Communicator) -> Tensor:
+def all_segments(own: Tensor, plan: RingPlan, communicator: Communicator) -> Tensor:
     """(B, seq_len) in global order, from every rank's (B, S)."""
     longest = max(plan.partition.lengths)
     padded = torch.nn.functional.pad(own.long(), (0, longest - own.shape[1]))

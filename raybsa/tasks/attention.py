@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raybsa import patterns
-from raybsa.spec import DENSE, AttentionSpec, TrialSpec
+from raybsa.spec import DENSE, TrialSpec
 from raybsa.variants.factory import create_block_sparse_attention, create_multihead_block_sparse
+from raybsa.variants.source import layout_source
 
 MULTIHEAD = "multihead"
 
@@ -23,17 +24,21 @@ class DenseAttention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def build_attention(spec: AttentionSpec, *, causal: bool) -> nn.Module:
-    """The module of one layer: forward(q, k, v) -> (B, H, S, D)."""
-    if spec.variant == DENSE:
-        return DenseAttention(causal)
+def build_attention(spec: TrialSpec, index: int) -> nn.Module:
+    """The module of layer ``index``: forward(q, k, v) -> (B, H, S, D)."""
+    attention = spec.layer(index)
+    if attention.variant == DENSE:
+        return DenseAttention(spec.causal)
     return create_block_sparse_attention(
-        spec.variant,
-        pattern=spec.pattern,
-        density=spec.density,
-        block_size=spec.block_size,
-        causal=causal,
-        backend=spec.backend,
+        attention.variant,
+        pattern=attention.pattern,
+        density=attention.density,
+        block_size=attention.block_size,
+        causal=spec.causal,
+        backend=attention.backend,
+        num_heads=spec.num_heads,
+        head_dim=spec.head_dim,
+        num_kv_heads=spec.num_kv_heads,
     )
 
 
@@ -58,7 +63,7 @@ def timed_attention(spec: TrialSpec, index: int, *, dense: bool = False) -> nn.M
     """
     attention = spec.layer(index)
     if attention.variant != MULTIHEAD:
-        return build_attention(AttentionSpec(DENSE) if dense else attention, causal=spec.causal)
+        return DenseAttention(spec.causal) if dense else build_attention(spec, index)
     width = spec.num_heads * spec.head_dim
     if dense:
         return ProjectedAttention(nn.MultiheadAttention(width, spec.num_heads, batch_first=True), spec.causal)
@@ -80,11 +85,14 @@ def layer_density(spec: TrialSpec, index: int) -> float:
     attention = spec.layer(index)
     if attention.pattern is None:
         return 1.0
-    layout = patterns.build(attention.pattern).layout(
-        spec.seq_len,
-        num_heads=spec.num_heads,
-        q_block_size=attention.block_size,
-        causal=spec.causal,
+    source = layout_source(
+        attention.pattern,
+        None,
+        None,
         density=attention.density,
+        block_size=attention.block_size,
+        causal=spec.causal,
+        num_heads=spec.num_heads,
+        head_dim=spec.head_dim,
     )
-    return layout.density
+    return source.layout(spec.seq_len, spec.seq_len, spec.num_heads, torch.device("cpu")).density

@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raybsa.ring.sequence import ShardedSequence
+from raybsa.selectors.gate import Gate
 from raybsa.spec import TrialSpec
 from raybsa.tasks.attention import build_attention
 
 _ROTARY_BASE = 200.0  # lower than usual: these models train for minutes at some hundred tokens
+_ROTARY_TOKENS = 512  # for longer sequences the base is their length
 
 
 class Transformer(nn.Module):
@@ -32,6 +34,7 @@ class Transformer(nn.Module):
     def __init__(self, spec: TrialSpec, vocab_size: int) -> None:
         super().__init__()
         self.head_dim = spec.head_dim
+        self.rotary_base = float(spec.train_len) if spec.train_len > _ROTARY_TOKENS else _ROTARY_BASE
         width = spec.num_heads * spec.head_dim
         self.embedding = nn.Embedding(vocab_size, width)
         self.layers = nn.ModuleList(Layer(spec, index) for index in range(spec.num_layers))
@@ -43,7 +46,7 @@ class Transformer(nn.Module):
         then attend with the variant "distributed", bound to the same partition."""
         sequence = sequence or ShardedSequence.whole(tokens.shape[1], tokens.device)
         x = self.embedding(tokens)
-        rotation = rotary(sequence.positions, self.head_dim, x)
+        rotation = rotary(sequence.positions, self.head_dim, x, self.rotary_base)
         for layer in self.layers:
             x = layer(x, rotation, sequence)
         return self.norm(x) @ self.embedding.weight.T
@@ -55,6 +58,9 @@ class Transformer(nn.Module):
                 writes = name.endswith(("out.weight", "down.weight"))
                 scale = 1.0 / math.sqrt(2 * len(self.layers)) if writes else 1.0
                 nn.init.normal_(parameter, std=scale / math.sqrt(parameter.shape[1]), generator=generator)
+        for module in self.modules():
+            if isinstance(module, Gate):
+                module.reset_parameters(generator)
 
 
 class Layer(nn.Module):
@@ -64,7 +70,7 @@ class Layer(nn.Module):
         super().__init__()
         width, kv_heads = spec.num_heads * spec.head_dim, spec.num_kv_heads or spec.num_heads
         self.head_dim, self.sizes = spec.head_dim, (spec.num_heads, kv_heads, kv_heads)
-        self.attention = build_attention(spec.layer(index), causal=spec.causal)
+        self.attention = build_attention(spec, index)
         self.qkv = nn.Linear(width, sum(self.sizes) * spec.head_dim, bias=False)
         self.out = nn.Linear(width, width, bias=False)
         self.up = nn.Linear(width, 4 * width, bias=False)
@@ -85,9 +91,9 @@ def shift_half(k: Tensor, sequence: ShardedSequence) -> Tensor:
     return torch.cat([own, sequence.previous(before)], dim=-1)
 
 
-def rotary(positions: Tensor, head_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
+def rotary(positions: Tensor, head_dim: int, like: Tensor, base: float = _ROTARY_BASE) -> tuple[Tensor, Tensor]:
     """(S, head_dim / 2) cosines and sines of the angles of ``positions`` (S,), in the dtype of ``like``."""
-    rates = _ROTARY_BASE ** -(torch.arange(0, head_dim, 2, device=like.device) / head_dim)
+    rates = base ** -(torch.arange(0, head_dim, 2, device=like.device) / head_dim)
     angles = positions[:, None] * rates
     return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 

@@ -24,6 +24,7 @@ from raybsa.tasks.byte_lm import ByteText
 from raybsa.tasks.model import Transformer
 from raybsa.tasks.training import cross_entropy, descend, learning_rates, make_optimizer, prepare
 from raybsa.variants.distributed import DistributedConfig, share_partition
+from raybsa.variants.selector import selector_loss, set_schedules
 
 
 class ShardedTraining:
@@ -88,12 +89,13 @@ class ShardedTraining:
     def prepare(self) -> None:
         """Makes the gradients of the next step, summed over ranks; the same bits on every rank."""
         tokens, targets = self.text.batches(self.step)
+        set_schedules(self.model, self.step)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=False)
         with self.communicator.phase(Phase.STEP, "forward"), self._context:
             nats = self._nats(tokens, targets) / targets.numel()
         with self.communicator.phase(Phase.STEP, "backward"):
-            nats.backward()
+            (nats + selector_loss(self.model)).backward()
         with self.communicator.phase(Phase.EXCHANGE, "gradient"):
             self._exchange_gradients()
             self._prepared_loss = float(self.communicator.all_reduce("loss", nats.detach().double().view(1)))

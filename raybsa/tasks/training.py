@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raybsa.timing import DeviceLock
+from raybsa.variants.selector import selector_loss, step_schedules
 
 IGNORE = -100
 _WARMUP_SHARE = 0.1
@@ -84,12 +85,13 @@ def train_step(
     targets: Tensor,
     context: AbstractContextManager,
 ) -> Tensor:
-    """One step of gradient descent. Returns the loss before it, detached."""
+    """One step of gradient descent, of learned selectors too. Returns the task's loss before it, detached."""
     with context:
         loss = cross_entropy(model(tokens), targets)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    (loss + selector_loss(model)).backward()
     descend(model, optimizer)
+    step_schedules(model)
     return loss.detach()
 
 

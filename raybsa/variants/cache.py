@@ -1,17 +1,18 @@
-"""LayoutCache: the few layouts that a module uses again and again."""
+"""LayoutCache: the few layouts, or shapes of layouts, that a module uses again and again."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from threading import Lock
+from typing import Generic, TypeVar
 
 import torch
 
-from raybsa.layout import BlockLayout
+Made = TypeVar("Made")
 
 
-class LayoutCache:
+class LayoutCache(Generic[Made]):
     """The ``maxsize`` most recently used layouts.
 
     Threads may share it (``nn.DataParallel`` runs one a GPU): a layout is built once, while others wait. A copy or a
@@ -22,7 +23,7 @@ class LayoutCache:
         if maxsize < 1:
             raise ValueError(f"maxsize must be positive, got {maxsize}")
         self.maxsize = maxsize
-        self._layouts: OrderedDict[Hashable, BlockLayout] = OrderedDict()
+        self._layouts: OrderedDict[Hashable, Made] = OrderedDict()
         self._lock = Lock()
 
     def __len__(self) -> int:
@@ -31,7 +32,7 @@ class LayoutCache:
     def __reduce__(self) -> tuple[type[LayoutCache], tuple[int]]:
         return type(self), (self.maxsize,)
 
-    def get(self, key: Hashable, build: Callable[[], BlockLayout]) -> BlockLayout:
+    def get(self, key: Hashable, build: Callable[[], Made]) -> Made:
         """The layout of ``key``; ``build()`` makes it where it is not at hand. An error of ``build`` keeps nothing."""
         with self._lock:
             if key not in self._layouts:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,11 +15,15 @@ from torch import Tensor, nn
 from raybsa.comm import Communicator
 from raybsa.gradients.catalog import build
 from raybsa.gradients.state import State
+from raybsa.kernels.call import cast_inputs
 from raybsa.layout import BlockLayout
 from raybsa.ring.attention import ring_attention
+from raybsa.ring.mass import ring_block_mass
 from raybsa.ring.partition import STRATEGIES, Partition, partition_for
 from raybsa.ring.plan import RingPlan, plan_for
-from raybsa.variants.source import PatternLike, fixed_pattern
+from raybsa.variants.selector import BlockSelector
+from raybsa.variants.sharded_selection import select_shard
+from raybsa.variants.source import FixedPattern, PatternLike, layout_source
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,9 @@ class BlockSparseDistributed(nn.Module):
     Args:
         config: how ranks share the sequence; None is ``DistributedConfig()``.
         segment_lengths, dilation_rates, pattern, density, block_size, causal, dropout, scale, backend: as in
-            ``BlockSparseBase``.
+            ``BlockSparseBase``. The pattern ``"adaptive"`` is learned: every rank chooses blocks for its own rows, by
+            the pooled q and k of all (not the method ``"compressed"``); its loss is then this rank's part of a sum.
+        num_heads, head_dim, num_kv_heads: of q and k, for the pattern ``"adaptive"`` alone.
 
     Attributes:
         source: says which blocks the whole sequence keeps.
@@ -78,6 +86,9 @@ class BlockSparseDistributed(nn.Module):
         dropout: float = 0.0,
         scale: float | None = None,
         backend: str = "auto",
+        num_heads: int | None = None,
+        head_dim: int | None = None,
+        num_kv_heads: int | None = None,
     ) -> None:
         super().__init__()
         if config is not None and not isinstance(config, DistributedConfig):
@@ -85,9 +96,19 @@ class BlockSparseDistributed(nn.Module):
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must lie in [0, 1), got {dropout!r}")
         self.config = config or DistributedConfig()
-        self.source = fixed_pattern(
-            pattern, segment_lengths, dilation_rates, density=density, block_size=block_size, causal=causal
+        self.source = layout_source(
+            pattern,
+            segment_lengths,
+            dilation_rates,
+            density=density,
+            block_size=block_size,
+            causal=causal,
+            num_heads=num_heads,
+            head_dim=head_dim,
+            num_kv_heads=num_kv_heads,
         )
+        if isinstance(self.source, BlockSelector) and self.source.method == "compressed":
+            raise ValueError("over ranks the adaptive pattern's method is distill, bias or mean-pool, got 'compressed'")
         self.dropout = dropout
         self.scale = scale
         self.backend = backend
@@ -142,8 +163,9 @@ class BlockSparseDistributed(nn.Module):
             if tensor.dim() != 4:
                 raise ValueError(f"{name} must be (batch, heads, tokens, head_dim), got {tuple(tensor.shape)}")
         dropout = self.dropout if self.training else 0.0
-        plan = self.plan(q, k)
-        out = ring_attention(
+        q, k, v = cast_inputs(q, k, v)
+        plan, block_bias = self._choose(q, k)
+        out, lse = ring_attention(
             q,
             k,
             v,
@@ -151,20 +173,36 @@ class BlockSparseDistributed(nn.Module):
             self.communicator,
             scale=self.scale,
             segment_ids=segment_ids,
+            block_bias=block_bias,
             dropout_p=dropout,
             seed=self._shared_seed() if dropout else None,
+            return_lse=True,
             gradient_codec=self._codec,
             gradient_states=self._states.setdefault(plan, {}),
             backend=self.backend,
         )
-        assert isinstance(out, Tensor)
+        if isinstance(self.source, BlockSelector) and self.source.wants_lse:
+            scale = 1.0 / math.sqrt(q.shape[-1]) if self.scale is None else self.scale
+            with torch.autocast(q.device.type, enabled=False):
+                found = (q.detach(), k.detach(), lse.detach(), plan, self.communicator)
+                mass = ring_block_mass(*found, scale=scale, segment_ids=segment_ids)
+                self.source.take_loss_of_shard(mass, partial(self.communicator.all_reduce, "selector_loss"))
         return out
 
     def plan(self, q: Tensor, k: Tensor) -> RingPlan:
-        """The ring's plan for shards of these shapes: its traffic and balance, known before anything runs."""
+        """The ring's plan for shards of these shapes: its traffic and balance, known before anything runs. Of a learned
+        pattern only the work is known beforehand; the traffic told is that of the nearest blocks."""
         partition = self._partition_of(q.shape[2])
         layout = self._layout(partition.seq_len, q.shape[1], q.device)
         return plan_for(layout, partition, queries_per_kv=max(1, q.shape[1] // max(1, k.shape[1])))
+
+    def _choose(self, q: Tensor, k: Tensor) -> tuple[RingPlan, Tensor | None]:
+        """The plan of this call, and the bias of this rank's blocks."""
+        if isinstance(self.source, FixedPattern):
+            return self.plan(q, k), None
+        partition = self._partition_of(q.shape[2])
+        layout, block_bias = select_shard(self.source, q, k, partition, self.communicator)
+        return plan_for(layout, partition, queries_per_kv=q.shape[1] // k.shape[1]), block_bias
 
     def _layout(self, seq_len: int, num_heads: int, device: torch.device) -> BlockLayout:
         return self.source.layout(seq_len, seq_len, num_heads, device)

@@ -12,7 +12,7 @@ from raybsa.variants.adaptive import BlockSparseAdaptive
 from raybsa.variants.base import BlockSparseBase
 from raybsa.variants.distributed import BlockSparseDistributed, DistributedConfig
 from raybsa.variants.multihead import BlockSparseMultihead
-from raybsa.variants.source import PatternLike
+from raybsa.variants.source import DEFAULT_DENSITY, PatternLike, adaptive_options
 
 VARIANTS = ("auto", "base", "adaptive", "distributed")
 
@@ -31,20 +31,26 @@ def create_block_sparse_attention(
     scale: float | None = None,
     backend: str = "auto",
     distributed_config: DistributedConfig | None = None,
+    num_heads: int | None = None,
+    head_dim: int | None = None,
+    num_kv_heads: int | None = None,
 ) -> nn.Module:
     """A module that takes q, k and v as (B, H, S, D) and returns the same.
 
     Args:
-        variant: ``"base"``, ``"adaptive"`` or ``"distributed"``; ``"auto"`` is ``"base"``.
+        variant: ``"base"``, ``"adaptive"`` or ``"distributed"``; ``"auto"`` is ``"base"``, or ``"adaptive"`` where the
+            pattern is named so.
         density: share of the allowed blocks to keep, in (0, 1]. None keeps what the pattern gives by itself; where
             there is no pattern either, 0.1.
         sparsity_ratio: another word for ``density`` (0.01 keeps 1 % of the blocks); give one of the two.
         distributed_config: for ``"distributed"`` alone.
-        segment_lengths, dilation_rates, pattern, block_size, causal, dropout, scale, backend: as in BlockSparseBase.
+        num_heads, head_dim, num_kv_heads: of q and k; what is adaptive needs the first two, the others take any.
+        pattern: as in BlockSparseBase; for ``"adaptive"`` None or ``{"name": "adaptive", "params": {...}}`` with the
+            options of ``BlockSelector``.
+        segment_lengths, dilation_rates, block_size, causal, dropout, scale, backend: as in BlockSparseBase.
 
     Raises:
         ValueError, TypeError: arguments that do not fit; the message names what was wanted and what came.
-        NotImplementedError: a variant that is not there yet; the message names what is missing.
     """
     if variant not in VARIANTS:
         raise ValueError(
@@ -54,21 +60,27 @@ def create_block_sparse_attention(
     density = _density(density, sparsity_ratio)
     if distributed_config is not None and variant != "distributed":
         raise ValueError(f"distributed_config goes with variant 'distributed', got it with {variant!r}")
-    if variant == "adaptive":
-        return BlockSparseAdaptive(segment_lengths, dilation_rates)
+    options = adaptive_options(pattern)
+    heads: dict[str, Any] = {"num_heads": num_heads, "head_dim": head_dim, "num_kv_heads": num_kv_heads}
     arguments: dict[str, Any] = {
         "segment_lengths": segment_lengths,
         "dilation_rates": dilation_rates,
-        "pattern": pattern,
-        "density": density,
         "block_size": block_size,
         "causal": causal,
         "dropout": dropout,
         "scale": scale,
         "backend": backend,
     }
+    if variant == "adaptive" or (variant == "auto" and options is not None):
+        if pattern is not None and options is None:
+            raise ValueError(
+                f"variant 'adaptive' chooses its blocks itself and takes no other pattern, got {pattern!r}"
+            )
+        density = DEFAULT_DENSITY if density is None else density
+        return BlockSparseAdaptive(**arguments, **heads, density=density, **(options or {}))
+    arguments |= {"pattern": pattern, "density": density}
     if variant == "distributed":
-        return BlockSparseDistributed(distributed_config, **arguments)
+        return BlockSparseDistributed(distributed_config, **arguments, **heads)
     return BlockSparseBase(**arguments)
 
 

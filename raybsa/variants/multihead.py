@@ -14,7 +14,8 @@ from raybsa.variants.mha_extra import attend
 from raybsa.variants.mha_inputs import check_inputs, translate_masks
 from raybsa.variants.mha_nested import pad, unpad
 from raybsa.variants.mha_weights import attention_weights
-from raybsa.variants.source import LayoutSource, PatternLike, fixed_pattern
+from raybsa.variants.selector import BlockSelector
+from raybsa.variants.source import LayoutSource, PatternLike, layout_source
 
 
 class BlockSparseMultihead(nn.MultiheadAttention):
@@ -34,7 +35,9 @@ class BlockSparseMultihead(nn.MultiheadAttention):
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as in
             ``nn.MultiheadAttention``.
-        segment_lengths, dilation_rates, pattern, density, block_size, causal, backend: as in ``BlockSparseBase``.
+        segment_lengths, dilation_rates, pattern, density, block_size, causal, backend: as in ``BlockSparseBase``. The
+            pattern ``"adaptive"`` (``{"name": "adaptive", "params": {...}}``) is learned: its parameters are the
+            options of ``BlockSelector``, and ``state_dict`` then holds ``source.*`` too.
 
     Attributes:
         source: the ``LayoutSource`` that says which blocks a call keeps.
@@ -72,8 +75,18 @@ class BlockSparseMultihead(nn.MultiheadAttention):
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
-        self.source: LayoutSource = fixed_pattern(
-            pattern, segment_lengths, dilation_rates, density=density, block_size=block_size, causal=causal
+        source = layout_source(
+            pattern,
+            segment_lengths,
+            dilation_rates,
+            density=density,
+            block_size=block_size,
+            causal=causal,
+            num_heads=num_heads,
+            head_dim=self.head_dim,
+        )
+        self.source: LayoutSource = (
+            source.to(device=device, dtype=dtype) if isinstance(source, BlockSelector) else source
         )
         self.backend = backend
 
@@ -117,8 +130,10 @@ class BlockSparseMultihead(nn.MultiheadAttention):
         check_inputs(query, key, value, (self.embed_dim, self.kdim, self.vdim), 0 if self.batch_first else 1)
         q, k, v = (self._to_heads(x) for x in self._project(query, key, value))
         extra = self._extra_keys(k, v)
-        call = self._call(q, k, v, attn_mask, key_padding_mask, is_causal, with_lse=extra is not None)
-        out = self.out_proj(self._from_heads(attend(call, extra, self.backend), batched=query.dim() == 3))
+        with_lse = extra is not None or self.source.wants_lse
+        call = self._call(q, k, v, attn_mask, key_padding_mask, is_causal, with_lse)
+        heads = self.source.complete(call, *attend(call, extra, self.backend))
+        out = self.out_proj(self._from_heads(heads, batched=query.dim() == 3))
         if not need_weights:
             return out, None
         weights = attention_weights(call, None if extra is None else extra[0])

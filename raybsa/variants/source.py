@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from raybsa import patterns
+from raybsa.kernels.call import AttentionCall
 from raybsa.layout import BlockLayout, check_geometry
 from raybsa.patterns.pattern import Pattern, check_density
-from raybsa.spec import PatternSpec, canonical_json
+from raybsa.spec import ADAPTIVE, PatternSpec, canonical_json
 from raybsa.variants.cache import LayoutCache
+from raybsa.variants.selector import BlockSelector
 
 DEFAULT_PATTERN = "sliding_window"
 DEFAULT_DENSITY = 0.1
@@ -25,6 +27,19 @@ class LayoutSource(Protocol):
 
     def select(self, q: Tensor, k: Tensor) -> tuple[BlockLayout, Tensor | None]:
         """The layout for q (B, H, Sq, D) and k (B, Hkv, Skv, D), on q's device, and (nnz,) ``block_bias`` or None."""
+        ...
+
+    @property
+    def wants_lse(self) -> bool:
+        """Whether ``complete`` needs the attention's lse."""
+        ...
+
+    def complete(self, call: AttentionCall, out: Tensor, lse: Tensor | None) -> Tensor:
+        """The variant's output, from that of the attention over the blocks selected last; ``lse`` (B, H, Sq)."""
+        ...
+
+    def layout(self, q_len: int, kv_len: int, num_heads: int, device: torch.device) -> BlockLayout:
+        """The layout as far as it is known without data: of a learned source only how many blocks each row keeps."""
         ...
 
 
@@ -56,12 +71,20 @@ class FixedPattern:
         self.density = None if density is None else check_density(density)
         self.block_size = block_size
         self.causal = causal
-        self._cache = LayoutCache(cache_size)
+        self._cache: LayoutCache[BlockLayout] = LayoutCache(cache_size)
         self._identity = (canonical_json(self.rule.spec.to_dict()), self.density, block_size, causal)
 
     def select(self, q: Tensor, k: Tensor) -> tuple[BlockLayout, None]:
         """The rule's layout at these lengths, and no bias."""
         return self.layout(q.shape[2], k.shape[2], q.shape[1], q.device), None
+
+    @property
+    def wants_lse(self) -> bool:
+        return False
+
+    def complete(self, call: AttentionCall, out: Tensor, lse: Tensor | None) -> Tensor:
+        """The output as it is."""
+        return out
 
     def layout(self, q_len: int, kv_len: int, num_heads: int, device: torch.device) -> BlockLayout:
         """The rule's layout, from the cache where it is there."""
@@ -82,6 +105,51 @@ class FixedPattern:
     def __repr__(self) -> str:
         density = "" if self.density is None else f", density={self.density:g}"
         return f"pattern={self.rule}{density}, block_size={self.block_size}, causal={self.causal}"
+
+
+def layout_source(
+    pattern: PatternLike | None,
+    segment_lengths: Sequence[int] | None,
+    dilation_rates: Sequence[int] | None,
+    *,
+    density: float | None,
+    block_size: int,
+    causal: bool,
+    num_heads: int | None,
+    head_dim: int | None,
+    num_kv_heads: int | None = None,
+) -> FixedPattern | BlockSelector:
+    """The source that a variant's arguments ask for: a ``BlockSelector`` where the pattern is named "adaptive" (its
+    options are the pattern's parameters), else as ``fixed_pattern``, which does not ask for heads."""
+    options = adaptive_options(pattern)
+    if options is None:
+        return fixed_pattern(
+            pattern, segment_lengths, dilation_rates, density=density, block_size=block_size, causal=causal
+        )
+    if num_heads is None or head_dim is None:
+        raise ValueError(
+            f"the adaptive pattern needs num_heads and head_dim, for its parameters: got {num_heads} and {head_dim}"
+        )
+    return BlockSelector(
+        num_heads,
+        head_dim,
+        num_kv_heads=num_kv_heads,
+        segment_lengths=segment_lengths,
+        dilation_rates=dilation_rates,
+        density=DEFAULT_DENSITY if density is None else density,
+        block_size=block_size,
+        causal=causal,
+        **options,
+    )
+
+
+def adaptive_options(pattern: PatternLike | None) -> dict[str, Any] | None:
+    """The parameters of a pattern that is named "adaptive"; None where it is another."""
+    if isinstance(pattern, Mapping):
+        pattern = PatternSpec.from_dict(pattern)
+    if isinstance(pattern, PatternSpec):
+        return dict(pattern.params) if pattern.name == ADAPTIVE else None
+    return {} if pattern == ADAPTIVE else None
 
 
 def fixed_pattern(

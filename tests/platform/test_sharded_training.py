@@ -54,6 +54,15 @@ def test_three_ranks_train_the_weights_of_one(spec: TrialSpec) -> None:
     assert [some_loss for _, some_loss, _ in ranks] == pytest.approx([loss] * 3, rel=1e-9)
 
 
+def test_a_learned_pattern_trains_alike_on_any_number_of_ranks(spec: TrialSpec) -> None:
+    pattern = PatternSpec("adaptive", {"warmup": 1, "anneal": 2})
+    spec = replace(spec, attention=(replace(spec.attention[0], pattern=pattern),))
+    ((alone, _, bits),) = on_ranks(spec, 1)
+    for state, _, some_bits in on_ranks(spec, 2):
+        assert some_bits == pytest.approx(bits, rel=1e-9)
+        assert max(relative_error(a, b) for a, b in zip(state, alone, strict=True)) <= 1e-7
+
+
 def test_a_step_that_broke_is_made_again_with_the_same_bits(spec: TrialSpec) -> None:
     wanted = on_ranks(spec, 2)[0][0]
 

@@ -8,6 +8,7 @@ import pytest
 from raybsa import patterns
 from raybsa.experiments.presets import PRESETS
 from raybsa.experiments.space import DEFAULT_FAMILIES, SearchSpace
+from raybsa.patterns.blocks import save_blocks
 from raybsa.spec import AttentionSpec, TrialSpec
 
 BASE = TrialSpec("byte_lm", (AttentionSpec("dense"),), seq_len=512, train_len=256)
@@ -56,6 +57,18 @@ def test_parameters_come_back_as_they_were_given():
     params = {dict(space.spec(p).attention[0].pattern.to_dict())["name"]: p for p in space.first_points()[1:]}
     assert space.spec(params["dilated"]).attention[0].pattern.params == {"dilation_rates": [1, 2, 4]}
     assert space.spec(params["bigbird"]).attention[0].pattern.params == {"num_globals": 2}
+
+
+def test_a_learned_pattern_and_a_frozen_one_can_be_searched(tmp_path):
+    layout = patterns.build("random").layout(512, num_heads=4, q_block_size=32, causal=True, density=0.2)
+    frozen = save_blocks(layout, tmp_path / "frozen.parquet").spec
+    families = {"adaptive": {"method": ["bias"]}, "blocks": {"path": [frozen.params["path"]]}}
+    space = SearchSpace(BASE, families, block_sizes=(32,))
+    learned, fixed = (space.spec(point).layer(0) for point in space.first_points()[1:])
+    assert (learned.variant, learned.pattern.params) == ("adaptive", {"method": "bias"})
+    assert (fixed.variant, fixed.pattern) == ("base", frozen)
+    with pytest.raises(ValueError, match="method must be one of"):
+        SearchSpace(BASE, {"adaptive": {"method": ["magic"]}})
 
 
 def test_equal_seeds_ask_equal_questions():

@@ -9,7 +9,7 @@ from raybsa import patterns
 from raybsa.cluster.worker import Worker
 from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
 from raybsa.tasks.attention import timed_attention
-from raybsa.tasks.fidelity import relative_errors
+from raybsa.tasks.exactness import relative_errors
 from raybsa.tasks.speed import AttentionStack, synthetic_qkv
 
 WINDOW = AttentionSpec("base", PatternSpec("sliding_window"), density=0.25, block_size=16)
@@ -82,7 +82,7 @@ def test_an_inexact_attention_shows_in_the_errors(monkeypatch):
     def wrong_module(spec, index):
         return timed_attention(spec if spec.layer(0).backend == "reference" else other, index)
 
-    monkeypatch.setattr("raybsa.tasks.fidelity.timed_attention", wrong_module)
+    monkeypatch.setattr("raybsa.tasks.exactness.timed_attention", wrong_module)
     wrong = relative_errors(SPEC, 64, torch.device("cpu"))
     assert max(exact) < 1e-4
     assert min(wrong) > 1e-2

@@ -84,11 +84,6 @@ def test_the_compatibility_block_runs_and_takes_the_place_of_torchs_module():
     assert model(x, x, x, need_weights=False)[0].shape == x.shape
 
 
-def test_the_research_block_says_that_the_learned_selector_is_missing():
-    with pytest.raises(NotImplementedError, match="learned block selector"):
-        run(RESEARCH)
-
-
 def test_the_multi_gpu_block_makes_data_parallel_and_a_ring_that_is_alone_until_bound():
     base_model = create_block_sparse_attention(pattern="dense")
     q = torch.randn(1, 2, 64, 16)
@@ -101,11 +96,30 @@ def test_the_multi_gpu_block_makes_data_parallel_and_a_ring_that_is_alone_until_
         assert torch.equal(parallel(q, q, q), base_model(q, q, q))
 
 
-def test_the_learned_variant_names_what_is_missing():
-    with pytest.raises(NotImplementedError, match="which is missing"):
+def test_the_research_block_makes_attention_that_learns_its_pattern():
+    model = run(RESEARCH)["model"]
+    assert isinstance(model, BlockSparseAdaptive)
+    q = torch.randn(1, 8, 256, 64)
+    assert model(q, q, q).shape == q.shape
+    assert model.selector_loss().item() > 0
+
+
+def test_the_learned_variant_is_made_by_its_name_or_its_pattern():
+    spec = {"name": "adaptive", "params": {"method": "bias", "sinks": 2}}
+    for variant in ("adaptive", "auto"):
+        model = create_block_sparse_attention(
+            variant, pattern=spec, num_heads=4, head_dim=16, num_kv_heads=2, density=0.5, block_size=8, causal=True
+        )
+        assert isinstance(model, BlockSparseAdaptive)
+        assert (model.source.method, model.source.rules.sinks, model.source.density.end) == ("bias", 2, 0.5)
+        assert (model.source.num_heads, model.source.num_kv_heads, model.source.head_dim) == (4, 2, 16)
+    assert create_block_sparse_attention("adaptive", num_heads=2, head_dim=4).source.density.end == 0.1
+    heads = create_multihead_block_sparse(16, 2, pattern=spec, density=0.5, dtype=torch.float64)
+    assert heads.source.gate.key.dtype == torch.float64
+    with pytest.raises(ValueError, match="needs num_heads and head_dim, for its parameters: got None and None"):
         create_block_sparse_attention("adaptive")
-    with pytest.raises(NotImplementedError, match=r"BlockSparseAdaptive needs .* which is missing"):
-        BlockSparseAdaptive()
+    with pytest.raises(ValueError, match="takes no other pattern, got 'bigbird'"):
+        create_block_sparse_attention("adaptive", pattern="bigbird", num_heads=2, head_dim=4)
 
 
 def test_auto_is_base():
@@ -178,7 +192,11 @@ def test_bad_arguments_say_what_was_wanted_and_what_came(arguments, message):
 @pytest.mark.parametrize(
     ("factory", "variant", "own"),
     [
-        (create_block_sparse_attention, BlockSparseBase, {"variant", "sparsity_ratio", "distributed_config"}),
+        (
+            create_block_sparse_attention,
+            BlockSparseBase,
+            {"variant", "sparsity_ratio", "distributed_config", "num_heads", "head_dim", "num_kv_heads"},
+        ),
         (create_multihead_block_sparse, BlockSparseMultihead, {"sparsity_ratio"}),
     ],
 )

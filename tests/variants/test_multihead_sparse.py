@@ -99,6 +99,11 @@ def test_the_weights_follow_a_block_bias_of_the_source():
         def select(self, q, k):
             return BlockLayout.from_rows([[0, 1]], q_len=8, kv_len=16, q_block_size=8), self.weight
 
+        wants_lse = False
+
+        def complete(self, call, out, lse):
+            return out
+
     theirs, ours = pair()
     ours.source = Learned()
     tensors = inputs(8, 16)

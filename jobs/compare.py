@@ -1,0 +1,105 @@
+"""Which attention learns most of a text in the same steps, at the same density? Fixed patterns, learned ones and dense.
+
+    python jobs/compare.py --out results/compare
+    python jobs/compare.py --out results/compare --steps 6000 --device cuda --layers 4 --heads 4 --head-dim 64
+
+Every answer is in --out as soon as it is there; the same command asks only for what is missing. Needs no Ray cluster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from raybsa import patterns
+from raybsa.experiments.compare import answer, questions, summary
+from raybsa.experiments.launch import exit_on_sigterm
+from raybsa.experiments.place import absolute, git_commit
+from raybsa.experiments.recording import Run
+from raybsa.results.store import Store
+from raybsa.spec import ADAPTIVE, DENSE, AttentionSpec, PatternSpec, TrialSpec
+
+
+def main() -> int:
+    arguments = _arguments()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    base = TrialSpec(
+        arguments.task,
+        (AttentionSpec(DENSE),),
+        seq_len=arguments.tokens,
+        train_len=arguments.tokens,
+        train_steps=arguments.steps,
+        learning_rate=arguments.learning_rate,
+        num_layers=arguments.layers,
+        num_heads=arguments.heads,
+        head_dim=arguments.head_dim,
+        dtype=arguments.dtype,
+        task_params=json.loads(arguments.task_params),
+    )
+    asked = [_pattern(text, arguments) for text in arguments.pattern]
+    specs = questions(base, asked, arguments.density, arguments.seeds, arguments.block_size)
+    store = Store.create(absolute("--out", arguments.out))
+    exit_on_sigterm()
+    records = []
+    for record in answer(specs, torch.device(arguments.device), Run.start("compare", arguments.git_commit), store):
+        records.append(record)
+        print(
+            f"{len(records)}/{len(specs)} {record.pattern} {record.density:.2%} seed {record.seed}: "
+            f"{record.quality:.4f} {record.quality_name} in {record.train_seconds:.0f} s",
+            flush=True,
+        )
+    print("\n".join(summary(records)))
+    print(f"results: {store.root}")
+    return 0
+
+
+def _pattern(text: str, arguments: argparse.Namespace) -> PatternSpec:
+    """A family's name or a PatternSpec's dict as JSON; "adaptive" gets its warm-up and annealing from the options."""
+    given = PatternSpec.from_dict(json.loads(text)) if text.lstrip().startswith("{") else PatternSpec(text)
+    if given.name != ADAPTIVE:
+        return patterns.build(given).spec
+    shares = {"warmup": arguments.warmup, "anneal": arguments.anneal}
+    return PatternSpec(ADAPTIVE, {**{name: round(x * arguments.steps) for name, x in shares.items()}, **given.params})
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--out", required=True, help="results folder or pyarrow.fs URI; absolute in a submitted job")
+    parser.add_argument("--task", default="byte_lm", help="byte_lm or recall")
+    parser.add_argument("--task-params", default='{"train_batch": 1, "eval_windows": 32}', help="JSON; text, batches")
+    parser.add_argument(
+        "--pattern",
+        nargs="+",
+        default=[ADAPTIVE, "sliding_window", "sink_window", "bigbird", "random", DENSE],
+        help="names or JSON specs",
+    )
+    parser.add_argument("--density", nargs="+", type=float, default=[0.05, 0.1])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--heads", type=int, default=2)
+    parser.add_argument("--head-dim", type=int, default=32)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16"))
+    parser.add_argument("--warmup", type=float, default=0.5, help="share of the steps that adaptive trains densely")
+    parser.add_argument("--anneal", type=float, default=0.25, help="share of the steps in which it becomes sparse")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads (torch's choice)")
+    parser.add_argument("--git-commit", default=git_commit(Path(__file__).parent), help="recorded with each row")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, TypeError, OSError) as error:
+        sys.exit(f"error: {error}")

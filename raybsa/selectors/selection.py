@@ -1,0 +1,87 @@
+"""Selection: block scores a tile of rows at a time, and of each row the best columns. Memory is O(N), never n * n."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from raybsa.kernels.triton_setup import why_not_here
+from raybsa.selectors.rules import Rules
+from raybsa.selectors.shape import Shape
+from raybsa.selectors.topk import top_columns
+
+TILE_SCORES = {"cpu": 2**20, "cuda": 2**24}  # block scores at hand at one time
+
+
+@torch.no_grad()
+def best_columns(u: Tensor, w: Tensor, shape: Shape) -> Tensor:
+    """(B, Hkv, rows, widest) int64: each row's columns in order of preference, forced ones first.
+
+    Args:
+        u: (B, Hkv, rows, d) of the shape's rows.
+        w: (B, Hkv, columns, d); block scores are ``u @ w.T``.
+        shape: which rows, and how many columns the widest keeps.
+    """
+    best = torch.empty(*u.shape[:3], shape.widest, dtype=torch.int64, device=u.device)
+    for place, scores in score_tiles(u, w):
+        best[:, :, place] = top_columns(shape.rules.preferences(scores, shape.rows[place]), shape.widest)
+    return best
+
+
+@torch.no_grad()
+def kept_columns(u: Tensor, w: Tensor, shape: Shape) -> Tensor:
+    """(B * Hkv, m) int32: of each row the columns that it keeps, ascending, row after row; as ``best_columns`` has
+    them. On a GPU one kernel a tile."""
+    if not (u.is_cuda and why_not_here(u.device) is None and shape.rules.segments is None):
+        return shape.columns_of(best_columns(u, w, shape))
+    from raybsa.selectors.triton_select import MAX_COLUMNS, choose
+
+    if shape.columns > MAX_COLUMNS:
+        return shape.columns_of(best_columns(u, w, shape))
+    out = torch.empty(u.shape[0] * u.shape[1], len(shape.row), dtype=torch.int32, device=u.device)
+    for place, scores in score_tiles(u.float(), w.float()):
+        choose(scores.flatten(0, 1), shape, place.start, out)
+    return out
+
+
+@torch.no_grad()
+def within_share(u: Tensor, w: Tensor, shape: Shape, best: Tensor, share: float, temperature: float) -> Tensor:
+    """(B, Hkv, rows, widest) bool: the choices before which the row has less than ``share`` of its free probability.
+
+    Free are the candidates that are not forced; forced choices are always wanted. The probabilities are the softmax of
+    the scores over ``temperature``.
+    """
+    wanted = torch.empty_like(best, dtype=torch.bool)
+    for place, scores in score_tiles(u, w):
+        chosen, free = best[:, :, place], _free(shape.rules, shape.rows[place], w.shape[2])
+        odds = (scores.float() / temperature).masked_fill(~free, float("-inf")).softmax(-1).nan_to_num(0.0)
+        chances = odds.gather(-1, chosen)
+        before = chances.cumsum(-1) - chances
+        forced = ~free.expand_as(odds).gather(-1, chosen)
+        wanted[:, :, place] = forced | (before < share)
+    return wanted
+
+
+@torch.no_grad()
+def mean_probabilities(u: Tensor, w: Tensor, shape: Shape, temperature: float) -> Iterator[tuple[slice, Tensor]]:
+    """Places of rows and (1, Hkv, R, columns): the free blocks' probabilities, mean over samples."""
+    for place, scores in score_tiles(u, w):
+        free = _free(shape.rules, shape.rows[place], w.shape[2])
+        odds = (scores.float() / temperature).masked_fill(~free, float("-inf")).softmax(-1).nan_to_num(0.0)
+        yield place, odds.mean(0, keepdim=True)
+
+
+def score_tiles(u: Tensor, w: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Places of rows and their scores (B, Hkv, R, columns), a tile at a time."""
+    step = max(1, TILE_SCORES.get(u.device.type, 2**24) // (u.shape[0] * u.shape[1] * w.shape[2]))
+    for begin in range(0, u.shape[2], step):
+        place = slice(begin, min(begin + step, u.shape[2]))
+        yield place, u[:, :, place] @ w.transpose(-1, -2)
+
+
+def _free(rules: Rules, rows: Tensor, columns: int) -> Tensor:
+    """(R, columns) bool: candidates that are not forced."""
+    rank = rules.forced_rank(rows[:, None], torch.arange(columns, device=rows.device), columns)
+    return rules.candidates(rows, columns) & (rank < 0)
