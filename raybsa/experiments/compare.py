@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -80,11 +81,20 @@ def summary(records: Sequence[Record]) -> list[str]:
     groups: dict[tuple[str, float], dict[int, float]] = {}
     for record in records:
         if record.quality is not None:
-            groups.setdefault((record.pattern, record.density or 0.0), {})[record.seed] = record.quality
-    lines = [f"{'pattern':<16} {'kept':>7} {'seeds':>5} {'mean':>8} {'worst':>8} {'- dense':>8}"]
+            groups.setdefault((_label(record), record.density or 0.0), {})[record.seed] = record.quality
+    wide = max([7, *(len(label) for label, _ in groups)])
+    lines = [f"{'pattern':<{wide}} {'kept':>7} {'seeds':>5} {'mean':>8} {'worst':>8} {'- dense':>8}"]
     for (pattern, density), found in sorted(groups.items(), key=lambda item: (item[0][1], fmean(item[1].values()))):
         gaps = [value - dense[seed] for seed, value in found.items() if dense.get(seed) is not None]
         gap = f"{fmean(gaps):+8.4f}" if gaps else f"{'-':>8}"
         mean, worst = fmean(found.values()), max(found.values())
-        lines.append(f"{pattern:<16} {density:>7.2%} {len(found):>5} {mean:>8.4f} {worst:>8.4f} {gap}")
+        lines.append(f"{pattern:<{wide}} {density:>7.2%} {len(found):>5} {mean:>8.4f} {worst:>8.4f} {gap}")
     return lines
+
+
+def _label(record: Record) -> str:
+    """The pattern's name; of a learned one also its options."""
+    pattern = TrialSpec.from_dict(json.loads(record.spec)).layer(0).pattern
+    if pattern is None or pattern.name != ADAPTIVE:
+        return record.pattern
+    return " ".join([ADAPTIVE, *(f"{name}={value}" for name, value in sorted(pattern.params.items()))])
