@@ -17,13 +17,14 @@ from raybsa.results.pareto import Objective
 from raybsa.spec import canonical_json
 
 Values = Sequence[float] | None
+_STUCK = 20  # refused configurations in a row
 
 
 class Algorithm(Protocol):
     """Asks for configurations and learns from answers; None as values says that there was no answer."""
 
-    def ask(self) -> Config | None:
-        """The next configuration; None where there are no more."""
+    def ask(self, refused: int = 0) -> Config | None:
+        """The next configuration, after so many in a row that were not worth a trial; None where there are no more."""
 
     def tell(self, config: Config, values: Values) -> None:
         """The objectives' values of a configuration, of this run or an earlier one."""
@@ -35,7 +36,7 @@ class Listed:
     def __init__(self, configs: Iterable[Config]) -> None:
         self._configs = iter(configs)
 
-    def ask(self) -> Config | None:
+    def ask(self, refused: int = 0) -> Config | None:
         return next(self._configs, None)
 
     def tell(self, config: Config, values: Values) -> None:
@@ -51,15 +52,18 @@ class Sampled:
 
     def __init__(self, space: SearchSpace, objectives: Sequence[Objective], sampler: BaseSampler) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._space, self._objectives = space, objectives
+        self._space, self._objectives, self._sampler = space, objectives, sampler
+        self._chance = RandomSampler(seed=0)
         way = {"min": optuna.study.StudyDirection.MINIMIZE, "max": optuna.study.StudyDirection.MAXIMIZE}
         self._study = optuna.create_study(directions=[way[objective.goal] for objective in objectives], sampler=sampler)
         self._first = deque(space.first_points())
         self._open: dict[str, optuna.Trial] = {}
 
-    def ask(self) -> Config | None:
+    def ask(self, refused: int = 0) -> Config | None:
+        """A sampler that keeps coming back to what is known already gives way to chance."""
         if self._first:
             return self._first.popleft()
+        self._study.sampler = self._chance if refused >= _STUCK else self._sampler
         trial = self._study.ask()
         config = self._space.draw(trial)
         self._open[canonical_json(config)] = trial

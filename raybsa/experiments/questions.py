@@ -67,8 +67,8 @@ class Questions(Searcher):
         self.ended = True
         if time.monotonic() >= self._deadline:
             return None
-        for _ in range(_FUTILE):
-            config = self._algorithm.ask()
+        for refused in range(_FUTILE):
+            config = self._algorithm.ask(refused)
             if config is None:
                 return None
             spec = self.rejections.admit(config)

@@ -38,8 +38,8 @@ class Objective:
         return self.least is not None or self.most is not None
 
     def __str__(self) -> str:
-        bounds = [f" >= {self.least:g}"] * (self.least is not None) + [f" <= {self.most:g}"] * (self.most is not None)
-        return f"{self.name}:{self.goal}{''.join(bounds)}"
+        bounds = [f" {sign} {bound:g}" for sign, bound in ((">=", self.least), ("<=", self.most)) if bound is not None]
+        return f"{self.name}{''.join(bounds)}"
 
 
 LATENCY = Objective("latency", "forward_backward_ms_p50")
