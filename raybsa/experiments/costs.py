@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from statistics import median
 
 import numpy as np
@@ -25,6 +26,7 @@ from raybsa.ring.work import Work
 from raybsa.spec import TrialSpec
 
 ENOUGH = 5  # measured sparse trials before anything is predicted
+_MOST = 100  # of them, the latest
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class CostModel:
         """From measured trials of one device (the last one's); None where there are too few."""
         rows = [r for r in records if r.forward_ms_p50 and r.forward_backward_ms_p50 and r.variant == "base"]
         rows = [r for r in rows if (r.device_name, r.num_threads) == (rows[-1].device_name, rows[-1].num_threads)]
+        rows = rows[-_MOST:]
         if len(rows) < ENOUGH:
             return None
         asked = [TrialSpec.from_dict(json.loads(row.spec)) for row in rows]
@@ -125,6 +128,7 @@ def _layout(spec: TrialSpec, layer: int, length: int) -> BlockLayout:
     )
 
 
+@lru_cache(maxsize=1024)
 def _work(spec: TrialSpec, length: int) -> Work:
     """The mean layer's work on one rank."""
     layouts = [_layout(spec, index, length) for index in range(len(spec.attention))]
