@@ -28,7 +28,12 @@ class Trial:
 
     @property
     def failed(self) -> bool:
-        return self.record.status != "ok"
+        return self.record.status not in ("ok", "pruned")
+
+    @property
+    def pruned(self) -> bool:
+        """Whether a search stopped it early: its quality is that of fewer steps, and it is on no front."""
+        return self.record.status == "pruned"
 
     @property
     def is_of_kernels(self) -> bool:

@@ -98,18 +98,9 @@ def paste(spec: TrialSpec) -> str:
     if all(layer.pattern is None for layer in spec.attention):
         return "torch.nn.functional.scaled_dot_product_attention"
     if len(spec.attention) == 1:
-        return f"create_block_sparse_attention(**{_arguments(spec.attention[0], spec.causal)!r})"
-    layers = ",\n    ".join(repr(_arguments(layer, spec.causal)) for layer in spec.attention)
+        return f"create_block_sparse_attention(**{spec.attention[0].factory_arguments(spec.causal)!r})"
+    layers = ",\n    ".join(repr(layer.factory_arguments(spec.causal)) for layer in spec.attention)
     return f"[create_block_sparse_attention(**layer) for layer in [\n    {layers},\n]]"
-
-
-def _arguments(attention: AttentionSpec, causal: bool) -> dict:
-    if attention.pattern is None:
-        attention = AttentionSpec(pattern=PatternSpec("dense"), block_size=attention.block_size)
-    arguments = {key: value for key, value in attention.to_dict().items() if value is not None}
-    if arguments["backend"] == "auto":
-        del arguments["backend"]
-    return arguments | {"causal": causal}
 
 
 def _part_label(part: object) -> str:

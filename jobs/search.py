@@ -10,6 +10,7 @@ Every trial is in --out as soon as it ends, the report is written last.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shlex
 import signal
@@ -18,69 +19,122 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dashboards.report import write_report
+from raybsa.cluster.coordinator import Coordinator
 from raybsa.cluster.resources import TooFewResources
+from raybsa.experiments.algorithms import ALGORITHMS
+from raybsa.experiments.dry_run import dry_run
+from raybsa.experiments.front import read_best, write_front
+from raybsa.experiments.history import history
 from raybsa.experiments.launch import cluster, room_for, worker_share
 from raybsa.experiments.place import absolute, git_commit
 from raybsa.experiments.presets import PRESETS, Preset
-from raybsa.experiments.progress import Progress
+from raybsa.experiments.progress import Progress, summary
 from raybsa.experiments.recording import Run
-from raybsa.experiments.search import Pool, search
-from raybsa.results.pareto import COSTS, named_objectives, pareto_front
+from raybsa.experiments.search import Found, Plan, Pool, search
+from raybsa.experiments.spaces import SPACES, make_space
+from raybsa.experiments.trial import run_trial
+from raybsa.results.pareto import COSTS, named_objectives
 from raybsa.results.store import Store
 from raybsa.tasks.goals import QUALITIES
 from raybsa.tasks.text import load_corpus
 
 SIZES = ("seq_len", "train_len", "train_steps", "num_layers", "num_heads", "head_dim")
+_UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
 def main() -> int:
     arguments = _arguments()
-    preset = _preset(arguments)
-    objectives = named_objectives(arguments.objectives.split(","), QUALITIES[preset.space.base.task][1])
     out = absolute("--out", arguments.out)
+    if arguments.again:
+        return _again(arguments, out)
+    preset = _preset(arguments)
+    plan = _plan(arguments, preset)
+    if arguments.dry_run:
+        return _dry_run(arguments, preset, plan, out)
     store = Store.create(out)
-    load_corpus(preset.space.base.task_params["text"])
+    done = len(history(preset.space, store.read_records())) if plan.resume else 0
+    load_corpus(preset.space.base.task_params.get("text"))
+    torch.set_num_threads(1)  # the driver only looks at layouts
 
     with cluster(arguments.address):
         pool = _pool(arguments, preset)
-        print(f"{preset.trials} trials on {pool.num_workers} worker(s) of {pool.share}, results in {out}", flush=True)
-        progress = Progress(preset.trials)
-        records = search(
-            preset.space,
-            store,
-            Run.start("search", arguments.git_commit),
-            pool,
-            trials=preset.trials,
-            objectives=objectives,
-            seed=arguments.seed,
-            tell=progress.tell,
-        )
+        workers = pool.num_workers or "as many as fit"
+        print(f"{plan.trials} trials on {workers} worker(s) of {pool.share}, results in {out}", flush=True)
+        if plan.resume:
+            print(f"{done} of them are done", flush=True)
+        progress = Progress(plan.trials, count=done)
+        run = Run.start("search", arguments.git_commit)
+        found = search(preset.space, store, run, pool, plan, tell=progress.tell)
+    return _conclude(arguments, store, plan, found)
 
-    code = 0 if len(records) == preset.trials else 128 + signal.SIGINT
-    if not records:
+
+def _conclude(arguments: argparse.Namespace, store: Store, plan: Plan, found: Found) -> int:
+    """Tells what came of it, writes the front and the report; the exit code."""
+    code = 0 if len(found.all) >= plan.trials or found.ended else 128 + signal.SIGINT
+    if not found.all:
         print("ended before a trial was measured")
         return code
-    front = pareto_front(records, objectives)
-    print(f"{len(records)} trials measured, {len(front)} on the Pareto front of {arguments.objectives}")
-    print(f"results: {out}")
-    if "://" not in out:
-        print(f"report:  {write_report(out, os.path.join(out, 'report.html'), own_patterns=True)}")
+    front = write_front(store, found.all, plan.objectives)
+    pruned = sum(record.status == "pruned" for record in found.all)
+    stopped = f" ({pruned} stopped early)" if pruned else ""
+    goals = ", ".join(map(str, plan.objectives))
+    print(f"{len(found.all)} trials measured{stopped}, {len(front)} on the Pareto front of {goals}")
+    if not found.rejected.startswith("0 "):
+        print(f"questions: {found.rejected}")
+    print(f"results: {store.root}")
+    print(f"front:   {', '.join(front[:1])}{' ...' if len(front) > 1 else ''}")
+    if "://" not in store.root:
+        print(f"report:  {write_report(store.root, os.path.join(store.root, 'report.html'), own_patterns=True)}")
     else:
-        print(f"report:  python -m dashboards.report {shlex.quote(out)} --out report.html")
+        print(f"report:  python -m dashboards.report {shlex.quote(store.root)} --out report.html")
     return code if front else 1
+
+
+def _dry_run(arguments: argparse.Namespace, preset: Preset, plan: Plan, out: str) -> int:
+    records = Store(out).read_records()
+    earlier = history(preset.space, records) if plan.resume else []
+    torch.set_num_threads(1)
+    workers = arguments.workers or os.cpu_count() or 1
+    for line in dry_run(preset.space, plan, earlier, records, workers):
+        print(line)
+    return 0
+
+
+def _again(arguments: argparse.Namespace, out: str) -> int:
+    """Asks one question once more, exactly as it was asked."""
+    spec = read_best(arguments.again)
+    store = Store.create(out)
+    with cluster(arguments.address):
+        share = worker_share(arguments.cpus_per_worker)
+        with Coordinator(share, wait_s=arguments.wait, trial_s=arguments.limit) as coordinator:
+            record = run_trial(spec, coordinator, Run.start("again", arguments.git_commit), store=store)
+    print(summary(record))
+    print(f"results: {out}")
+    return 0 if record.status == "ok" else 1
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="results folder or pyarrow.fs URI; absolute in a submitted job")
     parser.add_argument("--preset", choices=PRESETS, default="demo")
-    parser.add_argument("--trials", type=int, help="how many (the preset's number)")
+    parser.add_argument("--space", help=f"{', '.join(SPACES)}, or a YAML file (the preset's)")
+    parser.add_argument("--trials", "--max-trials", type=int, help="how many in all (the preset's number)")
+    parser.add_argument("--time-budget", type=_seconds, default=math.inf, help="no trial begins later: 90s, 10m, 2h")
+    parser.add_argument("--dry-run", action="store_true", help="list what would run, with predicted costs, and end")
+    parser.add_argument("--resume", action="store_true", help="go on from the trials of this search in --out")
+    parser.add_argument("--again", metavar="BEST_JSON", help="ask one point's question once more, and nothing else")
+    parser.add_argument("--algorithm", choices=ALGORITHMS, default="tpe")
+    parser.add_argument("--early-stopping", action="store_true", help="stop what falls behind others of its density")
+    parser.add_argument("--screening", action="store_true", help="do not train what is predicted to be far beaten")
+    parser.add_argument("--distance", type=int, help="task recall with pairs so many tokens apart, instead of text")
     parser.add_argument("--text", help="file or folder to train on (the Python standard library's sources)")
     parser.add_argument(
         "--objectives",
         default="quality,latency,memory",
-        help=f"comma-separated: quality, {', '.join(COSTS)} (quality,latency,memory)",
+        help=f"comma-separated: quality, {', '.join(COSTS)}, with bounds as in latency<=2ms (quality,latency,memory)",
     )
     parser.add_argument("--seed", type=int, default=0)
     for size in SIZES:
@@ -101,13 +155,31 @@ def _preset(arguments: argparse.Namespace) -> Preset:
     preset = PRESETS[arguments.preset]
     base = preset.space.base
     sizes: dict[str, Any] = {size: value for size in SIZES if (value := getattr(arguments, size)) is not None}
-    text = None if arguments.text is None else absolute("--text", arguments.text)
-    base = replace(base, seed=arguments.seed, task_params={**base.task_params, "text": text}, **sizes)
+    if arguments.distance is not None:
+        base = replace(base, task="recall", task_params={"distance": arguments.distance})
+    else:
+        text = None if arguments.text is None else absolute("--text", arguments.text)
+        base = replace(base, task_params={**base.task_params, "text": text})
+    base = replace(base, seed=arguments.seed, **sizes)
     trials = preset.trials if arguments.trials is None else arguments.trials
     for option, number in (("--trials", trials), ("--workers", arguments.workers)):
         if number is not None and number < 1:
             raise ValueError(f"{option} must be at least 1, got {number}")
-    return replace(preset, space=replace(preset.space, base=base), trials=trials)
+    space = make_space(arguments.space, base) if arguments.space else replace(preset.space, base=base)
+    return replace(preset, space=space, trials=trials)
+
+
+def _plan(arguments: argparse.Namespace, preset: Preset) -> Plan:
+    return Plan(
+        preset.trials,
+        named_objectives(arguments.objectives.split(","), QUALITIES[preset.space.base.task][1]),
+        algorithm=arguments.algorithm,
+        seed=arguments.seed,
+        time_budget_s=arguments.time_budget,
+        early_stopping=arguments.early_stopping,
+        screening=arguments.screening,
+        resume=arguments.resume,
+    )
 
 
 def _pool(arguments: argparse.Namespace, preset: Preset) -> Pool:
@@ -115,6 +187,18 @@ def _pool(arguments: argparse.Namespace, preset: Preset) -> Pool:
     share = worker_share(arguments.cpus_per_worker)
     workers = max(1, min(preset.trials, room_for(share))) if arguments.workers is None else arguments.workers
     return Pool(share, workers, wait_s=arguments.wait, trial_s=arguments.limit, timing=preset.timing)
+
+
+def _seconds(text: str) -> float:
+    """``90``, ``90s``, ``10m`` or ``2h`` in seconds."""
+    number, unit = (text[:-1], text[-1]) if text[-1:] in _UNITS else (text, "s")
+    try:
+        seconds = float(number) * _UNITS[unit]
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise argparse.ArgumentTypeError(f"a positive duration like 90s, 10m or 2h was wanted, got {text!r}")
+    return seconds
 
 
 if __name__ == "__main__":

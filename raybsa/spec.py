@@ -96,6 +96,15 @@ class AttentionSpec:
         data["pattern"] = None if self.pattern is None else self.pattern.to_dict()
         return data
 
+    def factory_arguments(self, causal: bool) -> dict[str, Any]:
+        """The arguments of ``raybsa.create_block_sparse_attention`` for this attention, JSON values; the dense baseline
+        becomes the pattern of all blocks."""
+        attention = self if self.pattern else AttentionSpec(pattern=PatternSpec(DENSE), block_size=self.block_size)
+        arguments = {key: value for key, value in attention.to_dict().items() if value is not None}
+        if arguments["backend"] == "auto":
+            del arguments["backend"]
+        return arguments | {"causal": causal}
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> AttentionSpec:
         values = _known(cls, data)

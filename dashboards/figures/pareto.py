@@ -89,11 +89,14 @@ def pareto_plot(info: ParetoInfo) -> go.Figure:
     )
     figure.update_yaxes(title_text=f"{escape(info.quality_label)} ({better} is better)")
     _add_front_line(figure, info.front)
-    beaten = [p for p in info.points if p.rank is None and not p.trial.is_dense]
+    beaten = [p for p in info.points if p.rank is None and not p.trial.is_dense and not p.trial.pruned]
+    pruned = [p for p in info.points if p.trial.pruned]
     best = [p for p in info.front if not p.trial.is_dense]
     dense = [p for p in info.points if p.trial.is_dense]
     grey = colour("dominated")
     _add_points(figure, "dominated", beaten, ["rgba(0,0,0,0)"] * len(beaten), [grey] * len(beaten))
+    if pruned:
+        _add_points(figure, "stopped early", pruned, [grey] * len(pruned), [grey] * len(pruned), symbol="x-thin")
     fills = [density_colour(p.trial.density) for p in best]
     _add_points(figure, "front", best, fills, [colour("paper")] * len(best))
     orange = [colour("dense")] * len(dense)

@@ -55,8 +55,10 @@ def _when(results: Results) -> str:
 
 
 def _count(results: Results) -> str:
-    failed = len(results.failures)
-    return f"{len(results.trials)} trials" + (f", {failed} failed" if failed else "")
+    failed, pruned = len(results.failures), sum(trial.pruned for trial in results.trials)
+    told = [f"{len(results.trials)} trials"]
+    told += [f"{failed} failed"] * bool(failed) + [f"{pruned} stopped early"] * bool(pruned)
+    return ", ".join(told)
 
 
 def _legend() -> Markup:

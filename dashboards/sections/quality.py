@@ -27,8 +27,8 @@ def quality_section(page: Page, results: Results, folder: str) -> Markup:
 
 
 def _front(page: Page, info: ParetoInfo, panel: str, folder: str) -> Markup:
-    if not info.points:
-        return nothing_yet("No trial of this question was timed", search_command(folder))
+    if not info.front:
+        return nothing_yet("No trial of this question was timed and trained to its end", search_command(folder))
     for point in info.points:
         page.trial(point.trial, _title(point), _facts(info, point))
     picture = page.figure(pareto_plot(info), "Pareto front of quality and latency", panel)
@@ -52,6 +52,10 @@ def _how_to_read(info: ParetoInfo) -> str:
                 len(set(sizes)) > 1,
             ),
             (f"{info.unmeasured} trials have no time and are not drawn.", info.unmeasured),
+            (
+                "Crosses were stopped early: their quality is that of a part of the training.",
+                any(p.trial.pruned for p in info.points),
+            ),
             ("No dense baseline was measured here.", not any(p.trial.is_dense for p in info.points)),
             ("Point at one to see its pattern; click to keep it beside the figure.", True),
         )
@@ -103,6 +107,7 @@ def _facts(info: ParetoInfo, point: Point) -> list[tuple[str, str]]:
         ("blocks kept", f"{percent(record.density)} at block {record.block_size}"),
         ("computed by", f"{record.variant}, {record.backend}"),
         ("trial", record.trial_id),
+        *([("stopped early", record.error or "")] if point.trial.pruned else []),
     ]
 
 

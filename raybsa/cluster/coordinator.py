@@ -57,8 +57,8 @@ class _Host:
     def describe(self) -> str:
         return self._worker.describe()
 
-    def run(self, spec: TrialSpec) -> Measurement:
-        return self._worker.run(spec)
+    def run(self, spec: TrialSpec, until: int | None) -> Measurement:
+        return self._worker.run(spec) if until is None else self._worker.run(spec, until)
 
 
 class Coordinator:
@@ -109,12 +109,12 @@ class Coordinator:
         for slot in list(self._actors):
             self._kill(slot)
 
-    def run(self, spec: TrialSpec) -> Outcome:
-        """One trial, to its end."""
-        (outcome,) = self.map([spec])
+    def run(self, spec: TrialSpec, until: int | None = None) -> Outcome:
+        """One trial, to its end or ``until`` so many training steps; a worker that still has it goes on from there."""
+        (outcome,) = self.map([spec], until)
         return outcome
 
-    def map(self, specs: Iterable[TrialSpec]) -> Iterator[Outcome]:
+    def map(self, specs: Iterable[TrialSpec], until: int | None = None) -> Iterator[Outcome]:
         """Each trial's outcome as it comes, at most ``num_workers`` under way. Specs are drawn as workers come free."""
         fresh = ((spec, 0) for spec in specs)
         again: deque[tuple[TrialSpec, int]] = deque()
@@ -122,7 +122,7 @@ class Coordinator:
         try:
             while True:
                 while idle and (question := again.popleft() if again else next(fresh, None)):
-                    launched = self._launch(idle[-1], *question)
+                    launched = self._launch(idle[-1], *question, until)
                     if isinstance(launched, Outcome):
                         yield launched
                         continue
@@ -143,14 +143,15 @@ class Coordinator:
 
     # ---- trials ------------------------------------------------------------------------------------------------
 
-    def _launch(self, slot: int, spec: TrialSpec, failures: int) -> _Flight | Outcome:
+    def _launch(self, slot: int, spec: TrialSpec, failures: int, until: int | None) -> _Flight | Outcome:
         """The trial under way; its outcome already where no worker can be had."""
         if slot not in self._actors:
             try:
                 self._start([slot])
             except (TooFewResources, WorkerNotMade) as error:
                 return Outcome(spec, None, f"{type(error).__name__}: {error}", failures)
-        return _Flight(self._actors[slot].run.remote(spec), slot, spec, failures, time.monotonic() + self._trial_s)
+        reference = self._actors[slot].run.remote(spec, until)
+        return _Flight(reference, slot, spec, failures, time.monotonic() + self._trial_s)
 
     def _land(self, flight: _Flight) -> Outcome | None:
         """The trial's outcome; None where it should go to a fresh worker."""

@@ -11,11 +11,11 @@ import torch
 from raybsa.results.record import Measurement
 from raybsa.spec import TrialSpec
 from raybsa.tasks.attention import layer_density
-from raybsa.tasks.catalog import find_judge
+from raybsa.tasks.catalog import prepare_training
 from raybsa.tasks.exactness import relative_errors
 from raybsa.tasks.params import known_params
 from raybsa.tasks.speed import measure_beside_dense
-from raybsa.tasks.training import Quality
+from raybsa.tasks.training import Quality, Training
 from raybsa.timing import DeviceLock, Quantiles, device_name
 
 
@@ -38,24 +38,41 @@ class Worker:
             torch.set_num_threads(num_threads)
         self._repeats, self._budget_s = repeats, budget_s
         self._lock = DeviceLock(self.device)
+        self._last: tuple[TrialSpec, Training | None, Measurement] | None = None
 
     def describe(self) -> str:
         """The device's name. Also the sign that the worker is up."""
         return device_name(self.device)
 
-    def run(self, spec: TrialSpec) -> Measurement:
-        """Trains and evaluates where the task asks for it, then times attention and its dense baseline.
+    def run(self, spec: TrialSpec, until: int | None = None) -> Measurement:
+        """Times attention and its dense baseline, then trains and evaluates where the task asks for it.
+
+        Time is measured first: what cannot be timed costs no training, and a caller may look at the times before it
+        asks for more. A question that was not asked to its end stays at hand: asked for more steps, it goes on.
+
+        Args:
+            until: training steps to be done on return; 0 times only, None is all of them.
 
         Raises:
             ValueError, TypeError, NotImplementedError: the spec asks for what does not exist or fit.
         """
-        judge = find_judge(spec.task)
+        if self._last is None or self._last[0] != spec:
+            self._last = None  # the old model goes before the new one comes
+            training = prepare_training(spec, self.device, self._lock)
+            self._last = (spec, training, self._time(spec, training is None))
+        _, training, measured = self._last
+        if until is None:
+            self._last = None
+        if training is None or until == 0:
+            return measured
+        return _with_quality(measured, training.advance(until))
+
+    def _time(self, spec: TrialSpec, with_errors: bool) -> Measurement:
         with self._lock.shared():
             density = sum(layer_density(spec, index) for index in range(spec.num_layers)) / spec.num_layers
-        errors = (None, None) if judge else self._errors(spec)
-        quality = judge(spec, self.device, self._lock) if judge else None
+        errors = self._errors(spec) if with_errors else (None, None)
         own, dense = measure_beside_dense(spec, self.device, self._lock, repeats=self._repeats, budget_s=self._budget_s)
-        measured = Measurement(
+        return Measurement(
             density=density,
             **_times("forward", own.forward),
             **_times("forward_backward", own.forward_backward),
@@ -71,7 +88,6 @@ class Worker:
             torch_version=torch.__version__,
             python_version=platform.python_version(),
         )
-        return measured if quality is None else _with_quality(measured, quality)
 
     def _errors(self, spec: TrialSpec) -> tuple[float | None, float | None]:
         """Task "speed" with the parameter ``error_len`` also measures how exact the attention is at that length."""
@@ -94,5 +110,6 @@ def _with_quality(measured: Measurement, quality: Quality) -> Measurement:
         quality_goal=quality.goal,
         quality=quality.value,
         train_seconds=quality.train_seconds,
+        trained_steps=quality.steps,
         curves=quality.curves,
     )

@@ -16,7 +16,7 @@ from raybsa.results.record import Measurement, Record
 from raybsa.results.store import Store
 from raybsa.spec import ADAPTIVE, DENSE, AttentionSpec, PatternSpec, TrialSpec
 from raybsa.tasks.attention import layer_density
-from raybsa.tasks.catalog import find_judge
+from raybsa.tasks.catalog import prepare_training
 from raybsa.timing import DeviceLock, device_name
 
 
@@ -50,10 +50,10 @@ def answer(specs: Sequence[TrialSpec], device: torch.device, run: Run, store: St
         if spec.digest in known:
             yield known[spec.digest]
             continue
-        judge = find_judge(spec.task)
-        if judge is None:
+        training = prepare_training(spec, device, lock)
+        if training is None:
             raise ValueError(f"a comparison needs a task that trains, got {spec.task!r}")
-        quality = judge(spec, device, lock)
+        quality = training.advance()
         measured = Measurement(
             density=fmean(layer_density(spec, index) for index in range(spec.num_layers)),
             quality_name=quality.name,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from raybsa.experiments.space import DEFAULT_FAMILIES, SearchSpace
+from raybsa.experiments.space import SearchSpace
+from raybsa.experiments.spaces import make_space
 from raybsa.spec import DENSE, AttentionSpec, TrialSpec
 
 _DENSE = (AttentionSpec(DENSE),)
@@ -27,7 +28,8 @@ class Preset:
 PRESETS = {
     # Two CPU cores, about two minutes: timed at 3,072 tokens, trained at 512.
     "demo": Preset(
-        SearchSpace(
+        make_space(
+            "families",
             TrialSpec(
                 "byte_lm",
                 _DENSE,
@@ -39,16 +41,14 @@ PRESETS = {
                 head_dim=32,
                 task_params={"train_batch": 2, "eval_windows": 64},
             ),
-            DEFAULT_FAMILIES,
-            densities=(0.03, 0.4),
-            block_sizes=(16, 32, 64),
         ),
         trials=18,
         timing={"repeats": 10, "budget_s": 0.5},
     ),
     # Seconds: to see that everything runs. Its quality says nothing.
     "quick": Preset(
-        SearchSpace(
+        make_space(
+            "quick",
             TrialSpec(
                 "byte_lm",
                 _DENSE,
@@ -61,9 +61,6 @@ PRESETS = {
                 head_dim=16,
                 task_params={"train_batch": 2, "eval_windows": 8},
             ),
-            {"sliding_window": {}, "bigbird": {"num_globals": [1, 2]}, "strided": {}},
-            densities=(0.1, 0.5),
-            block_sizes=(16, 32),
         ),
         trials=5,
         timing={"repeats": 5, "budget_s": 0.1},

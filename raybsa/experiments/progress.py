@@ -16,12 +16,12 @@ class Progress:
     """Tells about each record as it comes.
 
     Args:
-        total: how many records will come.
+        total: how many records there will be, ``count`` of them from before.
         stream: a bar is drawn where it is a terminal.
     """
 
-    def __init__(self, total: int, stream: TextIO | None = None) -> None:
-        self._total, self._stream, self._count, self._started = total, stream or sys.stdout, 0, time.monotonic()
+    def __init__(self, total: int, stream: TextIO | None = None, count: int = 0) -> None:
+        self._total, self._stream, self._count, self._started = total, stream or sys.stdout, count, time.monotonic()
 
     def tell(self, record: Record) -> None:
         self._count += 1
@@ -43,11 +43,13 @@ def summary(record: Record) -> str:
     name = record.pattern if record.density is None else f"{record.pattern} {record.density:.0%}"
     if record.pattern != record.variant:
         name += f" block {record.block_size}"
-    if record.error is not None:
+    if record.error is not None and record.status != "pruned":
         return f"{name}: failed: {' '.join(record.error.split())[:200]}"
     found = [f"{record.forward_backward_ms_p50:.3g} ms"] if record.forward_backward_ms_p50 is not None else []
     if record.quality is not None:
         found.insert(0, f"{(record.quality_name or 'quality').replace('_', ' ')} {record.quality:.3f}")
     if record.peak_bytes is not None:
         found.append(f"{record.peak_bytes / (1 << 20):.1f} MiB")
+    if record.status == "pruned":
+        found.append(f"{record.error}")
     return f"{name}: {', '.join(found)}"

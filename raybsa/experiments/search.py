@@ -1,7 +1,8 @@
-"""search: Ray Tune asks Optuna for questions, warm workers answer them, every answer is on disk at once.
+"""search: Ray Tune asks an algorithm for questions, warm workers answer them, every answer is on disk at once.
 
 Each of Tune's trial actors is kept for all its trials (``reuse_actors``) and holds a Coordinator with one worker, so
-that a trial costs its own measurement and little else, and all that is known about failures stays in one place.
+that a trial costs its own measurement and little else, and all that is known about failures stays in one place. The
+records are the only state: a search that was ended, however, goes on from them.
 """
 
 from __future__ import annotations
@@ -9,28 +10,36 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import optuna
 from ray import tune
-from ray.tune.search.optuna import OptunaSearch
 from ray.util import get_current_placement_group
 
 from raybsa.cluster.coordinator import Coordinator
 from raybsa.cluster.resources import Say, Share, await_resources
+from raybsa.experiments.algorithms import ALGORITHMS
+from raybsa.experiments.history import Answered, history, values_of
+from raybsa.experiments.questions import Questions
 from raybsa.experiments.recording import Run, record_of, write
+from raybsa.experiments.screen import Screen
 from raybsa.experiments.space import SearchSpace
+from raybsa.experiments.strata import QUALITY, STEPS, StratifiedHalving
 from raybsa.results.pareto import Objective
 from raybsa.results.record import Outcome, Record
 from raybsa.results.store import Store
+from raybsa.spec import UNTRAINED
+from raybsa.tasks.goals import QUALITIES
 
 _TUNE_SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # records are ours to write
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # and they are all that a resumed search reads
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_AIR_NEW_OUTPUT": "0",  # the older output is silent at verbose=0
 }
+_LOST_ACTORS = 2  # how often a trial whose actor was lost with its node begins again
 
 
 @dataclass(frozen=True)
@@ -39,17 +48,61 @@ class Pool:
 
     Args:
         share: what each owns.
-        num_workers: how many trials run at once.
-        wait_s: the longest wait for the cluster to have room for all of them.
-        trial_s: the longest that a trial may take.
+        num_workers: how many trials run at once; None is as many as the cluster holds, which may change meanwhile.
+        wait_s: the longest wait for the cluster to have room for all of them (for one, where None).
+        trial_s: the longest that one step of a trial may take.
         timing: ``repeats`` and ``budget_s`` of ``timing.measure_in_turn``.
     """
 
     share: Share
-    num_workers: int = 1
+    num_workers: int | None = 1
     wait_s: float = 60.0
     trial_s: float = 1800.0
     timing: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a search spends its budget.
+
+    Args:
+        trials: how many in all, those of earlier runs that it resumes included.
+        objectives: what the questions should trade off, and bounds.
+        algorithm: of ``ALGORITHMS``.
+        seed: of the algorithm; with several workers the questions also depend on who answers first.
+        time_budget_s: no trial begins later; those under way end.
+        early_stopping: stop trials whose quality falls behind others of about their density.
+        screening: do not train what is predicted to be beaten by a wide margin.
+        resume: go on from the records that the store holds of this space.
+    """
+
+    trials: int
+    objectives: Sequence[Objective]
+    algorithm: str = "tpe"
+    seed: int = 0
+    time_budget_s: float = math.inf
+    early_stopping: bool = False
+    screening: bool = False
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in ALGORITHMS:
+            raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {self.algorithm!r}")
+
+
+@dataclass(frozen=True)
+class Found:
+    """``records`` of this run in the order in which they ended, ``earlier`` ones, and what was ``rejected``, in words.
+    ``ended``: by the time budget, or since there was nothing left to ask."""
+
+    records: list[Record]
+    earlier: list[Record]
+    rejected: str
+    ended: bool
+
+    @property
+    def all(self) -> list[Record]:
+        return [*self.earlier, *self.records]
 
 
 def search(
@@ -57,48 +110,40 @@ def search(
     store: Store,
     run: Run,
     pool: Pool,
+    plan: Plan,
     *,
-    trials: int,
-    objectives: Sequence[Objective],
-    seed: int = 0,
     tell: Callable[[Record], None] = lambda record: None,
     say: Say = print,
-) -> list[Record]:
-    """Runs ``trials`` trials, the dense baseline first, and returns their records in the order in which they ended.
+) -> Found:
+    """Runs the plan's trials, the dense baseline first.
 
     Each record is in ``store`` before the next step of the search. A trial that fails becomes a failed record and the
     search goes on. Ctrl-C ends the search early; what was measured stays.
 
     Args:
-        objectives: what the questions should trade off. After the space's first points as many are drawn at random,
-            then Optuna's multi-objective sampler (TPE) learns from the answers.
-        seed: of the sampler; with several workers the questions also depend on who answers first.
         tell: called with each record once it is stored.
         say: where messages about waits go.
 
     Raises:
         TooFewResources: the cluster cannot hold ``pool`` within its ``wait_s``.
     """
-    await_resources(pool.share, pool.num_workers, pool.wait_s, say)
+    await_resources(pool.share, pool.num_workers or 1, pool.wait_s, say)
     os.environ.update(_TUNE_SETTINGS)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    recorder = _Recorder(space, store, run, tell)
-    first = space.first_points()
-    searcher = _Questions(
-        space=space.suggest,
-        metric=[objective.name for objective in objectives],
-        mode=[objective.goal for objective in objectives],
-        points_to_evaluate=[{}, *first[1:]],
-        sampler=optuna.samplers.TPESampler(n_startup_trials=2 * len(first), seed=seed),
-    )
-    actor = tune.with_parameters(_TrialActor, space=space, pool=pool, objectives=tuple(objectives))
+    earlier = history(space, store.read_records()) if plan.resume else []
+    screen = Screen(plan.objectives)
+    questions = make_questions(space, plan, earlier, screen)
+    halving = _halving(space, plan, earlier, store)
+    recorder = _Recorder(space, store, run, (screen.learn, tell))
+    rungs = halving.rungs if halving else []
+    actor = tune.with_parameters(_TrialActor, space=space, pool=pool, plan=plan, rungs=rungs)
     bundles = tune.PlacementGroupFactory([{}, pool.share.bundle])
     with tempfile.TemporaryDirectory(prefix="raybsa-tune-") as scratch:
         tune.Tuner(
             tune.with_resources(actor, bundles),
             tune_config=tune.TuneConfig(
-                search_alg=searcher,
-                num_samples=trials,
+                search_alg=questions,
+                scheduler=halving,
+                num_samples=max(1, plan.trials - len(earlier)),
                 max_concurrent_trials=pool.num_workers,
                 reuse_actors=True,
             ),
@@ -107,18 +152,49 @@ def search(
                 storage_path=scratch,
                 callbacks=[recorder],
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                failure_config=tune.FailureConfig(max_failures=_LOST_ACTORS),
                 verbose=0,
             ),
         ).fit()
-    return recorder.records
+    return Found(
+        recorder.records, [answered.record for answered in earlier], str(questions.rejections), questions.ended
+    )
+
+
+def make_questions(space: SearchSpace, plan: Plan, earlier: Sequence[Answered], screen: Screen) -> Questions:
+    """What the plan asks, after ``earlier`` trials, which ``screen`` learns too."""
+    for answered in earlier:
+        screen.learn(answered.record)
+    return Questions(
+        space,
+        ALGORITHMS[plan.algorithm](space, plan.objectives, plan.seed),
+        plan.objectives,
+        trials=plan.trials,
+        earlier=earlier,
+        screen=screen if plan.screening else lambda spec: None,
+        deadline=time.monotonic() + plan.time_budget_s,
+    )
+
+
+def _halving(space: SearchSpace, plan: Plan, earlier: Sequence[Answered], store: Store) -> StratifiedHalving | None:
+    if not plan.early_stopping or space.base.task in UNTRAINED:
+        return None
+    halving = StratifiedHalving(space.base.train_steps, QUALITIES[space.base.task][1])
+    halving.replay(earlier, store.read_series() if earlier else ())
+    return halving
 
 
 class _TrialActor(tune.Trainable):
-    """Tune's side of a trial: asks its Coordinator, whose one worker stays warm from trial to trial."""
+    """Tune's side of a trial: asks its Coordinator, whose one worker stays warm from trial to trial. A step is a rung.
+
+    What breaks a bound of a cost is known once it is timed, and then not trained.
+    """
 
     def setup(self, config: dict[str, Any], **parts: Any) -> None:
-        """``parts``: the search's ``space``, ``pool`` and ``objectives``."""
-        self._space, self._objectives, pool = parts["space"], parts["objectives"], parts["pool"]
+        """``parts``: the search's ``space``, ``pool``, ``plan`` and ``rungs`` (training steps)."""
+        self._space, self._plan, pool = parts["space"], parts["plan"], parts["pool"]
+        self._rungs, self._rung = [*parts["rungs"], None], 0
+        self._bounds = [o for o in self._plan.objectives if o.is_bounded and o.column != "quality"]
         self._coordinator = Coordinator(
             pool.share,
             wait_s=pool.wait_s,
@@ -128,37 +204,60 @@ class _TrialActor(tune.Trainable):
         )
 
     def step(self) -> dict[str, Any]:
-        outcome = self._coordinator.run(self._space.spec(self.config))
-        measured = {objective.name: _value(outcome, objective) for objective in self._objectives}
-        return {**measured, "outcome": outcome, "done": True}
+        spec = self._space.spec(self.config)
+        outcome = self._out_of_bounds(self._coordinator.run(spec, 0)) if self._bounds and not self._rung else None
+        outcome = outcome or self._coordinator.run(spec, self._rungs[self._rung])
+        self._rung += 1
+        ended = outcome.error is not None or outcome.pruned is not None or self._rung == len(self._rungs)
+        return {**self._result(outcome), "outcome": outcome, "done": ended}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._rung = 0
         return True
 
     def cleanup(self) -> None:
         self._coordinator.close()
 
+    def _result(self, outcome: Outcome) -> dict[str, float | int]:
+        """What the algorithm learns from (NaN where it was not measured), and what early stopping compares."""
+        measured, objectives = outcome.measurement, self._plan.objectives
+        found: dict[str, float | int] = dict(
+            zip([o.name for o in objectives], values_of(measured, objectives), strict=True)
+        )
+        if measured and measured.quality is not None and measured.trained_steps is not None:
+            found |= {QUALITY: measured.quality, STEPS: measured.trained_steps}
+        return found
 
-class _Questions(OptunaSearch):
-    """Tells Optuna that a trial without all of its objectives failed, where Tune only sees a trial that ended."""
-
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        failed = error or result is None or not all(math.isfinite(result[name]) for name in self.metric)
-        super().on_trial_complete(trial_id, None if failed else result, error=failed)
+    def _out_of_bounds(self, timed: Outcome) -> Outcome | None:
+        """The outcome where there is nothing to train: it failed, or a cost is out of its bounds."""
+        if timed.error:
+            return timed
+        for bound, value in zip(self._bounds, values_of(timed.measurement, self._bounds), strict=True):
+            if bound.excess(value) > 0:
+                return replace(timed, pruned=f"not trained: {bound.name} {value:g} breaks the bound of {bound}")
+        return None
 
 
 class _Recorder(tune.Callback):
     """Writes each answer as it comes, on the driver's side."""
 
-    def __init__(self, space: SearchSpace, store: Store, run: Run, tell: Callable[[Record], None]) -> None:
+    def __init__(self, space: SearchSpace, store: Store, run: Run, tell: Sequence[Callable[[Record], None]]) -> None:
         self._space, self._store, self._run, self._tell = space, store, run, tell
         self.records: list[Record] = []
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
-        self._keep(trials.index(trial), result["outcome"])
+        """``done`` is set by the trial itself where it came to its end, and by Tune where a scheduler stops it."""
+        outcome = result["outcome"]
+        if not result["done"]:
+            return
+        measured = outcome.measurement
+        steps = self._space.base.train_steps
+        if not outcome.error and not outcome.pruned and measured.quality is not None and measured.trained_steps < steps:
+            outcome = replace(outcome, pruned=f"stopped after {measured.trained_steps} of {steps} training steps")
+        self._keep(trials.index(trial), outcome)
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        """The trial's own actor was lost, not only its worker."""
+        """The trial's own actor was lost, again and again, not only its worker."""
         error = f"its trial actor was lost: {str(trial.get_error()).strip().splitlines()[-1]}"
         self._keep(trials.index(trial), Outcome(self._space.spec(trial.config), None, error, 1))
 
@@ -166,10 +265,5 @@ class _Recorder(tune.Callback):
         record = record_of(outcome, self._run, f"{self._run.run_id}-{index:03d}")
         write(self._store, record, outcome)
         self.records.append(record)
-        self._tell(record)
-
-
-def _value(outcome: Outcome, objective: Objective) -> float:
-    """The objective of an outcome; NaN where it was not measured."""
-    value = getattr(outcome.measurement, objective.column, None)
-    return math.nan if value is None else float(value)
+        for listener in self._tell:
+            listener(record)

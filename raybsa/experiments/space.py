@@ -1,14 +1,21 @@
-"""What a search may ask: families, their parameters, densities and block sizes around one base question."""
+"""What a search may ask: families, their parameters, mixtures of heads, densities and block sizes around a base."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import gcd
 from typing import Any
+
+import numpy as np
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
 from raybsa.spec import ADAPTIVE, DENSE, AttentionSpec, PatternSpec, TrialSpec, canonical_json
 from raybsa.variants.source import layout_source
+
+MIXTURE = "per_head"
+Config = dict[str, Any]
 
 # Density sets a family's own free parameter; what else shapes it is searched.
 DEFAULT_FAMILIES: dict[str, dict[str, list[Any]]] = {
@@ -35,8 +42,11 @@ class SearchSpace:
         base: everything but the attention.
         families: catalog name, or ``"adaptive"`` with the options of ``BlockSelector``, -> parameter -> choices (JSON
             values). A parameter that is not named keeps its default.
-        densities: lowest and highest, drawn log-uniformly.
+        densities: lowest and highest, drawn log-uniformly; three significant digits count.
         block_sizes: choices, powers of two; families are first compared at the first.
+        mixtures: pairs of different families that share the heads of a layer.
+        shares: how many of a mixture's heads follow the first of its pair, in (0, 1).
+        variants: which of the factory's variants compute it ("adaptive" is one of its own).
 
     Raises:
         ValueError: an unknown family or parameter, or a range that is none.
@@ -46,13 +56,25 @@ class SearchSpace:
     families: Mapping[str, Mapping[str, Sequence[Any]]] = field(default_factory=lambda: DEFAULT_FAMILIES)
     densities: tuple[float, float] = (0.05, 0.5)
     block_sizes: tuple[int, ...] = (16, 32, 64)
+    mixtures: tuple[tuple[str, str], ...] = ()
+    shares: tuple[float, ...] = (0.25, 0.5, 0.75)
+    variants: tuple[str, ...] = ("base",)
 
     def __post_init__(self) -> None:
         low, high = self.densities
         if not 0 < low <= high <= 1:
             raise ValueError(f"densities must be 0 < lowest <= highest <= 1, got {self.densities}")
-        if not self.families or not self.block_sizes:
-            raise ValueError(f"a space needs families and block sizes, got {self.families} and {self.block_sizes}")
+        if not self.families or not self.block_sizes or not self.variants:
+            raise ValueError(
+                f"a space needs families and block sizes, and variants to compute them, got {self.families}, "
+                f"{self.block_sizes} and {self.variants}"
+            )
+        for pair in self.mixtures:
+            if len(set(pair)) != 2 or set(pair) - set(self.families):
+                raise ValueError(f"a mixture is a pair of {sorted(self.families)}, got {list(pair)}")
+        if not all(0 < share < 1 for share in self.shares):
+            raise ValueError(f"a share of the heads lies between 0 and 1, got {list(self.shares)}")
+        object.__setattr__(self, "densities", (_three_digits(low), _three_digits(high)))
         for config in self.first_points()[1:]:
             attention = self.spec(config).layer(0)
             layout_source(
@@ -67,36 +89,137 @@ class SearchSpace:
                 num_kv_heads=self.base.num_kv_heads,
             )
 
-    def suggest(self, trial: Any) -> dict[str, Any] | None:
-        """Optuna's define-by-run: the first question of a study is the dense baseline, the others are drawn."""
-        if trial.number == 0:
-            return {"family": DENSE}
-        family = trial.suggest_categorical("family", list(self.families))
-        trial.suggest_float("density", *self.densities, log=True)
-        trial.suggest_categorical("block_size", list(self.block_sizes))
-        for name, choices in self.families[family].items():
-            trial.suggest_categorical(f"{family}.{name}", [canonical_json(choice) for choice in choices])
-        return None
+    def draw(self, trial: Any) -> Config:
+        """An Optuna trial's suggestions; parameters are asked for where their family was drawn."""
+        config: Config = {}
+        while name := self._next(config):
+            if name == "density":
+                config[name] = trial.suggest_float(name, *self.densities, log=True)
+            else:
+                config[name] = trial.suggest_categorical(name, self.choices(name))
+        return config
 
-    def first_points(self) -> list[dict[str, Any]]:
+    def first_points(self) -> list[Config]:
         """The baseline, then each family once at the middle density and the first block size: all get a hearing."""
         low, high = self.densities
-        middle = {"density": (low * high) ** 0.5, "block_size": self.block_sizes[0]}
-        points: list[dict[str, Any]] = [{"family": DENSE}]
-        for family, params in self.families.items():
-            firsts = {f"{family}.{name}": canonical_json(choices[0]) for name, choices in params.items()}
-            points.append({"family": family, **middle, **firsts})
+        points: list[Config] = [{"family": DENSE}]
+        for family in self.families:
+            config: Config = {"family": family, "density": _three_digits((low * high) ** 0.5)}
+            while name := self._next(config):
+                config[name] = self.choices(name)[0]
+            points.append(config)
         return points
 
-    def spec(self, config: Mapping[str, Any]) -> TrialSpec:
-        """The question that a drawn configuration asks."""
+    def grid(self, densities: int = 4) -> Iterator[Config]:
+        """The baseline, then every combination at so many densities, evenly spaced on a logarithmic scale."""
+        steps = list(dict.fromkeys(_three_digits(float(d)) for d in np.geomspace(*self.densities, densities)))
+
+        def complete(config: Config) -> Iterator[Config]:
+            name = self._next(config)
+            if name is None:
+                yield config
+                return
+            for value in steps if name == "density" else self.choices(name):
+                yield from complete(config | {name: value})
+
+        yield {"family": DENSE}
+        yield from complete({})
+
+    def choices(self, name: str) -> list[Any]:
+        """What a parameter of a configuration can be; parameters of a family are JSON texts."""
+        choices: dict[str, Sequence[Any]] = {
+            "family": [*self.families, *([MIXTURE] if self.mixtures else [])],
+            "block_size": self.block_sizes,
+            "variant": self.variants,
+            "mixture": ["+".join(pair) for pair in self.mixtures],
+            "share": self.shares,
+        }
+        if name in choices:
+            return list(choices[name])
+        family, _, parameter = name.partition(".")
+        return [canonical_json(choice) for choice in self.families[family][parameter]]
+
+    def distributions(self, config: Config) -> dict[str, BaseDistribution]:
+        """Optuna's distribution of every parameter that ``config`` has."""
+        density = FloatDistribution(*self.densities, log=True)
+        return {n: density if n == "density" else CategoricalDistribution(self.choices(n)) for n in config}
+
+    def spec(self, config: Config) -> TrialSpec:
+        """The question that a configuration asks.
+
+        Raises:
+            ValueError: it names a combination that no rule stands for (a mixture that leaves a rule without heads).
+        """
         if config["family"] == DENSE:
             return replace(self.base, attention=(AttentionSpec(DENSE),))
-        density = float(f"{config['density']:.3g}")  # what is pasted from a report should be readable
-        variant = ADAPTIVE if config["family"] == ADAPTIVE else "base"
-        attention = AttentionSpec(variant, self._pattern(config), density=density, block_size=config["block_size"])
+        density = _three_digits(config["density"])  # what is pasted from a report should be readable
+        variant = ADAPTIVE if config["family"] == ADAPTIVE else config.get("variant", self.variants[0])
+        pattern = self._mixture(config) if config["family"] == MIXTURE else self._pattern(config["family"], config)
+        attention = AttentionSpec(variant, pattern, density=density, block_size=config["block_size"])
         return replace(self.base, attention=(attention,))
 
-    def _pattern(self, config: Mapping[str, Any]) -> PatternSpec:
-        family = config["family"]
+    def config(self, spec: TrialSpec) -> Config | None:
+        """The configuration that asks ``spec``; None where it is no question of this space. Undoes ``spec``."""
+        attention = spec.attention[0]
+        if attention.pattern is None:
+            return {"family": DENSE} if spec == self.spec({"family": DENSE}) else None
+        config = {"density": attention.density, "block_size": attention.block_size, **self._named(attention.pattern)}
+        if len(self.variants) > 1 and attention.variant != ADAPTIVE:
+            config["variant"] = attention.variant
+        return config if self._has(config) and self.spec(config) == spec else None
+
+    # ---- for ourselves -----------------------------------------------------------------------------------------
+
+    def _next(self, config: Config) -> str | None:
+        """The parameter to choose next; None where the configuration is complete."""
+        return next((name for name in self._names(config) if name not in config), None)
+
+    def _names(self, config: Config) -> list[str]:
+        """The parameters of a configuration, as far as ``config`` tells yet, in the order in which they are drawn."""
+        family = config.get("family")
+        choose_variant = len(self.variants) > 1 and family != ADAPTIVE
+        names = ["family", "density", "block_size", *(["variant"] if choose_variant else [])]
+        if family == MIXTURE:
+            names += ["mixture", "share"]
+        rules = config["mixture"].split("+") if "mixture" in config else [str(family)]
+        return names + [f"{rule}.{name}" for rule in rules if rule in self.families for name in self.families[rule]]
+
+    def _pattern(self, family: str, config: Config) -> PatternSpec:
         return PatternSpec(family, {name: json.loads(config[f"{family}.{name}"]) for name in self.families[family]})
+
+    def _mixture(self, config: Config) -> PatternSpec:
+        """The first rule on a share of the heads, the second on the others: as short a cycle as says so."""
+        heads = self.base.num_heads
+        first, second = (self._pattern(rule, config).to_dict() for rule in config["mixture"].split("+"))
+        count = round(config["share"] * heads)
+        if not 0 < count < heads:
+            raise ValueError(f"a share of {config['share']:g} of {heads} heads leaves a rule without heads")
+        turns = gcd(count, heads)
+        return PatternSpec(MIXTURE, {"parts": [first] * (count // turns) + [second] * ((heads - count) // turns)})
+
+    def _named(self, pattern: PatternSpec) -> Config:
+        """The part of a configuration that names the pattern."""
+        if pattern.name != MIXTURE:
+            return {"family": pattern.name, **_parameters(pattern)}
+        parts = [PatternSpec.from_dict(part) for part in pattern.params["parts"]]
+        first, second, heads = parts[0], parts[-1], self.base.num_heads
+        count = heads * parts.count(first) // len(parts)
+        share = next((share for share in self.shares if round(share * heads) == count), None)
+        named = {"family": MIXTURE, "mixture": f"{first.name}+{second.name}", "share": share}
+        return named | _parameters(first) | _parameters(second)
+
+    def _has(self, config: Config) -> bool:
+        """Whether exactly the parameters of a question are there, each one of its choices."""
+        if config["family"] not in self.choices("family") or set(self._names(config)) != set(config):
+            return False
+        density = config["density"]
+        fits = density is not None and self.densities[0] <= density <= self.densities[1]
+        return fits and all(value in self.choices(name) for name, value in config.items() if name != "density")
+
+
+def _parameters(pattern: PatternSpec) -> Config:
+    return {f"{pattern.name}.{name}": canonical_json(value) for name, value in pattern.params.items()}
+
+
+def _three_digits(value: float) -> float:
+    return float(f"{value:.3g}")

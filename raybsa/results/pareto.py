@@ -2,30 +2,55 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from raybsa.results.record import Record
+from raybsa.results.record import Measured, Record
 
 
 @dataclass(frozen=True)
 class Objective:
-    """One thing to make small or large: a name for people, the column of a Record, and the goal."""
+    """One thing to make small or large: a name for people, the column of a Record, the goal, and where it must lie.
+
+    ``least`` and ``most`` bound it, both included; None is no bound.
+    """
 
     name: str
     column: str
     goal: Literal["min", "max"] = "min"
+    least: float | None = None
+    most: float | None = None
 
-    def value(self, record: Record) -> float | None:
+    def value(self, record: Measured) -> float | None:
         return getattr(record, self.column)
+
+    def excess(self, value: float) -> float:
+        """By how much a value breaks the bounds; 0 or less where it keeps them."""
+        under = -math.inf if self.least is None else self.least - value
+        over = -math.inf if self.most is None else value - self.most
+        return max(under, over)
+
+    @property
+    def is_bounded(self) -> bool:
+        return self.least is not None or self.most is not None
+
+    def __str__(self) -> str:
+        bounds = [f" {sign} {bound:g}" for sign, bound in ((">=", self.least), ("<=", self.most)) if bound is not None]
+        return f"{self.name}{''.join(bounds)}"
 
 
 LATENCY = Objective("latency", "forward_backward_ms_p50")
 FORWARD_LATENCY = Objective("forward_latency", "forward_ms_p50")
 MEMORY = Objective("memory", "peak_bytes")
 DENSITY = Objective("density", "density")
-COSTS = {objective.name: objective for objective in (LATENCY, FORWARD_LATENCY, MEMORY, DENSITY)}
+WIRE = Objective("wire", "wire_bytes")
+COSTS = {objective.name: objective for objective in (LATENCY, FORWARD_LATENCY, MEMORY, DENSITY, WIRE)}
+
+_FORM = re.compile(r"(?P<name>\w+)(:(?P<goal>min|max))?\s*((?P<side><=|>=)\s*(?P<bound>[0-9.eE+-]+)\s*(?P<unit>\w*))?")
+_UNITS = {"": 1.0, "ms": 1.0, "s": 1e3, "B": 1.0, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}
 
 
 def quality_objective(goal: Literal["min", "max"]) -> Objective:
@@ -33,37 +58,58 @@ def quality_objective(goal: Literal["min", "max"]) -> Objective:
     return Objective("quality", "quality", goal)
 
 
-def named_objectives(names: Sequence[str], quality_goal: Literal["min", "max"] | None) -> list[Objective]:
-    """Objectives by name: ``quality`` and the ``COSTS``.
+def named_objectives(texts: Sequence[str], quality_goal: Literal["min", "max"] | None) -> list[Objective]:
+    """Objectives from texts: ``quality`` and the ``COSTS`` by name, each with a direction of its own where given
+    (``density:max``) and a bound (``latency<=2ms``, ``memory<=64MiB``, ``quality>=0.9``).
 
     Raises:
-        ValueError: an unknown name, one named twice, none, or ``quality`` of a task that has none (``quality_goal``).
+        ValueError: an unknown name, one named twice, none, a text of another form, or ``quality`` of a task that has
+            none (``quality_goal``).
     """
     known = COSTS | ({"quality": quality_objective(quality_goal)} if quality_goal else {})
+    found = [_FORM.fullmatch(text.strip()) for text in texts]
+    names = [match["name"] if match else "" for match in found]
     if not names or len(set(names)) < len(names) or set(names) - set(known):
-        raise ValueError(f"objectives must be different ones of {sorted(known)}, got {list(names)}")
-    return [known[name] for name in names]
+        raise ValueError(f"objectives must be different ones of {sorted(known)}, got {list(texts)}")
+    return [_objective(known[match["name"]], match) for match in found if match]
+
+
+def _objective(plain: Objective, match: re.Match[str]) -> Objective:
+    goal: Literal["min", "max"] = "max" if (match["goal"] or plain.goal) == "max" else "min"
+    if match["side"] is None:
+        return replace(plain, goal=goal)
+    if match["unit"] not in _UNITS:
+        raise ValueError(f"a bound's unit must be one of {list(_UNITS)}, got {match['unit']!r}")
+    bound = float(match["bound"]) * _UNITS[match["unit"]]
+    return replace(plain, goal=goal, most=bound) if match["side"] == "<=" else replace(plain, goal=goal, least=bound)
 
 
 def pareto_front(records: Sequence[Record], objectives: Sequence[Objective]) -> list[Record]:
     """The records that no other beats: none is at least as good in every objective and better in one.
 
-    Records that failed or lack one of the objectives are left out. Equals all stay. Ordered by the first objective,
-    the best first. O(n**2).
+    Records that are not ok, lack one of the objectives or break a bound are left out. Equals all stay. Ordered by the
+    first objective, the best first. O(n · front).
     """
     if not objectives:
         raise ValueError("a Pareto front needs at least one objective, got none")
     costs = [(record, cost) for record in records if (cost := _cost(record, objectives)) is not None]
-    front = [(record, cost) for record, cost in costs if not any(_dominates(other, cost) for _, other in costs)]
-    return [record for record, _ in sorted(front, key=lambda pair: pair[1])]
+    front: list[tuple[Record, tuple[float, ...]]] = []
+    for record, cost in sorted(costs, key=lambda pair: pair[1]):  # who dominates sorts before whom it dominates
+        if not any(_dominates(other, cost) for _, other in front):
+            front.append((record, cost))
+    return [record for record, _ in front]
 
 
 def _cost(record: Record, objectives: Sequence[Objective]) -> tuple[float, ...] | None:
-    values = [objective.value(record) for objective in objectives]
-    if record.status != "ok" or any(value is None or value != value for value in values):
+    if record.status != "ok":
         return None
-    signs = [1.0 if objective.goal == "min" else -1.0 for objective in objectives]
-    return tuple(sign * float(value) for sign, value in zip(signs, values, strict=True) if value is not None)
+    cost = []
+    for objective in objectives:
+        value = objective.value(record)
+        if value is None or value != value or objective.excess(value) > 0:
+            return None
+        cost.append(float(value) if objective.goal == "min" else -float(value))
+    return tuple(cost)
 
 
 def _dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:

@@ -13,8 +13,9 @@ SCHEMA_VERSION = 1
 class Asked:
     """Whose answer a Record is, and to which question.
 
-    ``status`` is ``"ok"``, ``"failed"``, or ``"refused"`` for a library that says it cannot serve what was asked; where
-    it is not ok, ``error`` says why. ``created_at`` is UTC, ISO 8601.
+    ``status`` is ``"ok"``, ``"failed"``, ``"pruned"`` where a search stopped the trial early (its quality is that of
+    ``trained_steps`` steps), or ``"refused"`` for a library that says it cannot serve what was asked; where it is not
+    ok, ``error`` says why. ``created_at`` is UTC, ISO 8601.
     """
 
     trial_id: str
@@ -68,6 +69,7 @@ class Measured:
     quality_goal: str | None = None
     quality: float | None = None
     train_seconds: float | None = None
+    trained_steps: int | None = None
 
     forward_ms_p20: float | None = None
     forward_ms_p50: float | None = None
@@ -118,12 +120,14 @@ class Measurement(Measured):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a trial ended: with a measurement or with an error. ``failures`` counts the workers that died under it."""
+    """How a trial ended: with a measurement or with an error. ``failures`` counts the workers that died under it;
+    ``pruned`` says why a trial was stopped before its training was done."""
 
     spec: TrialSpec
     measurement: Measurement | None
     error: str | None
     failures: int
+    pruned: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

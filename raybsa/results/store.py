@@ -83,6 +83,19 @@ class Store:
         for trial in trials:
             self._put(self._file("series", trial), _to_parquet(SeriesPoint, rows))
 
+    def write_file(self, name: str, data: bytes) -> str:
+        """Writes another file of this folder (``name`` may have folders), whole or not at all; returns its path."""
+        path = f"{self._path}/{name}"
+        self._fs.create_dir(path.rpartition("/")[0], recursive=True)
+        self._put(path, data)
+        return f"{self.root.rstrip('/')}/{name}"
+
+    def delete_folder(self, name: str) -> None:
+        """Deletes a folder of ``write_file``'s, if it is there."""
+        path = f"{self._path}/{name}"
+        if self._fs.get_file_info(path).type == fs.FileType.Directory:
+            self._fs.delete_dir(path)
+
     def compact(self) -> int:
         """Joins the trials at hand into one file of records and one of series; returns the number of records.
 

@@ -14,7 +14,7 @@ from raybsa.tasks.goals import QUALITIES
 from raybsa.tasks.model import Transformer
 from raybsa.tasks.params import known_params
 from raybsa.tasks.text import load_corpus
-from raybsa.tasks.training import Quality, cross_entropy, fit, prepare
+from raybsa.tasks.training import Training, cross_entropy, prepare
 from raybsa.timing import DeviceLock
 
 
@@ -23,18 +23,20 @@ class ByteText:
 
     ``task_params``: ``text`` (a path; None: the standard library's sources), ``train_batch`` (windows a step, 8) and
     ``eval_windows`` (32), evenly spaced over the held-out text: the same for every trial of this ``train_len``.
+    ``eval_seed`` (0): another one moves all windows by a part of their distance, to text between those of seed 0.
 
     Raises:
         ValueError: a text shorter than a window, an unknown parameter, or attention that sees the future.
     """
 
     def __init__(self, spec: TrialSpec, device: torch.device) -> None:
-        params = known_params(spec, {"text": None, "train_batch": 8, "eval_windows": 32})
+        params = known_params(spec, {"text": None, "train_batch": 8, "eval_windows": 32, "eval_seed": 0})
         if not spec.causal:
             raise ValueError("byte_lm predicts the next byte, so its attention must be causal, got causal=False")
         self.spec, self.device = spec, device
         self.corpus = load_corpus(params["text"])
         self.train_batch, self.eval_windows = params["train_batch"], params["eval_windows"]
+        self.eval_seed = params["eval_seed"]
         for name, part in (("train", self.corpus.train), ("held-out", self.corpus.held_out)):
             if len(part) <= spec.train_len:
                 raise ValueError(
@@ -50,19 +52,28 @@ class ByteText:
         """Tokens and targets (eval_windows, train_len)."""
         last = len(self.corpus.held_out) - self.spec.train_len - 1
         starts = torch.arange(self.eval_windows) * last // max(1, self.eval_windows - 1)
+        if self.eval_seed:
+            draw = float(hash_u32(self.eval_seed, Stream.TASK, torch.tensor(0))) / 2**32
+            starts = (starts + int((0.25 + 0.5 * draw) * last / self.eval_windows)) % (last + 1)
         return _windows(self.corpus.held_out, starts, self.spec, self.device)
 
 
-def judge(spec: TrialSpec, device: torch.device, lock: DeviceLock) -> Quality:
-    """Trains on a ``ByteText`` and returns bits per held-out byte."""
+def prepare_training(spec: TrialSpec, device: torch.device, lock: DeviceLock) -> Training:
+    """A training on a ``ByteText`` that is judged by bits per held-out byte."""
     with lock.shared():
         text = ByteText(spec, device)
         model, context = prepare(Transformer(spec, 256), device, spec.dtype)
-    seconds, curves = fit(
-        model, text.batches, steps=spec.train_steps, learning_rate=spec.learning_rate, lock=lock, context=context
+    return Training(
+        model,
+        text.batches,
+        lambda: bits_per_byte(model, *text.held_out(), context, lock),
+        name=QUALITIES["byte_lm"][0],
+        goal=QUALITIES["byte_lm"][1],
+        steps=spec.train_steps,
+        learning_rate=spec.learning_rate,
+        lock=lock,
+        context=context,
     )
-    bits = bits_per_byte(model, *text.held_out(), context, lock)
-    return Quality(*QUALITIES["byte_lm"], bits, seconds, curves)
 
 
 @torch.no_grad()

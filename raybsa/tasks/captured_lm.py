@@ -17,7 +17,7 @@ from raybsa.spec import DENSE, AttentionSpec, TrialSpec
 from raybsa.tasks.byte_lm import ByteText, bits_per_byte
 from raybsa.tasks.capture import Captured, capture, save_calls
 from raybsa.tasks.model import Transformer
-from raybsa.tasks.training import fit
+from raybsa.tasks.training import Training
 from raybsa.timing import DeviceLock
 
 HELD_OUT = 4
@@ -39,10 +39,19 @@ def main() -> None:
     )
     text, lock = ByteText(spec, device), DeviceLock(device)
     model = Transformer(spec, 256).to(device)
-    rate = spec.learning_rate
-    fit(model, text.batches, steps=spec.train_steps, learning_rate=rate, lock=lock, context=nullcontext())
     tokens, targets = text.held_out()
-    print(f"{bits_per_byte(model, tokens, targets, nullcontext(), lock):.4f} bits per held-out byte")
+    training = Training(
+        model,
+        text.batches,
+        lambda: bits_per_byte(model, tokens, targets, nullcontext(), lock),
+        name="bits_per_byte",
+        goal="min",
+        steps=spec.train_steps,
+        learning_rate=spec.learning_rate,
+        lock=lock,
+        context=nullcontext(),
+    )
+    print(f"{training.advance().value:.4f} bits per held-out byte")
     unseen = [text.batches(arguments.steps + i)[0] for i in range(-(-arguments.samples // arguments.batch))]
     windows = torch.cat([*unseen, tokens[:: len(tokens) // HELD_OUT][:HELD_OUT]])
     calls: list[Captured] = []

@@ -8,17 +8,17 @@ import torch
 
 from raybsa.spec import TrialSpec
 from raybsa.tasks import byte_lm, recall
-from raybsa.tasks.training import Quality
+from raybsa.tasks.training import Training
 from raybsa.timing import DeviceLock
 
-Judge = Callable[[TrialSpec, torch.device, DeviceLock], Quality]
+Prepare = Callable[[TrialSpec, torch.device, DeviceLock], Training]
 
 SPEED_ONLY = "speed"
-JUDGES: dict[str, Judge] = {"byte_lm": byte_lm.judge, "recall": recall.judge}
+TRAININGS: dict[str, Prepare] = {"byte_lm": byte_lm.prepare_training, "recall": recall.prepare_training}
 
 
-def find_judge(task: str) -> Judge | None:
-    """What trains and evaluates for ``task``; None where only speed is asked for."""
-    if task != SPEED_ONLY and task not in JUDGES:
-        raise ValueError(f"task must be one of {sorted([*JUDGES, SPEED_ONLY])}, got {task!r}")
-    return JUDGES.get(task)
+def prepare_training(spec: TrialSpec, device: torch.device, lock: DeviceLock) -> Training | None:
+    """What trains and evaluates for a task, not begun; None where only speed is asked for."""
+    if spec.task != SPEED_ONLY and spec.task not in TRAININGS:
+        raise ValueError(f"task must be one of {sorted([*TRAININGS, SPEED_ONLY])}, got {spec.task!r}")
+    return TRAININGS[spec.task](spec, device, lock) if spec.task in TRAININGS else None

@@ -15,7 +15,7 @@ from raybsa.spec import TrialSpec
 from raybsa.tasks.goals import QUALITIES
 from raybsa.tasks.model import Transformer
 from raybsa.tasks.params import known_params
-from raybsa.tasks.training import IGNORE, Quality, fit, prepare
+from raybsa.tasks.training import IGNORE, Training, prepare
 from raybsa.timing import DeviceLock
 
 KEYS = 8
@@ -28,12 +28,14 @@ VOCABULARY = _ANSWER + VALUES
 _EVAL_SEED = 0x5EED
 
 
-def judge(spec: TrialSpec, device: torch.device, lock: DeviceLock) -> Quality:
-    """Trains on fresh sequences and returns the share of right answers on a fixed set of others (chance: 1/8).
+def prepare_training(spec: TrialSpec, device: torch.device, lock: DeviceLock) -> Training:
+    """A training on fresh sequences, judged by the share of right answers on a fixed set of others (chance: 1/8).
 
-    ``task_params``: ``distance`` in tokens (half of ``train_len``), ``train_batch`` (16), ``eval_batch`` (64).
+    ``task_params``: ``distance`` in tokens (half of ``train_len``), ``train_batch`` (16), ``eval_batch`` (64) and
+    ``eval_seed`` (0), which draws that set.
     """
-    params = known_params(spec, {"distance": spec.train_len // 2, "train_batch": 16, "eval_batch": 64})
+    known = {"distance": spec.train_len // 2, "train_batch": 16, "eval_batch": 64, "eval_seed": 0}
+    params = known_params(spec, known)
     distance = params["distance"]
     if not spec.causal:
         raise ValueError("recall asks about the past, so its attention must be causal, got causal=False")
@@ -46,15 +48,25 @@ def judge(spec: TrialSpec, device: torch.device, lock: DeviceLock) -> Quality:
         tokens, targets = sequences(spec.seed, step, params["train_batch"], spec.train_len, distance)
         return tokens.to(device), targets.to(device)
 
-    seconds, curves = fit(
-        model, batches, steps=spec.train_steps, learning_rate=spec.learning_rate, lock=lock, context=context
+    def accuracy() -> float:
+        seed = _EVAL_SEED + params["eval_seed"]
+        tokens, targets = sequences(seed, -1, params["eval_batch"], spec.train_len, distance)
+        with torch.no_grad(), lock.shared(), context:
+            answers = model.eval()(tokens.to(device)).argmax(-1).cpu()
+        asked = targets != IGNORE
+        return float((answers[asked] == targets[asked]).double().mean())
+
+    return Training(
+        model,
+        batches,
+        accuracy,
+        name=QUALITIES["recall"][0],
+        goal=QUALITIES["recall"][1],
+        steps=spec.train_steps,
+        learning_rate=spec.learning_rate,
+        lock=lock,
+        context=context,
     )
-    tokens, targets = sequences(_EVAL_SEED, -1, params["eval_batch"], spec.train_len, distance)
-    with torch.no_grad(), lock.shared(), context:
-        answers = model.eval()(tokens.to(device)).argmax(-1).cpu()
-    asked = targets != IGNORE
-    accuracy = (answers[asked] == targets[asked]).double().mean()
-    return Quality(*QUALITIES["recall"], float(accuracy), seconds, curves)
 
 
 def sequences(seed: int, step: int, count: int, length: int, distance: int) -> tuple[Tensor, Tensor]:

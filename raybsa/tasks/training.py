@@ -26,7 +26,7 @@ Batches = Callable[[int], tuple[Tensor, Tensor]]
 class Quality:
     """What training led to. ``goal`` is ``"min"`` or ``"max"``; ``curves`` are (name, step, value).
 
-    ``train_seconds`` counts the steps themselves, not the waits for a neighbour that was timing.
+    ``train_seconds`` counts the ``steps`` themselves, not the waits for a neighbour that was timing.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Quality:
     value: float
     train_seconds: float
     curves: tuple[tuple[str, int, float], ...]
+    steps: int
 
 
 def prepare(model: nn.Module, device: torch.device, dtype: str) -> tuple[nn.Module, AbstractContextManager]:
@@ -45,33 +46,56 @@ def prepare(model: nn.Module, device: torch.device, dtype: str) -> tuple[nn.Modu
     return model.to(device, getattr(torch, dtype)), nullcontext()
 
 
-def fit(
-    model: nn.Module,
-    batches: Batches,
-    *,
-    steps: int,
-    learning_rate: float,
-    lock: DeviceLock,
-    context: AbstractContextManager,
-) -> tuple[float, tuple[tuple[str, int, float], ...]]:
-    """Trains with AdamW, a linear warm-up and a cosine to a tenth; returns seconds and the loss curve (nats a token).
+class Training:
+    """A task's model on its way: AdamW, a linear warm-up and a cosine to a tenth; can halt at any step and go on.
 
     Args:
         batches: step -> (tokens (B, S), targets (B, S)); a target of ``IGNORE`` does not count.
+        evaluate: the quality of the model as it is.
+        steps: how many there are in all; the learning rate follows from it.
+        name, goal: of the quality.
         lock: held shared for one step at a time.
     """
-    optimizer = make_optimizer(model, learning_rate)
-    model.train()
-    seconds, losses = 0.0, []
-    for step, rate in enumerate(learning_rates(steps, learning_rate)):
-        with lock.shared():
-            start = time.perf_counter()
-            optimizer.param_groups[0]["lr"] = rate
-            losses.append(train_step(model, optimizer, *batches(step), context))
-            seconds += time.perf_counter() - start
-    stride = max(1, steps // _CURVE_POINTS)
-    kept = [*range(0, steps, stride), *([steps - 1] if (steps - 1) % stride else [])]
-    return seconds, tuple(("train_loss", step, float(losses[step])) for step in kept)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Batches,
+        evaluate: Callable[[], float],
+        *,
+        name: str,
+        goal: str,
+        steps: int,
+        learning_rate: float,
+        lock: DeviceLock,
+        context: AbstractContextManager,
+    ) -> None:
+        self._model, self._batches, self._evaluate, self._lock, self._context = model, batches, evaluate, lock, context
+        self._name, self._goal = name, goal
+        self._optimizer = make_optimizer(model, learning_rate)
+        self._rates = list(learning_rates(steps, learning_rate))
+        self._seconds, self._losses = 0.0, list[Tensor]()
+        self._qualities: list[tuple[int, float]] = []
+
+    def advance(self, step: int | None = None) -> Quality:
+        """Trains until ``step`` steps are done (None: all), then evaluates; steps that are done stay done."""
+        self._model.train()
+        for number in range(len(self._losses), len(self._rates) if step is None else min(step, len(self._rates))):
+            with self._lock.shared():
+                start = time.perf_counter()
+                self._optimizer.param_groups[0]["lr"] = self._rates[number]
+                self._losses.append(train_step(self._model, self._optimizer, *self._batches(number), self._context))
+                self._seconds += time.perf_counter() - start
+        value = self._evaluate()
+        self._qualities.append((len(self._losses), value))
+        return Quality(self._name, self._goal, value, self._seconds, self._curves(), len(self._losses))
+
+    def _curves(self) -> tuple[tuple[str, int, float], ...]:
+        """The loss (nats a token) at some fifty steps; the quality where it was looked at more than once."""
+        stride, last = max(1, len(self._rates) // _CURVE_POINTS), len(self._losses) - 1
+        kept = [*range(0, last + 1, stride), *([last] if last % stride else [])]
+        losses = [("train_loss", step, float(self._losses[step])) for step in kept]
+        return (*losses, *((self._name, *point) for point in self._qualities if len(self._qualities) > 1))
 
 
 def make_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.AdamW:

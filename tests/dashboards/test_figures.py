@@ -244,3 +244,12 @@ def test_a_pattern_that_cannot_be_built_says_why() -> None:
     drawing = drawing_info(TrialSpec("byte_lm", (sparse("no_such"),)))
     assert drawing.panels == ()
     assert "no_such" in str(drawing.problem)
+
+
+def test_a_trial_that_was_stopped_early_is_drawn_as_such_and_is_on_no_front() -> None:
+    whole = lm_record("whole", sparse("bigbird"), 2.3, 9.0)
+    stopped = lm_record("stopped", sparse("random"), 2.2, 8.0, status="pruned", error="stopped after 3 of 9 steps")
+    info = pareto_info([trial_of(whole), trial_of(stopped)])
+    assert [point.trial.id for point in info.front] == ["whole"]
+    (trace,) = [trace for trace in pareto_plot(info).data if trace.name == "stopped early"]
+    assert (trace.customdata, trace.marker.symbol) == (("stopped",), "x-thin")

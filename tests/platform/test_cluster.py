@@ -13,9 +13,10 @@ from ray.exceptions import OutOfMemoryError
 from raybsa.cluster.coordinator import Coordinator, WorkerNotMade
 from raybsa.cluster.resources import Share, TooFewResources, await_resources
 from raybsa.experiments.recording import Run
-from raybsa.experiments.search import Pool, search
+from raybsa.experiments.search import Plan, Pool, search
 from raybsa.experiments.space import SearchSpace
 from raybsa.experiments.trial import run_trial
+from raybsa.experiments.validity import NO_RULE
 from raybsa.layout import BlockLayout
 from raybsa.patterns import save_blocks
 from raybsa.results.pareto import named_objectives
@@ -164,7 +165,7 @@ def test_run_trial_records_the_answer_and_the_failures_that_it_survived(scripted
 
 
 def test_a_search_records_every_trial_at_once_and_outlives_those_that_fail(tmp_path, monkeypatch):
-    """One family lists its blocks for another length: every trial of it fails, with the reason in its record."""
+    """One family lists its blocks for another length and is never asked; one variant fails, with the reason."""
     elsewhere = str(tmp_path / "blocks.parquet")
     save_blocks(BlockLayout.from_rows([[0]], q_len=16, kv_len=16, q_block_size=16), elsewhere)
     families = {"sliding_window": {}, "blocks": {"path": [elsewhere]}, "random": {}}
@@ -174,20 +175,23 @@ def test_a_search_records_every_trial_at_once_and_outlives_those_that_fail(tmp_p
     def tell(record):
         stored_when_told.append(record in store.read_records())
 
-    records = search(
-        SearchSpace(SPEC, families, block_sizes=(16,)),
+    found = search(
+        SearchSpace(SPEC, families, block_sizes=(16,), densities=(0.3, 0.9), variants=("base", "no_such")),
         store,
         Run("run", "test"),
         Pool(Share(), num_workers=2, timing={"repeats": 5, "budget_s": 0.01}),
-        trials=8,
-        objectives=named_objectives(["latency", "density"], None),
+        Plan(8, named_objectives(["latency", "density"], None)),
         tell=tell,
     )
+    records = found.records
     assert stored_when_told == [True] * 8
     assert sorted(record.trial_id for record in records) == [f"run-{i:03d}" for i in range(8)]
     by_id = {record.trial_id: record for record in records}
-    assert [by_id[f"run-00{i}"].pattern for i in range(4)] == ["dense", "sliding_window", "blocks", "random"]
+    assert [by_id[f"run-00{i}"].pattern for i in range(3)] == ["dense", "sliding_window", "random"]
+    assert "blocks" not in {record.pattern for record in records}
+    assert NO_RULE in found.rejected
+    assert {record.status for record in records} == {"ok", "failed"}
     for record in records:
-        assert (record.status == "failed") == (record.pattern == "blocks"), record.error
-    assert "lists blocks for q_len 16" in by_id["run-002"].error
+        assert (record.status == "failed") == (record.variant == "no_such"), record.error
+        assert record.error is None or "got 'no_such'" in record.error
     assert sorted(os.listdir(tmp_path)) == ["blocks.parquet", "results"], "nothing of Tune's stays"

@@ -6,11 +6,14 @@ from types import SimpleNamespace
 import optuna
 import pytest
 
+from raybsa.experiments.algorithms import Sampled
+from raybsa.experiments.history import values_of
+from raybsa.experiments.questions import Questions
 from raybsa.experiments.recording import Run
-from raybsa.experiments.search import _Questions, _Recorder, _value
+from raybsa.experiments.search import _Recorder
 from raybsa.experiments.space import SearchSpace
 from raybsa.results.pareto import DENSITY, LATENCY
-from raybsa.results.record import Measurement, Outcome
+from raybsa.results.record import Measurement
 from raybsa.results.store import Store
 from raybsa.spec import AttentionSpec, TrialSpec
 
@@ -28,12 +31,14 @@ SPACE = SearchSpace(TrialSpec("speed", (AttentionSpec("dense"),)), {"random": {}
     ids=["measured", "not a number", "not measured", "failed"],
 )
 def test_the_sampler_learns_only_from_trials_with_every_objective(measured, wanted):
-    questions = _Questions(space=SPACE.suggest, metric=["latency", "density"], mode=["min", "min"])
-    questions.suggest("one")
-    outcome = Outcome(SPACE.base, measured, None if measured else "ValueError: no", 0)
-    values = {objective.name: _value(outcome, objective) for objective in (LATENCY, DENSITY)}
-    questions.on_trial_complete("one", {**values, "outcome": outcome})
-    (trial,) = questions._ot_study.trials
+    goals = (LATENCY, DENSITY)
+    sampled = Sampled(SPACE, goals, optuna.samplers.RandomSampler(seed=0))
+    questions = Questions(SPACE, sampled, goals, trials=9)
+    asked = [questions.suggest(str(number)) for number in range(3)]
+    assert asked[:2] == SPACE.first_points()
+    values = dict(zip(("latency", "density"), values_of(measured, goals), strict=True))
+    questions.on_trial_complete("2", values)
+    (trial,) = sampled._study.trials
     assert trial.state == optuna.trial.TrialState[wanted]
 
 
@@ -42,7 +47,7 @@ def test_a_lost_trial_actor_is_recorded_with_the_reason(tmp_path):
     lost = SimpleNamespace(
         config={"family": "dense"}, get_error=lambda: RuntimeError("Traceback ...\nActorDiedError: its node is gone\n")
     )
-    _Recorder(SPACE, store, Run("run", "test"), told.append).on_trial_error(0, [None, lost], lost)
+    _Recorder(SPACE, store, Run("run", "test"), [told.append]).on_trial_error(0, [None, lost], lost)
     (record,) = store.read_records()
     assert told == [record]
     assert (record.trial_id, record.status) == ("run-001", "failed")

@@ -1,5 +1,6 @@
 """The search space: only questions that can be asked, the baseline first, every family once."""
 
+from contextlib import suppress
 from dataclasses import replace
 
 import optuna
@@ -8,8 +9,10 @@ import pytest
 from raybsa import patterns
 from raybsa.experiments.presets import PRESETS
 from raybsa.experiments.space import DEFAULT_FAMILIES, SearchSpace
+from raybsa.experiments.spaces import SPACES, make_space
+from raybsa.experiments.validity import DIAGONAL, NO_RULE, REPEATED, TOO_SHORT, Rejections
 from raybsa.patterns.blocks import save_blocks
-from raybsa.spec import AttentionSpec, TrialSpec
+from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec, canonical_json
 
 BASE = TrialSpec("byte_lm", (AttentionSpec("dense"),), seq_len=512, train_len=256)
 SPACE = SearchSpace(BASE)
@@ -22,19 +25,139 @@ def drawn(space, count, seed=0):
     configs = []
     for _ in range(count):
         trial = study.ask()
-        configs.append(space.suggest(trial) or trial.params)
+        configs.append(space.draw(trial))
+        assert trial.params == configs[-1]
         study.tell(trial, 1.0)
     return configs
 
 
-def test_the_first_question_is_the_dense_baseline_and_no_other_is():
-    configs = drawn(SPACE, 30)
-    assert SPACE.spec(configs[0]) == replace(BASE, attention=(AttentionSpec("dense"),))
-    assert all(config["family"] != "dense" for config in configs[1:])
+@pytest.mark.parametrize("name", SPACES)
+def test_a_question_names_its_configuration_and_back(name):
+    space = make_space(name, BASE)
+    configs = [*drawn(space, 40), *space.first_points(), *space.grid(2)]
+    asked = []
+    for config in configs:
+        with suppress(ValueError):  # a mixture that leaves a rule without heads
+            asked.append((config, space.spec(config)))
+    assert len(asked) > 40
+    assert all(space.spec(space.config(spec)) == spec for _, spec in asked)
+    assert all(
+        space.distributions(config).keys() == config.keys() for config, _ in asked if config != {"family": "dense"}
+    )
+
+
+def test_a_question_of_another_search_has_no_configuration():
+    spec = SPACE.spec(SPACE.first_points()[1])
+    attention = spec.attention[0]
+    others = [
+        replace(spec, seq_len=1024),
+        replace(spec, attention=(replace(attention, density=0.9),)),
+        replace(spec, attention=(replace(attention, block_size=128),)),
+        replace(spec, attention=(replace(attention, pattern=PatternSpec("document", {"lengths": [64]})),)),
+        replace(spec, attention=(replace(attention, pattern=PatternSpec("sink_window", {"sink": 5})),)),
+    ]
+    assert SPACE.config(spec) == SPACE.first_points()[1]
+    assert [SPACE.config(other) for other in others] == [None] * len(others)
+
+
+def test_a_mixture_gives_its_first_rule_a_share_of_the_heads():
+    space = SearchSpace(BASE, {"strided": {}, "random": {}}, mixtures=(("strided", "random"),), shares=(0.25, 0.1))
+    config = {"family": "per_head", "density": 0.2, "block_size": 16, "mixture": "strided+random", "share": 0.25}
+    spec = space.spec(config)
+    assert [part["name"] for part in spec.attention[0].pattern.params["parts"]] == ["strided"] + ["random"] * 3
+    assert space.config(spec) == config
+    with pytest.raises(ValueError, match=r"a share of 0.1 of 4 heads leaves a rule without heads"):
+        space.spec({**config, "share": 0.1})
+
+
+def test_the_grid_has_every_combination_once_the_baseline_first():
+    space = SearchSpace(BASE, {"strided": {"stride": [2, 4]}, "random": {}}, mixtures=(("strided", "random"),))
+    configs = list(space.grid(4))
+    assert configs[0] == {"family": "dense"}
+    # densities x block sizes x (parameters), and for the mixture times the shares
+    assert len(configs) == 1 + 4 * 3 * (2 + 1) + 4 * 3 * 3 * 2
+    assert len({canonical_json(config) for config in configs}) == len(configs)
+
+
+# ---- what is rejected before it starts -----------------------------------------------------------------------------
+
+
+def test_questions_that_say_nothing_are_rejected_and_counted():
+    space = SearchSpace(
+        BASE,
+        {"strided": {}, "random": {}, "fixed": {"span": [2], "summary": [1]}},
+        densities=(0.03, 1.0),
+        block_sizes=(16, 256),
+        mixtures=(("strided", "random"),),
+        shares=(0.1,),
+    )
+    rejections = Rejections(space)
+    config = {"family": "strided", "density": 0.5, "block_size": 16}
+    assert rejections.admit(config) == space.spec(config)
+    assert rejections.admit({**config, "block_size": 256}) is None
+    assert rejections.admit({**config, "density": 0.03}) is None
+    assert rejections.admit({**config, "family": "per_head", "mixture": "strided+random", "share": 0.1}) is None
+    assert rejections.admit({**config, "density": 0.5004}) is None, "three digits count"
+    whole = {**config, "density": 1.0}
+    assert rejections.admit(whole)
+    fixed = {**whole, "family": "fixed", "fixed.span": "2", "fixed.summary": "1"}
+    assert rejections.admit(fixed) is None, "all blocks are all blocks"
+    assert rejections.counts == {TOO_SHORT: 1, DIAGONAL: 1, NO_RULE: 1, REPEATED: 2}
+    assert str(rejections).startswith("5 rejected before they started: 2 (the blocks of an earlier question), ")
+
+
+def test_what_was_asked_in_an_earlier_run_is_not_asked_again():
+    rejections = Rejections(SPACE)
+    config = SPACE.first_points()[1]
+    rejections.remember(SPACE.spec(config))
+    assert rejections.admit(config) is None
+    assert rejections.counts == {REPEATED: 1}
+
+
+# ---- as data -------------------------------------------------------------------------------------------------------
+
+
+def test_a_space_from_a_file_is_the_space_as_an_object(tmp_path):
+    path = tmp_path / "space.yaml"
+    path.write_text(
+        "families:\n  dilated: {dilation_rates: [[1, 2, 4], [1, 4, 16]]}\n  random:\n"
+        "densities: [0.1, 0.4]\nblock_sizes: [16]\nmixtures: [[dilated, random]]\nshares: [0.5]\n"
+    )
+    wanted = SearchSpace(
+        BASE,
+        {"dilated": {"dilation_rates": [[1, 2, 4], [1, 4, 16]]}, "random": {}},
+        (0.1, 0.4),
+        (16,),
+        (("dilated", "random"),),
+        (0.5,),
+    )
+    assert make_space(str(path), BASE) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("colour: red", r"a space has the keys .*'mixtures'.*, got \['colour'\]"),
+        ("families: {spiral: {}}", "unknown pattern 'spiral'"),
+        ("- 1", "a space has the keys"),
+        ("families: [", "cannot be used"),
+        ("mixtures: [[random, random]]", "a mixture is a pair"),
+    ],
+)
+def test_a_file_that_describes_no_space_says_why(tmp_path, text, message):
+    path = tmp_path / "space.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        make_space(str(path), BASE)
+
+
+def test_an_unknown_space_names_those_that_there_are():
+    with pytest.raises(ValueError, match="one of quick, families, window-family, long-context, everything or a YAML"):
+        make_space("no-such", BASE)
 
 
 def test_every_drawn_question_has_a_layout_at_both_lengths_within_the_densities():
-    for config in drawn(SPACE, 40)[1:]:
+    for config in drawn(SPACE, 40):
         spec = SPACE.spec(config)
         (attention,) = spec.attention
         assert 0.05 <= attention.density <= 0.5
@@ -90,6 +213,8 @@ def test_a_preset_has_trials_enough_for_its_first_points(name):
         ({"families": {"spiral": {}}}, "unknown pattern 'spiral'"),
         ({"families": {"strided": {"width": [1]}}}, "strided has no parameter width"),
         ({"block_sizes": (24,)}, "block_size must be a power of two, got 24"),
+        ({"mixtures": (("random", "spiral"),)}, r"a mixture is a pair of .*, got \['random', 'spiral'\]"),
+        ({"shares": (1.0,)}, r"a share of the heads lies between 0 and 1, got \[1.0\]"),
     ],
 )
 def test_a_space_refuses_what_cannot_be_asked(change, message):

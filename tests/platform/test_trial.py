@@ -42,7 +42,9 @@ def test_all_that_a_worker_measured_is_in_the_file_beside_what_was_asked(here, t
     assert rank_curves == ()
     assert {name: getattr(record, name) for name in asdict(Measured())} == measured
     of_rings = {"world_size", "devices", "partition", "imbalance"}
-    others = {name for name in measured if name.startswith(("error_", "single_")) or name.endswith("forward_bytes")}
+    of_peers = ("host_ms", "layout_ms", "layout_bytes")
+    others = {name for name in measured if name.startswith(("error_", "single_", "reference_error_"))}
+    others |= {name for name in measured if name.endswith(("forward_bytes", *of_peers))}
     assert None not in [value for name, value in measured.items() if name not in of_rings | others]
     assert (record.task, record.pattern, record.block_size, record.seed) == ("recall", "sliding_window", 16, 3)
     assert (record.status, record.git_commit, record.spec_hash) == ("ok", "abc", SPEC.digest)

@@ -11,6 +11,7 @@ from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
 from raybsa.tasks.attention import timed_attention
 from raybsa.tasks.exactness import relative_errors
 from raybsa.tasks.speed import AttentionStack, synthetic_qkv
+from raybsa.tasks.training import Training
 
 WINDOW = AttentionSpec("base", PatternSpec("sliding_window"), density=0.25, block_size=16)
 SPEC = TrialSpec("speed", (WINDOW,), seq_len=256, num_layers=2, num_heads=2, head_dim=16)
@@ -47,6 +48,26 @@ def test_a_task_with_quality_is_trained_and_timed(worker):
     assert len(found.curves) == 3
     assert found.train_seconds > 0
     assert found.forward_backward_ms_p50 > 0
+
+
+def test_a_question_asked_for_more_steps_goes_on_and_is_timed_once(worker):
+    spec = replace(SPEC, task="recall", train_len=32, train_steps=6, num_layers=1)
+    timed = worker.run(spec, 0)
+    assert (timed.quality, timed.trained_steps) == (None, None)
+    half, whole = worker.run(spec, 3), worker.run(spec)
+    assert (half.trained_steps, whole.trained_steps) == (3, 6)
+    assert timed.forward_ms_p50 == half.forward_ms_p50 == whole.forward_ms_p50
+    assert whole.train_seconds > half.train_seconds
+    again = worker.run(spec)
+    assert again.quality == whole.quality
+    assert again.forward_ms_p50 != whole.forward_ms_p50, "a question that was answered is measured anew"
+
+
+def test_what_cannot_be_timed_is_not_trained(worker, monkeypatch):
+    monkeypatch.setattr(Training, "advance", lambda self, step=None: pytest.fail("it trained"))
+    spec = replace(SPEC, task="recall", train_len=32, train_steps=3, seq_len=100, num_layers=1)
+    with pytest.raises(NotImplementedError):
+        worker.run(replace(spec, attention=(replace(WINDOW, backend="triton"),), dtype="float64"))
 
 
 def test_density_is_the_mean_over_the_layers(worker):

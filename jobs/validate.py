@@ -1,0 +1,118 @@
+"""Does the front of a search hold on fresh data, with more seeds and longer training?
+
+    python jobs/validate.py results/search --out results/validated --seeds 3 --longer 2
+    ray job submit --working-dir . -- python jobs/validate.py /shared/results --out /shared/validated
+
+Every point of the front is trained and timed again; those that do not hold are flagged. ``validation.json`` in --out
+has the verdicts; the new trials lie beside it as records.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from pathlib import Path
+
+from raybsa.cluster.coordinator import Coordinator, WorkerNotMade
+from raybsa.cluster.resources import TooFewResources
+from raybsa.experiments.launch import cluster, room_for, worker_share
+from raybsa.experiments.place import absolute, git_commit
+from raybsa.experiments.progress import Progress
+from raybsa.experiments.recording import Run, record_of, write
+from raybsa.experiments.validation import Verdict, questions, verdicts
+from raybsa.results.pareto import Objective, named_objectives, pareto_front
+from raybsa.results.record import Record
+from raybsa.results.store import Store
+
+
+def main() -> int:
+    arguments = _arguments()
+    points, objectives = _front(arguments)
+    specs = questions(points, arguments.seeds, arguments.longer)
+    store = Store.create(absolute("--out", arguments.out))
+    run = Run.start("validate", arguments.git_commit)
+    found: list[Record] = []
+    with cluster(arguments.address):
+        share = worker_share(arguments.cpus_per_worker)
+        workers = arguments.workers or max(1, min(len(specs), room_for(share)))
+        print(f"{len(points)} points, {len(specs)} trials on {workers} worker(s) of {share}", flush=True)
+        progress = Progress(len(specs))
+        limits = {"wait_s": arguments.wait, "trial_s": arguments.limit}
+        with Coordinator(share, num_workers=workers, **limits) as coordinator:
+            for number, outcome in enumerate(coordinator.map(specs)):
+                record = record_of(outcome, run, f"{run.run_id}-{number:03d}")
+                write(store, record, outcome)
+                found.append(record)
+                progress.tell(record)
+    judged = verdicts(points, found, objectives)
+    for verdict in judged:
+        print(_line(verdict, objectives))
+    content = json.dumps([_data(verdict, objectives) for verdict in judged], indent=2)
+    held = sum(verdict.why_not is None for verdict in judged)
+    print(f"{held} of {len(judged)} points hold: {store.write_file('validation.json', content.encode())}")
+    return 0
+
+
+def _front(arguments: argparse.Namespace) -> tuple[list[Record], list[Objective]]:
+    """The points to measure again and what they were measured by."""
+    records = Store(absolute("RESULTS", arguments.results)).read_records()
+    goal = next((record.quality_goal for record in records if record.quality_goal), None)
+    objectives = named_objectives(arguments.objectives.split(","), "max" if goal == "max" else "min" if goal else None)
+    front = pareto_front(records, objectives)
+    if not front:
+        raise ValueError(f"a search with a Pareto front was wanted, found none under {arguments.results!r}")
+    if len({(record.task, record.seq_len, record.train_len, record.device_name) for record in front}) > 1:
+        raise ValueError(f"the results of one search were wanted, got several questions under {arguments.results!r}")
+    return front, objectives
+
+
+def _line(verdict: Verdict, objectives: list[Objective]) -> str:
+    name = f"{verdict.record.pattern} {verdict.record.density:.1%} block {verdict.record.block_size}"
+    changes = (
+        f"{objective.name} {before:.4g} -> {after:.4g} ± {spread:.2g}"
+        for objective, before, after, spread in zip(
+            objectives, verdict.before, verdict.after, verdict.spread, strict=True
+        )
+    )
+    return f"{'holds' if verdict.why_not is None else 'DOES NOT HOLD':<14}{name}: {', '.join(changes)}" + (
+        f" ({verdict.why_not})" if verdict.why_not else ""
+    )
+
+
+def _data(verdict: Verdict, objectives: list[Objective]) -> dict[str, object]:
+    names = [objective.name for objective in objectives]
+    numbers = {"before": verdict.before, "after": verdict.after, "spread": verdict.spread}
+    return {
+        "trial_id": verdict.record.trial_id,
+        "spec": json.loads(verdict.record.spec),
+        "holds": verdict.why_not is None,
+        "why_not": verdict.why_not,
+        **{key: dict(zip(names, values, strict=True)) for key, values in numbers.items()},
+    }
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", metavar="RESULTS", help="folder or pyarrow.fs URI of a search")
+    parser.add_argument("--out", required=True, help="folder for the new trials; absolute in a submitted job")
+    parser.add_argument("--objectives", default="quality,latency,memory", help="as the search had them")
+    parser.add_argument("--seeds", type=int, default=3, help="new trials a point (3)")
+    parser.add_argument("--longer", type=float, default=2.0, help="times the training steps of the search (2)")
+    parser.add_argument("--address", help="a running Ray cluster (RAY_ADDRESS, else one of our own)")
+    parser.add_argument("--workers", type=int, help="trials at once")
+    parser.add_argument("--cpus-per-worker", type=int, default=1)
+    parser.add_argument("--wait", type=float, default=60.0, help="seconds to wait for resources")
+    parser.add_argument("--limit", type=float, default=3600.0, help="seconds that one trial may take")
+    parser.add_argument("--git-commit", default=git_commit(Path(__file__).parent), help="recorded with each trial")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, OSError, TooFewResources, WorkerNotMade) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

@@ -1,0 +1,60 @@
+"""The front as files: one ``best.json`` a point, ready to load into a model and to be asked again."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from raybsa.results.pareto import Objective, pareto_front
+from raybsa.results.record import Measured, Record
+from raybsa.results.store import Store
+from raybsa.spec import TrialSpec
+
+FOLDER = "front"
+
+
+def write_front(store: Store, records: Sequence[Record], objectives: Sequence[Objective]) -> list[str]:
+    """Writes ``front/<rank>/best.json`` for every point of the front (the best by the first objective is 01), in place
+    of those of an earlier front, and returns their paths."""
+    front = pareto_front(records, objectives)
+    names = [f"{FOLDER}/{rank:02d}/best.json" for rank in range(1, len(front) + 1)]
+    store.delete_folder(FOLDER)
+    paths = []
+    for name, record in zip(names, front, strict=True):
+        content = best(record, objectives, f"{store.root.rstrip('/')}/{name}")
+        paths.append(store.write_file(name, json.dumps(content, indent=2).encode()))
+    return paths
+
+
+def best(record: Record, objectives: Sequence[Objective], path: str) -> dict[str, Any]:
+    """The content of a point's file, which lies at ``path``.
+
+    ``attention`` holds the arguments of ``create_block_sparse_attention``; where layers differ it is the first layer's,
+    and ``layers`` has one for each.
+    """
+    spec = TrialSpec.from_dict(json.loads(record.spec))
+    layers = [layer.factory_arguments(spec.causal) for layer in spec.attention]
+    command = ["python", "jobs/search.py", "--again", path, "--out", "results/again"]
+    return {
+        "attention": layers[0],
+        "layers": [layers[index % len(layers)] for index in range(spec.num_layers)],
+        "spec": spec.to_dict(),
+        "spec_hash": record.spec_hash,
+        "objectives": {str(objective): objective.value(record) for objective in objectives},
+        "metrics": {name: getattr(record, name) for name in asdict(Measured()) if getattr(record, name) is not None},
+        "trial_id": record.trial_id,
+        "git_commit": record.git_commit,
+        "command": shlex.join(command),
+    }
+
+
+def read_best(path: str) -> TrialSpec:
+    """The question of a ``best.json``. Raises ValueError where the file is none, OSError where it cannot be read."""
+    with open(path, encoding="utf-8") as file:
+        try:
+            return TrialSpec.from_dict(json.load(file)["spec"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"a best.json with the 'spec' of a trial was wanted, got {path!r}: {error!r}") from error

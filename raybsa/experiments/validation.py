@@ -1,0 +1,101 @@
+"""Does a front hold? Its points again: other seeds, longer training, and an evaluation on data that no search saw.
+
+A search picks the best of many noisy trials, so the front flatters itself. A point holds where, by the means of its
+new trials, it is still on the front of all points that were measured again, but for the spread of its seeds, and keeps
+its bounds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from statistics import mean, pstdev
+
+from raybsa.experiments.history import values_of
+from raybsa.results.pareto import Objective
+from raybsa.results.record import Record
+from raybsa.spec import UNTRAINED, TrialSpec
+
+_FIRST_SEED = 1000  # searches count their seeds from 0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A point of the front and what became of it.
+
+    ``before``, ``after`` and ``spread``: by objective, in the search, and the new trials' mean and standard deviation.
+    ``why_not``: why it does not hold; None where it does.
+    """
+
+    record: Record
+    before: list[float]
+    after: list[float]
+    spread: list[float]
+    why_not: str | None
+
+
+def questions(points: Sequence[Record], seeds: int, longer: float) -> list[TrialSpec]:
+    """Each point's question, ``seeds`` times: another seed each, ``longer`` times the steps, fresh data to judge by.
+
+    Raises:
+        ValueError: no seeds, or a training that would be shorter.
+    """
+    if seeds < 1 or longer < 1:
+        raise ValueError(f"at least one seed and a training at least as long were wanted, got {seeds} and {longer:g}")
+    return [_again(_spec(point), _FIRST_SEED + seed, longer) for point in points for seed in range(seeds)]
+
+
+def verdicts(points: Sequence[Record], found: Iterable[Record], objectives: Sequence[Objective]) -> list[Verdict]:
+    """One a point, in order, from the records that answered ``questions``."""
+    answers: dict[str, list[Record]] = {}
+    for record in found:
+        answers.setdefault(_attention(record), []).append(record)
+    drafts = [_draft(point, answers.get(_attention(point), []), objectives) for point in points]
+    return [draft if draft.why_not else _judged(draft, drafts, objectives) for draft in drafts]
+
+
+def _again(spec: TrialSpec, seed: int, longer: float) -> TrialSpec:
+    params = dict(spec.task_params) if spec.task in UNTRAINED else {**spec.task_params, "eval_seed": seed}
+    return replace(spec, seed=seed, train_steps=round(longer * spec.train_steps), task_params=params)
+
+
+def _draft(point: Record, answers: Sequence[Record], objectives: Sequence[Objective]) -> Verdict:
+    """The means; whether the point keeps its bounds."""
+    before = values_of(point, objectives)
+    whole = [record for record in answers if record.status == "ok"]
+    if not whole:
+        return Verdict(point, before, before, [0.0] * len(before), "no new trial of it came to its end")
+    columns = list(zip(*(values_of(record, objectives) for record in whole), strict=True))
+    after = [mean(column) for column in columns]
+    spread = [pstdev(column) for column in columns]
+    broken = (o.name for o, value in zip(objectives, after, strict=True) if o.excess(value) > 0)
+    name = next(broken, None)
+    return Verdict(point, before, after, spread, f"breaks the bound of {name}" if name else None)
+
+
+def _judged(draft: Verdict, drafts: Sequence[Verdict], objectives: Sequence[Objective]) -> Verdict:
+    """Whether another point that holds so far beats it beyond the spread."""
+    for other in drafts:
+        if other is not draft and other.why_not is None and _beats(other, draft, objectives):
+            return replace(draft, why_not=f"beaten by {other.record.trial_id} ({other.record.pattern})")
+    return draft
+
+
+def _beats(one: Verdict, other: Verdict, objectives: Sequence[Objective]) -> bool:
+    """At least as good everywhere, and somewhere better by more than both spreads."""
+    gains = [
+        (theirs - ours) * (1 if objective.goal == "min" else -1)
+        for objective, ours, theirs in zip(objectives, one.after, other.after, strict=True)
+    ]
+    noise = [a + b for a, b in zip(one.spread, other.spread, strict=True)]
+    return min(gains) >= 0 and any(gain > blur for gain, blur in zip(gains, noise, strict=True))
+
+
+def _spec(record: Record) -> TrialSpec:
+    return TrialSpec.from_dict(json.loads(record.spec))
+
+
+def _attention(record: Record) -> str:
+    """Equal for a point and the trials that measured it again."""
+    return json.dumps(json.loads(record.spec)["attention"], sort_keys=True)

@@ -1,0 +1,93 @@
+"""Which questions are not worth a trial: what cannot be, what says nothing, and what was asked before."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import lru_cache
+
+from raybsa import patterns
+from raybsa.experiments.space import Config, SearchSpace
+from raybsa.spec import UNTRAINED, AttentionSpec, TrialSpec, canonical_json
+
+_COMPARED_BLOCKS = 512  # longer sequences are compared by their first so many blocks
+TOO_SHORT = "fewer than two blocks"
+DIAGONAL = "its density keeps the diagonal alone"
+NO_RULE = "no rule stands for it"
+REPEATED = "the blocks of an earlier question"
+
+
+class Rejections:
+    """Rejects configurations before a trial starts, and counts why. ``counts``: reason -> how many."""
+
+    def __init__(self, space: SearchSpace) -> None:
+        self._space = space
+        self._seen: dict[str, list[TrialSpec]] = {}  # by the blocks at the shorter length
+        self.counts: Counter[str] = Counter()
+
+    def admit(self, config: Config) -> TrialSpec | None:
+        """The question of a configuration, which then counts as asked; None, counted, where it is rejected."""
+        try:
+            spec = self._space.spec(config)
+            reason = why_not(spec) or (REPEATED if self._was_asked(spec) else None)
+        except ValueError:
+            reason = NO_RULE
+        if reason:
+            self.counts[reason] += 1
+            return None
+        self.remember(spec)
+        return spec
+
+    def remember(self, spec: TrialSpec) -> None:
+        """Counts a question as asked."""
+        self._seen.setdefault(fingerprint(spec, min(_lengths(spec))), []).append(spec)
+
+    def _was_asked(self, spec: TrialSpec) -> bool:
+        """Whether an earlier question keeps the same blocks at both lengths; the longer is looked at where it must."""
+        longer = max(_lengths(spec))
+        alike = self._seen.get(fingerprint(spec, min(_lengths(spec))), ())
+        return any(fingerprint(other, longer) == fingerprint(spec, longer) for other in alike)
+
+    def __str__(self) -> str:
+        reasons = (f"{count} ({reason})" for reason, count in self.counts.most_common())
+        return f"{self.counts.total()} rejected before they started" + (": " * bool(self.counts)) + ", ".join(reasons)
+
+
+def why_not(spec: TrialSpec) -> str | None:
+    """Why a question's answer would say nothing; None where it may be asked."""
+    for attention in spec.attention:
+        if attention.pattern is None:
+            continue
+        blocks = min(_lengths(spec)) // attention.block_size
+        if blocks < 2:
+            return TOO_SHORT
+        if attention.density is not None and round(attention.density * blocks) < 2:
+            return DIAGONAL
+    return None
+
+
+@lru_cache(maxsize=4096)
+def fingerprint(spec: TrialSpec, length: int) -> str:
+    """Equal for questions whose attention keeps the same blocks in the first ``length`` tokens, of which at most 512
+    blocks are looked at.
+
+    Raises:
+        ValueError: a layer's pattern cannot be built.
+    """
+    return canonical_json([_blocks(spec, attention, length) for attention in spec.attention])
+
+
+def _lengths(spec: TrialSpec) -> tuple[int, ...]:
+    return (spec.seq_len,) if spec.task in UNTRAINED else (spec.train_len, spec.seq_len)
+
+
+def _blocks(spec: TrialSpec, attention: AttentionSpec, length: int) -> list[str]:
+    if attention.pattern is None:
+        return [attention.variant]
+    layout = patterns.build(attention.pattern).layout(
+        min(length, _COMPARED_BLOCKS * attention.block_size),
+        num_heads=spec.num_heads,
+        q_block_size=attention.block_size,
+        causal=spec.causal,
+        density=attention.density,
+    )
+    return [attention.variant, attention.backend, layout.digest()]

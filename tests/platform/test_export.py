@@ -1,0 +1,53 @@
+"""Results for other tools: what is written is what was measured."""
+
+import csv
+
+import pytest
+
+from raybsa.results.__main__ import main
+from raybsa.results.record import SeriesPoint
+from raybsa.results.store import Store
+
+
+@pytest.fixture
+def results(tmp_path, record):
+    store = Store.create(tmp_path / "results")
+    for number in range(3):
+        store.write_record(
+            record(f"run-{number}", pattern="bigbird", quality=2.0 + number, error='a "quoted", one' * number)
+        )
+        store.write_series([SeriesPoint(f"run-{number}", "train_loss", step, 0, 1.0) for step in range(4)])
+    return store.root
+
+
+def test_a_csv_has_a_row_a_record_and_a_column_a_field(results, tmp_path, capsys):
+    path = tmp_path / "trials.csv"
+    assert main(["export", results, "--csv", str(path)]) == 0
+    assert f"3 records in {path}" in capsys.readouterr().out
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["trial_id"], float(row["quality"]), row["pattern"]) for row in rows] == [
+        ("run-0", 2.0, "bigbird"),
+        ("run-1", 3.0, "bigbird"),
+        ("run-2", 4.0, "bigbird"),
+    ]
+    assert rows[1]["error"] == 'a "quoted", one'
+    assert rows[0]["train_seconds"] == ""
+
+
+def test_a_tensorboard_log_has_a_run_a_trial_with_its_curve_and_numbers(results, tmp_path):
+    folder = tmp_path / "logs"
+    assert main(["export", results, "--tensorboard", str(folder)]) == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["run-0", "run-1", "run-2"]
+    written = b"".join(path.read_bytes() for path in (folder / "run-1").rglob("events.*"))
+    assert written.count(b"train_loss") == 4
+    assert b"quality" in written
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--csv", "x.csv"], "found none"), ([], "export needs --csv or --tensorboard")],
+)
+def test_an_export_of_nothing_says_so(tmp_path, capsys, arguments, message):
+    assert main(["export", str(tmp_path / "nowhere"), *arguments]) == 1
+    assert message in capsys.readouterr().err

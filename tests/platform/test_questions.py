@@ -1,0 +1,256 @@
+"""What a search asks next: budgets, histories, bounds, early stopping and the free rung, without Ray's cluster."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from ray.tune.schedulers import TrialScheduler
+
+from raybsa.experiments.algorithms import ALGORITHMS
+from raybsa.experiments.costs import ENOUGH, CostModel
+from raybsa.experiments.dry_run import dry_run
+from raybsa.experiments.front import read_best, write_front
+from raybsa.experiments.history import history
+from raybsa.experiments.questions import Questions
+from raybsa.experiments.recording import Run, record_of
+from raybsa.experiments.screen import DOMINATED, OUT_OF_BOUNDS, Screen
+from raybsa.experiments.search import Plan
+from raybsa.experiments.space import SearchSpace
+from raybsa.experiments.strata import QUALITY, STEPS, StratifiedHalving, stratum
+from raybsa.results.pareto import LATENCY, named_objectives, pareto_front, quality_objective
+from raybsa.results.record import Measurement, Outcome, SeriesPoint
+from raybsa.results.store import Store
+from raybsa.spec import AttentionSpec, TrialSpec
+from raybsa.variants.factory import create_block_sparse_attention
+
+BASE = TrialSpec("byte_lm", (AttentionSpec("dense"),), seq_len=512, train_len=256, train_steps=90)
+SPACE = SearchSpace(BASE, {"sliding_window": {}, "random": {}, "strided": {"stride": [2, 4]}}, block_sizes=(16, 32))
+GOALS = (quality_objective("min"), LATENCY)
+PAIR_MS = 0.01
+
+
+def milliseconds(spec):
+    """A machine whose every pair of blocks takes its time, backward twice forward's."""
+    attention = spec.attention[0]
+    blocks = spec.seq_len // attention.block_size
+    pairs = (attention.density or 1.0) * blocks * (blocks + 1) / 2
+    return PAIR_MS * pairs * (attention.block_size / 16) ** 2 * spec.num_layers
+
+
+def answer(spec, number, quality=2.0, **changes):
+    forward = milliseconds(spec)
+    measured = {
+        "density": spec.attention[0].density or 1.0,
+        "forward_ms_p50": forward,
+        "forward_backward_ms_p50": 3 * forward,
+        "peak_bytes": 1000,
+        "quality_name": "bits_per_byte",
+        "quality_goal": "min",
+        "quality": quality,
+        "train_seconds": 9.0,
+        "trained_steps": 90,
+        "device_name": "machine",
+        "num_threads": 1,
+    }
+    outcome = Outcome(spec, Measurement(**(measured | changes)), None, 0)
+    return record_of(outcome, Run("run", "test"), f"run-{number:03d}")
+
+
+def answers(count=9, algorithm="random"):
+    questions = Questions(SPACE, ALGORITHMS[algorithm](SPACE, GOALS, 0), GOALS, trials=count)
+    return [answer(SPACE.spec(questions.suggest(str(number))), number) for number in range(count)]
+
+
+# ---- algorithms and budgets ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_algorithm_asks_the_baseline_first_then_different_questions(algorithm):
+    questions = Questions(SPACE, ALGORITHMS[algorithm](SPACE, GOALS, 3), GOALS, trials=14)
+    asked = []
+    for number in range(14):
+        config = questions.suggest(str(number))
+        asked.append(SPACE.spec(config).digest)
+        questions.on_trial_complete(str(number), {"quality": 2.0 + number % 3, "latency": 1.0 + number % 5})
+    assert asked[0] == BASE.digest
+    assert len(set(asked)) == 14
+    assert questions.suggest("15") == "FINISHED"
+    assert not questions.ended, "its trials are spent, which is no early end"
+
+
+def test_a_small_space_ends_when_all_of_it_was_asked():
+    space = SearchSpace(BASE, {"sliding_window": {}}, densities=(0.2, 0.2), block_sizes=(16, 32))
+    questions = Questions(space, ALGORITHMS["grid"](space, GOALS, 0), GOALS, trials=99)
+    assert [questions.suggest(str(n)) == "FINISHED" for n in range(4)] == [False, False, False, True]
+    assert questions.ended
+
+
+def test_no_trial_begins_after_the_time_budget():
+    questions = Questions(SPACE, ALGORITHMS["tpe"](SPACE, GOALS, 0), GOALS, trials=9, deadline=0.0)
+    assert questions.suggest("0") == "FINISHED"
+    assert questions.ended
+
+
+def test_what_earlier_runs_answered_counts_and_is_not_asked_again():
+    done = history(SPACE, answers(7))
+    assert len(done) == 7
+    questions = Questions(SPACE, ALGORITHMS["tpe"](SPACE, GOALS, 0), GOALS, trials=10, earlier=done)
+    more = [SPACE.spec(questions.suggest(str(number))).digest for number in range(3)]
+    assert not {answered.spec.digest for answered in done} & set(more)
+    assert questions.suggest("x") == "FINISHED"
+
+
+def test_a_history_takes_only_answers_to_this_search():
+    own = answers(3)
+    other = answer(replace(SPACE.spec(SPACE.first_points()[1]), train_steps=91), 7)
+    speed = answer(replace(BASE, task="speed"), 8)
+    assert [answered.record for answered in history(SPACE, [*own, other, speed])] == own
+
+
+# ---- objectives ----------------------------------------------------------------------------------------------------
+
+
+def test_bounds_are_read_with_their_units_and_keep_a_record_off_the_front():
+    quality, latency, memory = named_objectives(["quality:max>=0.5", "latency<=2ms", "memory <= 1.5KiB"], "max")
+    assert (quality.least, quality.goal, latency.most, memory.most) == (0.5, "max", 2.0, 1536.0)
+    assert latency.excess(2.5) == 0.5
+    assert str(latency) == "latency <= 2"
+    records = [
+        answer(BASE, n, quality=q, forward_backward_ms_p50=ms) for n, (q, ms) in enumerate([(0.9, 3.0), (0.8, 2.0)])
+    ]
+    assert [record.trial_id for record in pareto_front(records, [quality, latency])] == ["run-001"]
+
+
+@pytest.mark.parametrize("text", ["latency<2", "latency<=", "speed", "latency<=2parsec", "latency:up", ""])
+def test_an_objective_of_another_form_is_refused(text):
+    with pytest.raises(ValueError, match=r"objectives must be|unit must be"):
+        named_objectives([text], "min")
+
+
+# ---- early stopping ------------------------------------------------------------------------------------------------
+
+
+def decisions(halving, values, density):
+    """What is decided about trials that come to the first rung one after another."""
+    found = []
+    for number, value in enumerate(values):
+        trial = SimpleNamespace(trial_id=f"{density}-{number}", config={"density": density})
+        halving.on_trial_add(None, trial)
+        found.append(halving.on_trial_result(None, trial, {STEPS: halving.rungs[0], QUALITY: value}))
+    return found
+
+
+def test_a_trial_is_stopped_for_what_others_of_its_density_reached_only():
+    halving = StratifiedHalving(90, "min")
+    assert halving.rungs == [10, 30]
+    dense = decisions(halving, [2.0, 2.1, 2.2, 2.3], density=0.4)
+    sparse = decisions(halving, [3.0, 3.5, 3.6, 2.9], density=0.05)
+    go, stop = TrialScheduler.CONTINUE, TrialScheduler.STOP
+    assert dense == [go, stop, stop, stop]
+    assert sparse == [go, stop, stop, go], "the sparse are worse than all of the dense, and not stopped for that"
+    assert stratum({"family": "dense"}) is None
+
+
+def test_a_resumed_search_compares_with_what_earlier_trials_reached():
+    records = answers(9)
+    points = [SeriesPoint(r.trial_id, "bits_per_byte", 10, 0, 1.0) for r in records]
+    earlier = history(SPACE, records)
+    halving = StratifiedHalving(90, "min")
+    halving.replay(earlier, points)
+    density = next(a.config["density"] for a in earlier if "density" in a.config)
+    assert decisions(halving, [5.0], density) == [TrialScheduler.STOP]
+    assert decisions(StratifiedHalving(90, "min"), [5.0], density) == [TrialScheduler.CONTINUE]
+
+
+# ---- the cost model ------------------------------------------------------------------------------------------------
+
+
+def test_costs_are_predicted_from_a_few_trials_and_not_from_fewer():
+    records = answers(12)
+    sparse = [record for record in records if record.variant == "base"]
+    assert CostModel.learned(sparse[: ENOUGH - 1]) is None
+    model = CostModel.learned(records)
+    spec = SPACE.spec({"family": "random", "density": 0.33, "block_size": 16})
+    predicted = model.predict(spec)
+    assert predicted.forward_backward_ms_p50 == pytest.approx(3 * milliseconds(spec), rel=0.1)
+    assert predicted.density == pytest.approx(0.33, rel=0.05)
+    assert model.trial_seconds(spec) == pytest.approx(9.0, rel=0.2)
+
+
+def test_a_question_that_is_far_beaten_already_is_screened_and_a_hopeful_one_is_not():
+    screen = Screen(GOALS)
+    for record in answers(9):
+        screen.learn(record)
+    costly = SPACE.spec({"family": "random", "density": 0.5, "block_size": 16})
+    cheap = SPACE.spec({"family": "random", "density": 0.06, "block_size": 16})
+    assert (screen(costly), screen(cheap)) == (None, None), "equal qualities: nothing is beaten by a margin"
+    screen.learn(
+        answer(SPACE.spec({"family": "strided", "density": 0.1, "block_size": 16, "strided.stride": "2"}), 90, 1.5)
+    )
+    assert screen(costly) == DOMINATED
+    assert screen(cheap) is None
+    assert screen(BASE) is None
+
+
+def test_a_question_that_cannot_keep_a_bound_is_screened():
+    screen = Screen([quality_objective("min"), replace(LATENCY, most=1.0)])
+    for record in answers(9):
+        screen.learn(record)
+    assert screen(SPACE.spec({"family": "random", "density": 0.5, "block_size": 16})) == OUT_OF_BOUNDS
+
+
+def test_a_dry_run_lists_what_would_be_asked_with_its_costs():
+    plan = Plan(6, GOALS, algorithm="random")
+    plain = list(dry_run(SPACE, plan, [], []))
+    assert len(plain) == 1 + 6 + 2
+    assert plain[1].startswith("dense")
+    assert "no costs" in plain[-1]
+    records = answers(9)
+    lines = list(dry_run(SPACE, plan, history(SPACE, records[:2]), records, workers=2))
+    assert len(lines) == 1 + 4 + 2
+    assert "4 trials would run after 2 that are done" in lines[-2]
+    assert "on 2 worker(s) of machine (fitted on" in lines[-1]
+    assert all(float(line.split()[-1]) > 8 for line in lines[1:5])
+
+
+# ---- the front as files --------------------------------------------------------------------------------------------
+
+
+def test_a_best_file_loads_into_the_factory_and_names_its_question(tmp_path):
+    store = Store.create(tmp_path)
+    records = [answer(SPACE.spec(point), n, 2.0 - 0.1 * n) for n, point in enumerate(SPACE.first_points())]
+    write_front(store, records, GOALS)
+    paths = write_front(store, records[:2], GOALS)
+    assert sorted(str(path) for path in tmp_path.glob("front/*/best.json")) == sorted(paths), (
+        "no point of an older front"
+    )
+    best = json.loads(Path(paths[0]).read_text())
+    record = records[1]
+    assert "causal=True" in repr(create_block_sparse_attention(**best["attention"]))
+    assert best["layers"] == [best["attention"]] * BASE.num_layers
+    assert read_best(paths[0]).digest == best["spec_hash"] == record.spec_hash
+    assert best["metrics"]["quality"] == record.quality
+    assert best["objectives"] == {"quality": record.quality, "latency": record.forward_backward_ms_p50}
+    assert f"--again {paths[0]}" in best["command"]
+
+
+def test_the_dense_baseline_on_the_front_loads_too(tmp_path):
+    (path,) = write_front(Store.create(tmp_path), [answer(BASE, 0)], GOALS)
+    best = json.loads(Path(path).read_text())
+    assert "pattern=Dense()" in repr(create_block_sparse_attention(**best["attention"]))
+
+
+def test_a_file_that_is_no_best_file_is_refused(tmp_path):
+    path = tmp_path / "best.json"
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=r"a best.json with the 'spec' of a trial was wanted"):
+        read_best(str(path))
+
+
+def test_an_unknown_algorithm_is_refused():
+    with pytest.raises(ValueError, match="algorithm must be one of tpe, nsga2, random, grid, got 'luck'"):
+        Plan(3, GOALS, algorithm="luck")
+    assert math.isinf(Plan(3, GOALS).time_budget_s)
