@@ -33,6 +33,7 @@ class Ring:
             settings=settings,
             heartbeat_s=self.heartbeat_s,
             replace_s=60.0,
+            wait_s=300.0,
             plan=plan,
             **options,
         )
