@@ -69,12 +69,14 @@ class Status:
 @dataclass(frozen=True)
 class Progress:
     """What a stretch of training led to: the step reached, the loss of each step (nats a token, of all ranks), and
-    what this rank sent in its generation, by kind, in bytes, and the norm of the gradients that it has not sent yet."""
+    what this rank sent in its generation, by kind, in bytes, the norm of the gradients that it has not sent yet, and
+    when it applied each step (of ``time.time``)."""
 
     step: int
     losses: tuple[tuple[int, float], ...]
     sent: dict[str, int]
     residual_norm: float
+    applied_at: tuple[tuple[int, float], ...] = ()
 
 
 class Member:
@@ -99,6 +101,7 @@ class Member:
         self._communicator = Communicator(device=self._device)
         self._left: list[Communicator] = []
         self._asks: Fault | None = None
+        self._applied_at: list[tuple[int, float]] = []
 
     # ---- from any thread -------------------------------------------------------------------------------------------
 
@@ -162,6 +165,7 @@ class Member:
         while training.step < until:
             training.prepare()
             training.apply()
+            self._applied_at.append((training.step - 1, time.time()))
             if self._is_due(training.step):
                 with self._communicator.phase(Phase.CHECKPOINT):
                     self._save()
@@ -204,7 +208,9 @@ class Member:
     def _progress(self) -> Progress:
         training = self._training
         losses, training.losses = tuple(training.losses), []
-        return Progress(training.step, losses, dict(self._communicator.ledger.sent), training.residual_norm())
+        applied_at, self._applied_at = tuple(self._applied_at), []
+        sent = dict(self._communicator.ledger.sent)
+        return Progress(training.step, losses, sent, training.residual_norm(), applied_at)
 
     def _leave(self) -> None:
         """Lets go of the old group; one with transfers under way is kept till they fail: destroying it waits."""

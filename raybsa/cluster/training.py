@@ -46,6 +46,7 @@ class Recovery:
         steps_lost: applied steps that had to be made again (0 where a survivor had them all).
         filled: how the ring was filled: "spare", "fresh", "shrunk", "grown" or "as it was".
         world_size: ranks afterwards.
+        filled_at, formed_at: when the workers were at hand, and when all ranks had met.
     """
 
     generation: int
@@ -56,6 +57,8 @@ class Recovery:
     steps_lost: int
     filled: str
     world_size: int
+    filled_at: float
+    formed_at: float
 
     @property
     def resumed_in_s(self) -> float:
@@ -65,8 +68,8 @@ class Recovery:
 @dataclass(frozen=True)
 class TrainingResult:
     """What a training led to: the loss of every step (nats a token), its recoveries, bytes that one rank sent in one
-    generation at most, by kind, a digest of the final state (equal on all ranks), bits per held-out byte, and the
-    seconds from the first step to the last, recoveries included."""
+    generation at most, by kind, a digest of the final state (equal on all ranks), bits per held-out byte, the seconds
+    from the first step to the last, recoveries included, and when each step was applied first (of ``time.time``)."""
 
     losses: dict[int, float]
     recoveries: tuple[Recovery, ...]
@@ -75,6 +78,7 @@ class TrainingResult:
     bits_per_byte: float | None
     world_size: int
     train_seconds: float
+    applied_at: dict[int, float]
 
 
 class _Wreck(Exception):
@@ -137,6 +141,7 @@ class TrainingCoordinator:
         self._plan, self._tell, self._say = plan, tell, say
         self._members = Membership(0, ())
         self._losses: dict[int, float] = {}
+        self._applied_at: dict[int, float] = {}
         self._sent: dict[str, int] = {}
         self._recoveries: list[Recovery] = []
         self._store: Any = None
@@ -221,7 +226,8 @@ class TrainingCoordinator:
         if len(digests) > 1:
             raise TrainingFailed(f"the ranks ended with different weights: {sorted(digests)}")
         losses, size = dict(sorted(self._losses.items())), self._members.world_size
-        return TrainingResult(losses, tuple(self._recoveries), dict(self._sent), digests.pop(), bits, size, seconds)
+        at = dict(sorted(self._applied_at.items()))
+        return TrainingResult(losses, self.recoveries, dict(self._sent), digests.pop(), bits, size, seconds, at)
 
     def _take_if_progress(self, result: Any) -> None:
         if isinstance(result, Progress):
@@ -229,6 +235,8 @@ class TrainingCoordinator:
 
     def _take(self, progress: Progress) -> None:
         self._losses |= dict(progress.losses)
+        for step, at in progress.applied_at:
+            self._applied_at.setdefault(step, at)
         for kind, nbytes in progress.sent.items():
             self._sent[kind] = max(self._sent.get(kind, 0), nbytes)
 
@@ -321,9 +329,10 @@ class TrainingCoordinator:
         broken, noticed_at, lost = self._members.generation, wreck.noticed_at, dict(wreck.lost)
         reached = max(self._losses, default=-1) + 1
         for _ in range(self._max_failures):
-            filled = self._next_membership(wreck)
+            filled, filled_at = self._next_membership(wreck), time.time()
             try:
                 steps = self._form()
+                formed_at = time.time()
                 if not max(steps) and (reached or resume):
                     steps = self._restore(steps, any_run=resume)  # no survivor has a state: it comes from a checkpoint
                 step = self._level(steps)
@@ -335,7 +344,16 @@ class TrainingCoordinator:
             raise TrainingFailed(f"the ring could not be formed again, {len(lost)} workers were lost: {lost}")
         size = self._members.world_size
         recovery = Recovery(
-            broken, tuple(sorted(lost.items())), noticed_at, time.time(), step, max(0, reached - step), filled, size
+            generation=broken,
+            lost=tuple(sorted(lost.items())),
+            noticed_at=noticed_at,
+            resumed_at=time.time(),
+            step=step,
+            steps_lost=max(0, reached - step),
+            filled=filled,
+            world_size=size,
+            filled_at=filled_at,
+            formed_at=formed_at,
         )
         self._recoveries.append(recovery)
         reasons = "; ".join(f"worker {worker}: {why}" for worker, why in recovery.lost) or filled

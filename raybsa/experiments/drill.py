@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -84,12 +84,15 @@ class Drill:
     def train(self, steps: int, settings: MemberSettings, plan: FaultPlan = (), **options) -> TrainingResult:
         with self._ring.coordinator(steps, settings, plan, **options) as coordinator:
             result = coordinator.run(evaluate=False, stretch=EVERY)
-        self._write(steps, settings, result)
+        found = {generation: _struck_at(settings, fault) for generation, (fault,) in enumerate(plan, 1)}
+        self._write(steps, settings, result, {generation: at for generation, at in found.items() if at is not None})
         return result
 
-    def _write(self, steps: int, settings: MemberSettings, result: TrainingResult) -> None:
+    def _write(
+        self, steps: int, settings: MemberSettings, result: TrainingResult, struck_at: Mapping[int, float] | None = None
+    ) -> None:
         spec = question(steps, self._ring.text)
-        write_training(self._store, self._run, self._runs, spec, settings, "cpu", result)
+        write_training(self._store, self._run, self._runs, spec, settings, "cpu", result, struck_at)
         self._runs += 1
 
     def _settings(self, folder: str) -> MemberSettings:

@@ -56,7 +56,7 @@ def test_a_soak_draws_the_same_faults_from_a_seed_and_each_leaves_its_own_mark(t
 def test_a_fault_that_never_struck_is_not_survived(tmp_path: Path) -> None:
     plan = [(Fault(FaultKind.EXIT, FaultPlace.EXCHANGE, 0, 5),), (Fault(FaultKind.EXIT, FaultPlace.EXCHANGE, 0, 9),)]
     mark(str(tmp_path), plan[0][0])
-    recovery = Recovery(1, ((0, "gone"),), 5.0, 5.5, 5, 0, "spare", 4)
+    recovery = Recovery(1, ((0, "gone"),), 5.0, 5.5, 5, 0, "spare", 4, filled_at=5.1, formed_at=5.4)
     first, second = survived(plan, MemberSettings(marks=str(tmp_path)), [recovery], equal=True)
     assert (first.good, first.resumed_in_s, first.filled) == (True, 0.5, "spare")
     assert not second.good

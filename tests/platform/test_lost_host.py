@@ -58,7 +58,14 @@ def test_a_spare_on_another_node_stands_in_for_the_rank_of_a_node_that_is_lost(
     for spares, faults in ((0, ()), (1, plan)):
         settings = MemberSettings(marks=str(tmp_path))
         with TrainingCoordinator(
-            spec(text), Share(1), world_size=2, spares=spares, settings=settings, plan=faults, say=lambda text: None
+            spec(text),
+            Share(1),
+            world_size=2,
+            spares=spares,
+            settings=settings,
+            plan=faults,
+            wait_s=120.0,
+            say=lambda text: None,
         ) as coordinator:
             result = coordinator.run(stretch=4, evaluate=False)
         digests.append(result.digest)

@@ -64,7 +64,7 @@ def train(question: TrialSpec, plan: FaultPlan = (), marks: Path | None = None, 
     """The result and the weights of rank 0."""
     settings = options.pop("settings", None) or MemberSettings(marks=None if marks is None else str(marks))
     resume = options.pop("resume", False)
-    options = {"world_size": 3, "heartbeat_s": 1.5, "say": lambda text: None} | options
+    options = {"world_size": 3, "heartbeat_s": 1.5, "wait_s": 120.0, "say": lambda text: None} | options
     with TrainingCoordinator(question, Share(1), settings=settings, plan=plan, **options) as coordinator:
         return coordinator.run(stretch=4, resume=resume), coordinator.weights()
 
