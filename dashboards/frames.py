@@ -14,6 +14,8 @@ from raybsa.results.record import Record, SeriesPoint
 from raybsa.results.store import Store
 from raybsa.spec import TrialSpec, canonical_json
 
+COMPRESSION = "compression"
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -88,8 +90,21 @@ class Results:
         return _groups(
             trial
             for trial in self.trials
-            if not trial.failed and trial.record.quality is not None and math.isfinite(trial.record.quality)
+            if not trial.failed
+            and trial.spec.task != COMPRESSION
+            and trial.record.quality is not None
+            and math.isfinite(trial.record.quality)
         )
+
+    @property
+    def compressed(self) -> list[Trial]:
+        """Trainings whose gradients travelled by a codec."""
+        return [trial for trial in self.trials if trial.spec.task == COMPRESSION and not trial.failed]
+
+    @property
+    def recovered(self) -> list[Trial]:
+        """Trainings over ranks that survived a failure."""
+        return [t for t in self.trials if t.spec.task == "byte_lm" and t.record.failures_survived and not t.failed]
 
     @property
     def speed_groups(self) -> list[list[Trial]]:

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from dashboards.frames import load
 from dashboards.markup import element, join
 from dashboards.page import Page
+from dashboards.sections.compression import compression_section
 from dashboards.sections.failures import failures_section
 from dashboards.sections.header import header
 from dashboards.sections.patterns import patterns_section
 from dashboards.sections.peers import peers_section
 from dashboards.sections.quality import quality_section
+from dashboards.sections.recovery import recovery_section
 from dashboards.sections.ring import ring_section
 from dashboards.sections.speed import speed_section
 
@@ -59,6 +61,8 @@ def _page(folder: str, own_patterns: bool) -> str:
             speed_section(page, results, folder),
             kernels,
             ring_section(page, results),
+            compression_section(page, results),
+            recovery_section(page, results),
             patterns_section(page, results, folder),
             failures_section(results),
         )

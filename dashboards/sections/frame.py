@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from dashboards.frames import Trial
+from dashboards.frames import COMPRESSION, Trial
 from dashboards.markup import Child, Markup, element
 from dashboards.wording import question_label
 from raybsa.spec import UNTRAINED
@@ -31,5 +31,6 @@ def listed(values: Iterable[str]) -> str:
 def asked(trial: Trial) -> str:
     """A trial's question in one line, its lengths included where it trains."""
     spec = trial.spec
-    lengths = "" if spec.task in UNTRAINED else f", trained at {spec.train_len:,} tokens, timed at {spec.seq_len:,}"
-    return f"{spec.task}: {question_label(spec)}{lengths}"
+    trained = "" if spec.task in UNTRAINED else f", trained at {spec.train_len:,} tokens"
+    timed = "" if spec.task in (*UNTRAINED, COMPRESSION) else f", timed at {spec.seq_len:,}"
+    return f"{spec.task}: {question_label(spec)}{trained}{timed}"

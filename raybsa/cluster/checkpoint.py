@@ -31,13 +31,15 @@ class Checkpoint:
 
     Args:
         step: steps applied.
-        question: digest of the TrialSpec it belongs to.
+        question: says what is trained, and how: only a training of the same question may go on from it.
         state: every tensor, in the order of ``ShardedTraining.state``.
+        run: the run that wrote it.
     """
 
     step: int
     question: str
     state: list[Tensor]
+    run: str = ""
 
 
 class CheckpointFolder:
@@ -67,7 +69,8 @@ class CheckpointFolder:
         """
         buffer = io.BytesIO()
         state = [x.detach().cpu() for x in checkpoint.state]
-        torch.save({"step": checkpoint.step, "question": checkpoint.question, "state": state}, buffer)
+        head = {"step": checkpoint.step, "question": checkpoint.question, "run": checkpoint.run}
+        torch.save({**head, "state": state}, buffer)
         payload = buffer.getvalue()
         self._fs.create_dir(self._path, recursive=True)
         for file in self._fs.get_file_info(fs.FileSelector(self._path)):
@@ -85,8 +88,9 @@ class CheckpointFolder:
         files = self._fs.get_file_info(fs.FileSelector(self._path, allow_not_found=True))
         return sorted(int(match[1]) for file in files if (match := _NAME.fullmatch(file.base_name)))
 
-    def latest(self, question: str, say: Callable[[str], None] = print) -> Checkpoint | None:
-        """The newest checkpoint of this question that is whole; None where there is none. ``say`` hears of others."""
+    def latest(self, question: str, say: Callable[[str], None] = print, *, run: str | None = None) -> Checkpoint | None:
+        """The newest checkpoint of this question, and of this run where one is named, that is whole; None where there
+        is none. ``say`` hears of others."""
         for step in reversed(self.steps()):
             name = f"{self._path}/step-{step:09d}.ckpt"
             try:
@@ -94,9 +98,14 @@ class CheckpointFolder:
             except ValueError as error:
                 say(f"checkpoint {name} is passed over: {error}")
                 continue
-            if checkpoint.question == question:
+            if checkpoint.question != question:
+                say(
+                    f"checkpoint {name} is passed over: it belongs to question {checkpoint.question}, not to {question}"
+                )
+            elif run is not None and checkpoint.run != run:
+                say(f"checkpoint {name} is passed over: an earlier run left it")
+            else:
                 return checkpoint
-            say(f"checkpoint {name} is passed over: it belongs to question {checkpoint.question}, not to {question}")
         return None
 
     def _read(self, name: str) -> Checkpoint:
@@ -106,4 +115,4 @@ class CheckpointFolder:
         if hashlib.sha256(payload).digest() != digest:
             raise ValueError(f"it is torn ({len(content)} bytes)")
         data = torch.load(io.BytesIO(payload), weights_only=True)
-        return Checkpoint(data["step"], data["question"], data["state"])
+        return Checkpoint(data["step"], data["question"], data["state"], data.get("run", ""))

@@ -37,6 +37,10 @@ class MemberActor:
     def cancel(self, generation: int, reason: str) -> None:
         self._member.cancel(generation, reason)
 
+    @ray.method(concurrency_group="control")
+    def node(self) -> str:
+        return ray.get_runtime_context().get_node_id()
+
     def call(self, method: str, *arguments: Any) -> Any:
         """Any other method of the member, one after the other."""
         return getattr(self._member, method)(*arguments)
@@ -63,7 +67,7 @@ class Crew:
         share: what each owns.
         heartbeat_s: who does not answer for this long hangs.
         say: where messages go.
-        strike: does to an actor what a fault asks for from outside.
+        strike: does to a worker what a fault asks for from outside.
 
     Attributes:
         spares: workers that are up and have no rank.
@@ -77,7 +81,7 @@ class Crew:
         share: Share,
         heartbeat_s: float,
         say: Say,
-        strike: Callable[[Any, Fault], None],
+        strike: Callable[[int, Fault], None],
     ) -> None:
         self._made_with, self._share, self._say, self._strike = (spec, share.device, settings), share, say, strike
         self._heartbeat_s = heartbeat_s
@@ -149,6 +153,14 @@ class Crew:
         ray.kill(worker.actor)
         return worker.pid
 
+    def kill(self, number: int) -> None:
+        """Ends a worker behind everybody's back, as a drill does."""
+        ray.kill(self._workers[number].actor)
+
+    def node(self, number: int) -> str:
+        """The id of the node on which a worker runs."""
+        return ray.get(self._workers[number].actor.node.remote(), timeout=self._heartbeat_s)
+
     # ---- talking ---------------------------------------------------------------------------------------------------
 
     def call(self, number: int, method: str, *arguments: Any) -> Any:
@@ -164,12 +176,12 @@ class Crew:
         """Pings workers in turn; those that died or have been silent for too long, and why."""
         lost = {}
         for number in numbers:
-            reason = self._feel_pulse(self._workers[number])
+            reason = self._feel_pulse(number, self._workers[number])
             if reason is not None:
                 lost[number] = reason
         return lost
 
-    def _feel_pulse(self, worker: _Worker) -> str | None:
+    def _feel_pulse(self, number: int, worker: _Worker) -> str | None:
         now = time.monotonic()
         if worker.ping is not None and ray.wait([worker.ping], timeout=0)[0]:
             try:
@@ -179,7 +191,7 @@ class Crew:
             worker.ping, worker.heard_at = None, now
             if status.asks is not None and not worker.struck:
                 worker.struck = True
-                self._strike(worker.actor, status.asks)
+                self._strike(number, status.asks)
         if worker.ping is None and now - worker.heard_at > self._heartbeat_s / 8:
             worker.ping, worker.asked_at = worker.actor.status.remote(), now  # who was not asked is not silent
         if worker.ping is None or now - worker.asked_at <= self._heartbeat_s * 7 / 8:

@@ -16,7 +16,11 @@ from raybsa.comm import Phase
 
 
 class FaultKind(StrEnum):
-    """What happens. ``RAY_KILL`` and ``LOST_NODE`` are done to a worker from outside, which waits for them."""
+    """What happens to the fault's rank; those ``FROM_OUTSIDE`` are done to it while it waits for them.
+
+    ``TWO_RANKS`` takes the next rank with it, ``SPARE`` a spare that would have stood in, ``LOST_NODE`` all that ran on
+    the rank's node, and ``DRIVER`` the process of the coordinator.
+    """
 
     EXIT = "exit"
     RAY_KILL = "ray_kill"
@@ -25,6 +29,9 @@ class FaultKind(StrEnum):
     CUDA_ERROR = "cuda_error"
     OUT_OF_MEMORY = "out_of_memory"
     LOST_NODE = "lost_node"
+    TWO_RANKS = "two_ranks"
+    SPARE = "spare"
+    DRIVER = "driver"
 
 
 class FaultPlace(StrEnum):
@@ -48,7 +55,7 @@ _PHASES = {
     FaultPlace.CHECKPOINT: (Phase.CHECKPOINT, ""),
     FaultPlace.RECOVERY: (Phase.RECOVERY, ""),
 }
-FROM_OUTSIDE = (FaultKind.RAY_KILL, FaultKind.LOST_NODE)
+FROM_OUTSIDE = (FaultKind.RAY_KILL, FaultKind.LOST_NODE, FaultKind.TWO_RANKS, FaultKind.SPARE, FaultKind.DRIVER)
 
 
 @dataclass(frozen=True)
@@ -110,8 +117,7 @@ class FaultInjector:
     def end(self, phase: Phase, kind: str, hop: int) -> None: ...
 
     def _strike(self, fault: Fault) -> None:
-        if self._marks is not None:
-            mark_file(self._marks, fault).write_text(repr(time.time()))
+        mark(self._marks, fault)
         if fault.kind in FROM_OUTSIDE:
             self._asks(fault)
             while True:
@@ -122,6 +128,12 @@ class FaultInjector:
 def mark_file(folder: str, fault: Fault) -> Path:
     """Where a fault that struck leaves its time."""
     return Path(folder) / f"{fault.kind}-{fault.place}-{fault.rank}-{fault.step}-{fault.hop}"
+
+
+def mark(folder: str | None, fault: Fault) -> None:
+    """Leaves the present time as that at which the fault struck."""
+    if folder is not None:
+        mark_file(folder, fault).write_text(repr(time.time()))
 
 
 def _exit() -> None:

@@ -20,7 +20,7 @@ from raybsa.cluster.checkpoint import Checkpoint, CheckpointFolder
 from raybsa.cluster.faults import Fault, FaultInjector
 from raybsa.cluster.membership import Seat
 from raybsa.comm import Broken, Cancelled, Communicator, Phase
-from raybsa.spec import TrialSpec
+from raybsa.spec import TrialSpec, stable_hash
 from raybsa.tasks.sharded import ShardedTraining, send_state
 from raybsa.variants.distributed import DistributedConfig
 
@@ -40,6 +40,7 @@ class MemberSettings:
         checkpoint_every: steps between two checkpoints.
         timeout_s: the longest that one wait for a peer may take; only the last resort, cancelling comes first.
         marks: a folder for the marks of injected faults.
+        run: names the run that writes checkpoints; the TrainingCoordinator sets it.
     """
 
     config: DistributedConfig = field(default_factory=DistributedConfig)
@@ -50,6 +51,7 @@ class MemberSettings:
     checkpoint_every: int = 100
     timeout_s: float = 60.0
     marks: str | None = None
+    run: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,14 @@ class Status:
 @dataclass(frozen=True)
 class Progress:
     """What a stretch of training led to: the step reached, the loss of each step (nats a token, of all ranks), and
-    what this rank sent in its generation, by kind, in bytes, and the norm of the gradients that it has not sent yet."""
+    what this rank sent in its generation, by kind, in bytes, the norm of the gradients that it has not sent yet, and
+    when it applied each step (of ``time.time``)."""
 
     step: int
     losses: tuple[tuple[int, float], ...]
     sent: dict[str, int]
     residual_norm: float
+    applied_at: tuple[tuple[int, float], ...] = ()
 
 
 class Member:
@@ -97,6 +101,7 @@ class Member:
         self._communicator = Communicator(device=self._device)
         self._left: list[Communicator] = []
         self._asks: Fault | None = None
+        self._applied_at: list[tuple[int, float]] = []
 
     # ---- from any thread -------------------------------------------------------------------------------------------
 
@@ -136,9 +141,14 @@ class Member:
         send_state(self._training, source, needy)
         return self._training.step
 
-    def restore(self) -> int:
-        """Takes the newest whole checkpoint of this question, if there is one; returns the steps applied."""
-        found = None if self._folder is None else self._folder.latest(self._training.spec.digest)
+    def restore(self, any_run: bool) -> int:
+        """Takes the newest whole checkpoint of this question, if there is one; returns the steps applied.
+
+        Args:
+            any_run: also one that an earlier run left.
+        """
+        run = None if any_run else self._settings.run
+        found = None if self._folder is None else self._folder.latest(self._question, run=run)
         if found is not None:
             for tensor, saved in zip(self._training.state(), found.state, strict=True):
                 tensor.copy_(saved)
@@ -155,6 +165,7 @@ class Member:
         while training.step < until:
             training.prepare()
             training.apply()
+            self._applied_at.append((training.step - 1, time.time()))
             if self._is_due(training.step):
                 with self._communicator.phase(Phase.CHECKPOINT):
                     self._save()
@@ -185,12 +196,21 @@ class Member:
 
     def _save(self) -> None:
         assert self._folder is not None
-        self._folder.save(Checkpoint(self._training.step, self._training.spec.digest, self._training.state()))
+        training = self._training
+        self._folder.save(Checkpoint(training.step, self._question, training.state(), self._settings.run))
+
+    @property
+    def _question(self) -> str:
+        """What must agree for the same weights, up to rounding: not the number of ranks."""
+        settings = self._settings
+        return stable_hash([self._training.spec.to_dict(), dict(settings.codec), settings.warmup_steps])
 
     def _progress(self) -> Progress:
         training = self._training
         losses, training.losses = tuple(training.losses), []
-        return Progress(training.step, losses, dict(self._communicator.ledger.sent), training.residual_norm())
+        applied_at, self._applied_at = tuple(self._applied_at), []
+        sent = dict(self._communicator.ledger.sent)
+        return Progress(training.step, losses, sent, training.residual_norm(), applied_at)
 
     def _leave(self) -> None:
         """Lets go of the old group; one with transfers under way is kept till they fail: destroying it waits."""

@@ -8,9 +8,12 @@ the step that was running. Nothing below it knows of lost ranks.
 
 from __future__ import annotations
 
+import os
+import secrets
+import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -18,9 +21,10 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from raybsa.cluster.crew import TICK_S, Crew, cause_of
-from raybsa.cluster.faults import Fault, FaultPlan
+from raybsa.cluster.faults import Fault, FaultKind, FaultPlan, mark
 from raybsa.cluster.member import MemberSettings, Progress
 from raybsa.cluster.membership import Membership, Seat
+from raybsa.cluster.nodes import kill_raylet
 from raybsa.cluster.resources import Say, Share
 from raybsa.comm import Broken
 from raybsa.spec import TrialSpec
@@ -42,6 +46,7 @@ class Recovery:
         steps_lost: applied steps that had to be made again (0 where a survivor had them all).
         filled: how the ring was filled: "spare", "fresh", "shrunk", "grown" or "as it was".
         world_size: ranks afterwards.
+        filled_at, formed_at: when the workers were at hand, and when all ranks had met.
     """
 
     generation: int
@@ -52,6 +57,8 @@ class Recovery:
     steps_lost: int
     filled: str
     world_size: int
+    filled_at: float
+    formed_at: float
 
     @property
     def resumed_in_s(self) -> float:
@@ -61,8 +68,8 @@ class Recovery:
 @dataclass(frozen=True)
 class TrainingResult:
     """What a training led to: the loss of every step (nats a token), its recoveries, bytes that one rank sent in one
-    generation at most, by kind, a digest of the final state (equal on all ranks), bits per held-out byte, and the
-    seconds from the first step to the last, recoveries included."""
+    generation at most, by kind, a digest of the final state (equal on all ranks), bits per held-out byte, the seconds
+    from the first step to the last, recoveries included, and when each step was applied first (of ``time.time``)."""
 
     losses: dict[int, float]
     recoveries: tuple[Recovery, ...]
@@ -71,6 +78,7 @@ class TrainingResult:
     bits_per_byte: float | None
     world_size: int
     train_seconds: float
+    applied_at: dict[int, float]
 
 
 class _Wreck(Exception):
@@ -99,7 +107,6 @@ class TrainingCoordinator:
         plan: faults to inject: its k-th entry is armed in the k-th generation.
         tell: hears the steps applied and the last loss after each stretch.
         say: where messages go.
-        strike: does to an actor what a fault asks for from outside; by default ``ray.kill``.
     """
 
     def __init__(
@@ -119,21 +126,22 @@ class TrainingCoordinator:
         plan: FaultPlan = (),
         tell: Callable[[int, float], None] = lambda step, loss: None,
         say: Say = print,
-        strike: Callable[[Any, Fault], None] = lambda actor, fault: ray.kill(actor),
     ) -> None:
         if world_size < 1 or spares < 0 or not 1 <= min_ranks <= world_size:
             raise ValueError(
                 f"a ring needs 1 <= min_ranks <= world_size and spares >= 0, got min_ranks {min_ranks}, "
                 f"world_size {world_size}, spares {spares}"
             )
-        settings = settings or MemberSettings(num_threads=share.num_cpus)
-        self._crew = Crew(spec, settings, share, heartbeat_s, say, strike)
+        settings = replace(settings or MemberSettings(num_threads=share.num_cpus), run=secrets.token_hex(8))
+        self._crew = Crew(spec, settings, share, heartbeat_s, say, self._strike)
+        self._marks = settings.marks
         self._spec, self._wanted, self._num_spares, self._min_ranks = spec, world_size, spares, min_ranks
         self._stop_s, self._replace_s, self._wait_s = stop_s, replace_s, wait_s
         self._max_failures = max_failures
         self._plan, self._tell, self._say = plan, tell, say
         self._members = Membership(0, ())
         self._losses: dict[int, float] = {}
+        self._applied_at: dict[int, float] = {}
         self._sent: dict[str, int] = {}
         self._recoveries: list[Recovery] = []
         self._store: Any = None
@@ -183,7 +191,7 @@ class TrainingCoordinator:
             try:
                 if step is None:
                     steps = self._form()
-                    step = self._level(self._restore(steps) if resume else steps)
+                    step = self._level(self._restore(steps, any_run=True) if resume else steps)
                 while step < self._spec.train_steps:
                     step = self._train(min(self._spec.train_steps, (step // stretch + 1) * stretch))
                 return self._result(evaluate, time.perf_counter() - begin)
@@ -195,6 +203,11 @@ class TrainingCoordinator:
                 furthest = max(furthest, reached)
                 if failures > self._max_failures:
                     raise TrainingFailed(f"step {reached} failed {failures} times, last with {wreck.lost}") from wreck
+
+    @property
+    def recoveries(self) -> tuple[Recovery, ...]:
+        """Those so far."""
+        return tuple(self._recoveries)
 
     def weights(self) -> list[Any]:
         """Rank 0's parameters, on the CPU: for tests and small models."""
@@ -213,7 +226,8 @@ class TrainingCoordinator:
         if len(digests) > 1:
             raise TrainingFailed(f"the ranks ended with different weights: {sorted(digests)}")
         losses, size = dict(sorted(self._losses.items())), self._members.world_size
-        return TrainingResult(losses, tuple(self._recoveries), dict(self._sent), digests.pop(), bits, size, seconds)
+        at = dict(sorted(self._applied_at.items()))
+        return TrainingResult(losses, self.recoveries, dict(self._sent), digests.pop(), bits, size, seconds, at)
 
     def _take_if_progress(self, result: Any) -> None:
         if isinstance(result, Progress):
@@ -221,6 +235,8 @@ class TrainingCoordinator:
 
     def _take(self, progress: Progress) -> None:
         self._losses |= dict(progress.losses)
+        for step, at in progress.applied_at:
+            self._applied_at.setdefault(step, at)
         for kind, nbytes in progress.sent.items():
             self._sent[kind] = max(self._sent.get(kind, 0), nbytes)
 
@@ -241,10 +257,11 @@ class TrainingCoordinator:
             self._take(progress)
         return [progress.step for progress in stand]
 
-    def _restore(self, steps: Sequence[int]) -> list[int]:
-        """Rank 0 of the ring that was formed takes the newest checkpoint; returns the steps of all ranks."""
+    def _restore(self, steps: Sequence[int], *, any_run: bool) -> list[int]:
+        """Rank 0 of the ring that was formed takes the newest checkpoint; returns the steps of all ranks. A run that
+        was not to resume leaves alone what an earlier one wrote to the same folder."""
         first = self._members.workers[0]
-        restored = self._gather({first: self._crew.call(first, "restore")})[0]
+        restored = self._gather({first: self._crew.call(first, "restore", any_run)})[0]
         none = "no checkpoint of this question was found: the training begins at step 0"
         self._say(f"resumed from the checkpoint of step {restored}" if restored else none)
         return [restored, *steps[1:]]
@@ -275,6 +292,8 @@ class TrainingCoordinator:
                     _check_question(error)
                     raise self._wreck(_blame(worker, error), waiting, results.values()) from error
             lost = self._crew.silent(waiting)
+            if watch:
+                self._mind_spares()
             if lost or (watch and self._may_grow()):
                 raise self._wreck(lost, waiting, results.values())
         return [results[worker] for worker in references]
@@ -310,11 +329,12 @@ class TrainingCoordinator:
         broken, noticed_at, lost = self._members.generation, wreck.noticed_at, dict(wreck.lost)
         reached = max(self._losses, default=-1) + 1
         for _ in range(self._max_failures):
-            filled = self._next_membership(wreck)
+            filled, filled_at = self._next_membership(wreck), time.time()
             try:
                 steps = self._form()
+                formed_at = time.time()
                 if not max(steps) and (reached or resume):
-                    steps = self._restore(steps)  # no survivor has a state: the newest checkpoint is the state
+                    steps = self._restore(steps, any_run=resume)  # no survivor has a state: it comes from a checkpoint
                 step = self._level(steps)
                 break
             except _Wreck as again:
@@ -324,7 +344,16 @@ class TrainingCoordinator:
             raise TrainingFailed(f"the ring could not be formed again, {len(lost)} workers were lost: {lost}")
         size = self._members.world_size
         recovery = Recovery(
-            broken, tuple(sorted(lost.items())), noticed_at, time.time(), step, max(0, reached - step), filled, size
+            generation=broken,
+            lost=tuple(sorted(lost.items())),
+            noticed_at=noticed_at,
+            resumed_at=time.time(),
+            step=step,
+            steps_lost=max(0, reached - step),
+            filled=filled,
+            world_size=size,
+            filled_at=filled_at,
+            formed_at=formed_at,
         )
         self._recoveries.append(recovery)
         reasons = "; ".join(f"worker {worker}: {why}" for worker, why in recovery.lost) or filled
@@ -351,8 +380,37 @@ class TrainingCoordinator:
         size = self._members.world_size
         if size < self._min_ranks:
             raise TrainingFailed(f"{size} ranks are left, at least {self._min_ranks} are wanted: {wreck.lost}")
-        self._crew.order(self._wanted - size + self._num_spares - len(self._crew.spares))
+        self._crew.order(self._missing())
         return filled
+
+    def _mind_spares(self) -> None:
+        """A spare that died makes way for a fresh one before it is needed."""
+        lost = self._crew.silent(self._crew.spares)
+        for spare, why in lost.items():
+            self._say(f"spare {spare} is lost: {why}")
+            self._crew.spares.remove(spare)
+            self._crew.lose(spare)
+        if lost:
+            self._crew.order(self._missing())
+
+    def _missing(self) -> int:
+        """Workers that are to be on their way."""
+        return self._wanted - self._members.world_size + self._num_spares - len(self._crew.spares)
+
+    def _strike(self, worker: int, fault: Fault) -> None:
+        """A drill's fault that is done from outside."""
+        members = self._members
+        mark(self._marks, fault)
+        if fault.kind is FaultKind.DRIVER:
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif fault.kind is FaultKind.LOST_NODE:
+            kill_raylet(self._crew.node(worker))
+        elif fault.kind is FaultKind.TWO_RANKS:
+            self._crew.kill(members.workers[(members.rank(worker) + 1) % members.world_size])
+        elif fault.kind is FaultKind.SPARE and self._crew.spares:
+            self._crew.kill(self._crew.spares[0])
+        if fault.kind is not FaultKind.LOST_NODE:
+            self._crew.kill(worker)
 
     def _may_grow(self) -> bool:
         """Whether a worker has arrived for an empty rank. Those that the ring does not need become spares."""

@@ -114,4 +114,46 @@ def _rings(
     return list(dict.fromkeys(specs))
 
 
+# A byte model whose matrices are wide enough for factors to be small: 0.85 M parameters.
+COMPRESSION = TrialSpec(
+    "compression",
+    (AttentionSpec("dense"),),
+    train_len=64,
+    train_steps=1000,
+    learning_rate=2e-3,
+    num_layers=1,
+    num_heads=4,
+    head_dim=64,
+)
+CODECS: tuple[tuple[str, dict[str, int | float | str], int], ...] = (
+    ("none", {}, 0),
+    ("powersgd", {"rank": 8}, 0),
+    ("powersgd", {"rank": 2}, 0),
+    ("powersgd", {"rank": 16, "wire": "bfloat16"}, 0),
+    ("powersgd", {"rank": 4, "wire": "bfloat16"}, 0),
+    ("torch_powersgd", {"rank": 8}, 2),
+    ("torch_powersgd", {"rank": 2}, 2),
+    ("topk", {"density": 0.02}, 0),
+    ("topk", {"density": 0.005}, 0),
+)
+
+
+def compression(base: TrialSpec = COMPRESSION, *, seeds: int = 3, world_size: int = 2) -> list[TrialSpec]:
+    """A training for each codec and seed, uncompressed first; 4 windows a step, which the ranks share."""
+    return [
+        replace(
+            base,
+            seed=seed,
+            task_params={
+                "codec": {"name": name, "params": params},
+                "warmup_steps": warmup,
+                "world_size": world_size,
+                "train_batch": 4,
+            },
+        )
+        for seed in range(seeds)
+        for name, params, warmup in CODECS
+    ]
+
+
 SUITES = {"cpu": cpu, "quick": quick, "ring": ring, "ring-quick": ring_quick, "ring-gpu": ring_gpu}

@@ -33,11 +33,14 @@ class PowerSGD(LossyCodec):
         rank: columns of a factor.
         min_ratio: a tensor is sent as factors where they have at least this many times fewer elements, from 1.
         seed: of the first step's start; any integer from 0, the same on every rank.
+        wire: ``"bfloat16"``: everything travels so, twice the rank for the bytes of float32; what the rounding takes
+            away is part of the residual. None is the gradient's own dtype.
     """
 
     rank: int = 4
     min_ratio: float = 2.0
     seed: int = 0
+    wire: str | None = None
     name: ClassVar[str] = "powersgd"
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -48,6 +51,8 @@ class PowerSGD(LossyCodec):
             raise ValueError(f"powersgd needs a min_ratio of at least 1, got {self.min_ratio!r}")
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"powersgd needs a seed from 0, got {self.seed!r}")
+        if self.wire not in (None, "bfloat16"):
+            raise ValueError(f"powersgd travels as bfloat16 or (None) as the gradient is, got {self.wire!r}")
 
     def factors(self, shape: torch.Size) -> bool:
         """Whether a tensor of ``shape`` is sent as factors."""
@@ -60,7 +65,8 @@ class PowerSGD(LossyCodec):
         return self._rounds([tensor], [state], list)[0][0]
 
     def encode(self, wanted: Tensor, dtype: torch.dtype, state: State) -> tuple[Tensor, ...]:
-        """The first round's part: P (n, rank) in ``dtype``, or the whole tensor."""
+        """The first round's part: P (n, rank), or the whole tensor, in ``wire`` or else in ``dtype``."""
+        dtype = dtype if self.wire is None else getattr(torch, self.wire)
         if not self.factors(wanted.shape):
             return (wanted.to(dtype),)
         return ((wanted.flatten(1) @ self._start(wanted, state)).to(dtype),)
@@ -84,10 +90,13 @@ class PowerSGD(LossyCodec):
         own = [self._second(p, x, basis) for p, x, basis in zip(first, wanted, bases, strict=True)]
         second = reduce(own)
         answers = []
-        for x, p, basis, q_own, q, state in zip(wanted, first, bases, own, second, states, strict=True):
-            total = p.to(x.dtype) if basis is None else self._answer(x, basis, q_own, q, state)
+        for i, (x, p, basis, q, state) in enumerate(zip(wanted, first, bases, second, states, strict=True)):
+            if basis is None:
+                total = self._whole(x, p, tensors[i].dtype, state)
+            else:
+                total = self._answer(x, basis, own[i], q, state)
             state.step += 1
-            answers.append((Payload((p,) if basis is None else (p, q), x.shape, p.dtype), total))
+            answers.append((Payload((p,) if basis is None else (p, q), x.shape, tensors[i].dtype), total))
         return answers
 
     def _basis(self, p: Tensor, wanted: Tensor) -> Tensor | None:
@@ -105,6 +114,12 @@ class PowerSGD(LossyCodec):
         q = q.to(basis.dtype)
         state.memory[START] = next_start(q, self._start(wanted, state))
         return (basis @ q.mT).view_as(wanted)
+
+    def _whole(self, wanted: Tensor, total: Tensor, dtype: torch.dtype, state: State) -> Tensor:
+        """The sum of what is sent as it is, after what rounding to ``wire`` took away is noted."""
+        if self.error_feedback and self.wire is not None:
+            state.keep(wanted - self.encode(wanted, dtype, state)[0].to(wanted.dtype))
+        return total.to(wanted.dtype)
 
     def _start(self, wanted: Tensor, state: State) -> Tensor:
         """(m, rank): the last step's Q, or normal numbers that are the same on every rank."""

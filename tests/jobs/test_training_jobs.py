@@ -44,13 +44,16 @@ def test_a_drill_says_when_a_fault_was_noticed_and_that_the_weights_are_equal(
 ) -> None:
     done = run_job(
         "recovery_drill.py", "--out", str(tmp_path / "out"), "--text", text, "--world-size", "2", "--spares", "1",
-        "--fault", "sigkill:backward_hop",
+        "--fault", "sigkill:backward_hop", "driver:exchange",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("sigkill at backward_hop 0")]
     assert "spare" in line
     assert line.endswith("equal")
-    assert len(Store(str(tmp_path / "out")).read_records()) == 2, "the run without faults, and the one with"
+    (driver,) = [line for line in done.stdout.splitlines() if line.startswith("driver at exchange")]
+    assert driver.split()[-2:] == ["resumed", "equal"]
+    assert "2 of 2 faults as wanted" in done.stdout
+    assert len(Store(str(tmp_path / "out")).read_records()) == 3, "the run in peace, the one with a fault, the resumed"
 
 
 @pytest.mark.parametrize(

@@ -72,3 +72,15 @@ def test_what_a_writer_that_died_left_half_written_goes(tmp_path: Path) -> None:
     (tmp_path / ".hidden.tmp").write_bytes(b"another's")
     CheckpointFolder(str(tmp_path)).save(checkpoint(10))
     assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden.tmp", "step-000000010.ckpt"]
+
+
+def test_what_an_earlier_run_left_is_only_taken_by_one_that_resumes(tmp_path: Path) -> None:
+    folder = CheckpointFolder(str(tmp_path), keep=3)
+    for step, run in ((10, "now"), (20, "before")):
+        folder.save(Checkpoint(step, "q", [torch.zeros(1)], run))
+    said: list[str] = []
+    own, newest = folder.latest("q", said.append, run="now"), folder.latest("q")
+    assert own is not None
+    assert newest is not None
+    assert (own.step, newest.step) == (10, 20)
+    assert "step-000000020.ckpt is passed over: an earlier run left it" in said[0]

@@ -47,7 +47,7 @@ def train(question: TrialSpec, plan: FaultPlan = (), **options) -> Trained:
     """The result and the weights of rank 0."""
     settings = options.pop("settings", MemberSettings())
     resume = options.pop("resume", False)
-    options = {"world_size": 3, "heartbeat_s": 1.5, "say": lambda text: None} | options
+    options = {"world_size": 3, "heartbeat_s": 1.5, "wait_s": 120.0, "say": lambda text: None} | options
     with TrainingCoordinator(question, Share(1), settings=settings, plan=plan, **options) as coordinator:
         return coordinator.run(stretch=4, resume=resume), coordinator.weights()
 
@@ -77,6 +77,10 @@ PLAN = (
     ),
     (Fault(FaultKind.EXIT, FaultPlace.RECOVERY, 1, -1),),
 )
+FROM_OUTSIDE = (
+    (Fault(FaultKind.TWO_RANKS, FaultPlace.BACKWARD_HOP, 2, 3),),
+    (Fault(FaultKind.SPARE, FaultPlace.EXCHANGE, 1, 7),),
+)
 
 
 def test_after_every_kind_of_fault_the_weights_are_those_of_the_run_without(
@@ -99,6 +103,15 @@ def test_after_every_kind_of_fault_the_weights_are_those_of_the_run_without(
     assert result.digest == undisturbed[0].digest
     assert result.losses == undisturbed[0].losses, "what ranks told before another died is not lost"
     assert result.bits_per_byte == undisturbed[0].bits_per_byte
+
+
+def test_two_ranks_at_once_and_a_spare_that_dies_when_it_is_needed(
+    text: str, undisturbed: Trained, tmp_path: Path
+) -> None:
+    result, _ = train(spec(text), FROM_OUTSIDE, tmp_path, spares=1, replace_s=60.0)
+    assert all(mark_file(str(tmp_path), fault).exists() for (fault,) in FROM_OUTSIDE)
+    assert [(len(recovery.lost), recovery.filled) for recovery in result.recoveries] == [(2, "fresh"), (1, "fresh")]
+    assert result.digest == undisturbed[0].digest
 
 
 def test_a_ring_shrinks_without_a_stand_in_and_grows_back(text: str, undisturbed: Trained, tmp_path: Path) -> None:
@@ -145,6 +158,36 @@ def test_when_all_ranks_die_at_once_it_goes_on_from_the_checkpoint(
     assert "resumed from the checkpoint of step 6" in said
     assert result.digest == undisturbed[0].digest
     assert result.losses == undisturbed[0].losses
+
+
+def test_what_an_earlier_run_left_in_the_folder_is_not_where_a_new_one_goes_on(
+    text: str, undisturbed: Trained, tmp_path: Path
+) -> None:
+    settings = MemberSettings(checkpoints=str(tmp_path), checkpoint_every=5)
+    train(spec(text), settings=settings, world_size=1)  # leaves the checkpoints of steps 5 and 10
+    plan = (tuple(Fault(FaultKind.SIGKILL, FaultPlace.BEFORE_FORWARD, rank, 3) for rank in range(3)),)
+    said: list[str] = []
+    result, _ = train(spec(text), plan, settings=settings, replace_s=60.0, spares=2, say=said.append)
+    assert [recovery.step for recovery in result.recoveries] == [0], "nothing of this run was durable yet"
+    assert "no checkpoint of this question was found: the training begins at step 0" in said
+    assert result.digest == undisturbed[0].digest
+
+
+def test_a_spare_that_dies_is_replaced_before_it_is_needed(text: str) -> None:
+    said: list[str] = []
+
+    def kill_the_spare(step: int, loss: float) -> None:
+        if step == 4:
+            coordinator._crew.kill(coordinator._crew.spares[0])
+            time.sleep(1.0)
+
+    with TrainingCoordinator(
+        replace(spec(text), train_steps=40), Share(1), world_size=1, spares=1, tell=kill_the_spare, say=said.append
+    ) as coordinator:
+        coordinator.run(stretch=4, evaluate=False)
+        assert said, "the loss of a spare is told"
+        assert said[0].startswith("spare 1 is lost: ActorDiedError")
+        assert coordinator._crew.arriving or coordinator._crew.spares == [2]
 
 
 def test_a_training_that_always_dies_at_the_same_step_ends(text: str) -> None:

@@ -1,0 +1,90 @@
+"""What a drill plans, and how it judges what it saw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from raybsa.cluster.faults import FROM_OUTSIDE, Fault, FaultKind, FaultPlace, mark
+from raybsa.cluster.member import MemberSettings
+from raybsa.cluster.training import Recovery
+from raybsa.experiments.census import Census
+from raybsa.experiments.drill import survived
+from raybsa.experiments.drill_plan import EVERY, KINDS, LEFT_OUT, groups, plan_of, soak_plan, steps_for
+from raybsa.experiments.soak import Soaked
+
+
+def test_every_kind_is_drilled_or_left_out_with_a_reason() -> None:
+    assert {*KINDS, *LEFT_OUT} == {*FaultKind}
+    assert set(FROM_OUTSIDE) <= {*FaultKind}
+
+
+def test_who_kills_the_driver_has_a_run_of_its_own() -> None:
+    exits, driver = [(FaultKind.EXIT, place) for place in FaultPlace], (FaultKind.DRIVER, FaultPlace.EXCHANGE)
+    grouped = groups([*exits[:2], driver, *exits[2:]], 4)
+    assert [len(group) for group in grouped] == [4, 3, 1]
+    assert grouped[-1] == [driver]
+
+
+def test_a_plan_strikes_once_a_generation_and_always_after_a_checkpoint() -> None:
+    from random import Random
+
+    pairs = [(FaultKind.SIGKILL, place) for place in FaultPlace]
+    plan = plan_of(pairs, 4, Random(0))
+    assert len(plan) == len(pairs) + 1, "a fault while recovering needs one to recover from"
+    steps = [faults[0].step for faults in plan if faults[0].step >= 0]
+    assert steps == sorted(set(steps))
+    assert steps[0] > EVERY
+    assert max(steps) < steps_for(pairs)
+
+
+def test_a_soak_draws_the_same_faults_from_a_seed_and_each_leaves_its_own_mark(tmp_path: Path) -> None:
+    plan, steps = soak_plan(200, 4, seed=3)
+    assert soak_plan(200, 4, seed=3) == (plan, steps)
+    assert soak_plan(200, 4, seed=4)[0] != plan
+    faults = [fault for (fault,) in plan]
+    assert {fault.kind for fault in faults} == {*KINDS} - {FaultKind.DRIVER}
+    assert {fault.place for fault in faults} == {*FaultPlace}
+    assert faults[0].place is not FaultPlace.RECOVERY
+    for fault in faults:
+        mark(str(tmp_path), fault)
+    assert len(list(tmp_path.iterdir())) == 200
+    assert max(fault.step for fault in faults) < steps
+
+
+def test_a_fault_that_never_struck_is_not_survived(tmp_path: Path) -> None:
+    plan = [(Fault(FaultKind.EXIT, FaultPlace.EXCHANGE, 0, 5),), (Fault(FaultKind.EXIT, FaultPlace.EXCHANGE, 0, 9),)]
+    mark(str(tmp_path), plan[0][0])
+    recovery = Recovery(1, ((0, "gone"),), 5.0, 5.5, 5, 0, "spare", 4, filled_at=5.1, formed_at=5.4)
+    first, second = survived(plan, MemberSettings(marks=str(tmp_path)), [recovery], equal=True)
+    assert (first.good, first.resumed_in_s, first.filled) == (True, 0.5, "spare")
+    assert not second.good
+    (unequal, _) = survived(plan, MemberSettings(marks=str(tmp_path)), [recovery], equal=False)
+    assert not unequal.good
+
+
+NOTHING = Census(*(frozenset() for _ in range(6)))
+
+
+def test_a_census_names_what_was_left_behind() -> None:
+    after = Census(
+        members=frozenset({"17"}),
+        ports=frozenset({"4711"}),
+        threads=frozenset(),
+        descriptors=frozenset({"socket:[1]"}),
+        shared_memory=frozenset({"nobody-holds-this"}),
+        temporary=frozenset({"raybsa-x"}),
+    )
+    assert after.left_since(NOTHING) == {
+        "members": ["17"], "ports": ["4711"], "descriptors": ["socket:[1]"], "shared_memory": ["nobody-holds-this"],
+        "temporary": ["raybsa-x"],
+    }  # fmt: skip
+    assert after.left_since(after) == {}
+
+
+@pytest.mark.parametrize(
+    ("left", "last", "good"), [({}, 100.0, True), ({"ports": ["1"]}, 100.0, False), ({}, 900.0, False)]
+)
+def test_a_soak_is_good_where_nothing_stays_and_memory_is_flat(left: dict, last: float, good: bool) -> None:
+    assert Soaked((), left, (90.0, 100.0, 100.0, last), 1.0).good is good
