@@ -166,7 +166,7 @@ def test_what_an_earlier_run_left_in_the_folder_is_not_where_a_new_one_goes_on(
 ) -> None:
     settings = MemberSettings(checkpoints=str(tmp_path), checkpoint_every=5)
     train(spec(text), settings=settings, world_size=1)  # leaves the checkpoints of steps 5 and 10
-    plan = (tuple(Fault(FaultKind.SIGKILL, FaultPlace.BEFORE_FORWARD, rank, 3) for rank in range(3)),)
+    plan = (tuple(Fault(FaultKind.SIGKILL, FaultPlace.BEFORE_FORWARD, rank, 4) for rank in range(3)),)
     said: list[str] = []
     result, _ = train(spec(text), plan, settings=settings, replace_s=60.0, spares=2, say=said.append)
     assert [recovery.step for recovery in result.recoveries] == [0], "nothing of this run was durable yet"
