@@ -36,9 +36,11 @@ from raybsa.kernels.triton_scores import (
     tile_pointers,
     tile_slots,
 )
-from raybsa.kernels.triton_tiles import choose_tile, padded_head_dim
+from raybsa.kernels.triton_setup import has_gluon
+from raybsa.kernels.triton_tiles import Tile, choose_tile, padded_head_dim
 
 MERGE_ROWS = 16
+LOADS_APART_ROWS = LOADS_APART_COLS = 128
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -58,10 +60,13 @@ class _Forward:
         self._tile = choose_tile("forward", head_dim, call.q.dtype, *sizes, call.q.device)
         self._work, self._copies = plan_rows(call, self._tile.cols), batch * heads // layout.num_groups
         items, splits = self._work.sizes()
-        self._grid = (items * max(1, layout.q_block_size // self._tile.rows), self._copies)
+        self._loads_apart = _loads_apart(call)
+        rows = LOADS_APART_ROWS if self._loads_apart else self._tile.rows
+        self._grid = (items * max(1, layout.q_block_size // rows), self._copies)
         rows = min(MERGE_ROWS, layout.q_block_size)
         self._merge_grid = (splits * (layout.q_block_size // rows), self._copies)
         self._numbers = (layout.num_groups, layout.num_q_blocks, self._work.parts, *numbers(call))
+        self._plain_numbers = self._numbers[:8]
         self._launch: Launcher | None = None
         self._merge: Launcher | None = None
 
@@ -87,9 +92,12 @@ class _Forward:
             layout.col_indices,
         )
         tensors = (*tensors, *feature_tensors(call), call.block_bias)
-        if self._launch is None:
-            self._launch = self._launcher(call, tensors)
-        self._launch(self._grid, tensors, with_seed(self._numbers, call))
+        if self._loads_apart:
+            self._launch_apart(call, tensors)
+        else:
+            if self._launch is None:
+                self._launch = self._launcher(call, tensors)
+            self._launch(self._grid, tensors, with_seed(self._numbers, call))
         if part_out is not None:
             self._merge_parts(call, (part_out, part_lse, out, lse, work.splits))
         return out, lse
@@ -103,6 +111,14 @@ class _Forward:
         every_constant = (*constants(call, tile, kept, walked), plain)
         return launcher(forward_kernel, tensors, sizes, every_constant, tile.warps, tile.stages, kept + walked)
 
+    def _launch_apart(self, call: AttentionCall, tensors: Tensors) -> None:
+        from raybsa.kernels import triton_hopper
+
+        tensors = triton_hopper.arguments(tensors, call)
+        if self._launch is None:
+            self._launch = triton_hopper.launcher_of(call, tensors)
+        self._launch(self._grid, tensors, self._plain_numbers)
+
     def _merge_parts(self, call: AttentionCall, tensors: Tensors) -> None:
         """Writes the split rows of out and lse."""
         (_, heads, tokens, head_dim), layout = call.q.shape, call.layout
@@ -113,6 +129,18 @@ class _Forward:
         self._merge(
             self._merge_grid, tensors, (layout.num_groups, layout.num_q_blocks, self._work.parts, heads, tokens)
         )
+
+
+def _loads_apart(call: AttentionCall) -> bool:
+    """Whether ``triton_hopper`` serves the call."""
+    layout, head_dim = call.layout, call.q.shape[-1]
+    plain = call.attn_mask is None and call.segment_ids is None and call.block_bias is None and call.dropout_p == 0.0
+    sizes = layout.q_block_size % LOADS_APART_ROWS == 0 and layout.kv_block_size % LOADS_APART_COLS == 0
+    fits = call.q.dtype in (torch.float16, torch.bfloat16) and head_dim in (64, 128) and call.scale > 0 and sizes
+    if not (plain and fits and has_gluon(call.q.device)):
+        return False
+    tile = Tile(64, LOADS_APART_COLS, 4, 1, True)
+    return bool(boxes_of(tile, layout.q_block_size, 64, {0: call.q, 1: call.k, 2: call.v}))
 
 
 @triton.jit(

@@ -6,6 +6,7 @@ runs. What it specialises on is known here beforehand, so that one dictionary lo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -27,6 +28,7 @@ def launcher(
     warps: int = 4,
     stages: int = 2,
     boxes: Boxes = (),
+    describe: Callable[[Tensor, tuple[int, ...]], Any] | None = None,
 ) -> Launcher:
     """The launcher of ``kernel(*tensors, *sizes, *numbers, *constants)`` for tensors of these types and alignments.
 
@@ -35,6 +37,7 @@ def launcher(
         sizes: integers that Triton may specialise on (strides).
         constants: the kernel's ``tl.constexpr`` arguments, in its order.
         boxes: which of the tensors go in as descriptors, and the tile that each loads.
+        describe: makes such a descriptor; None makes Triton's.
     """
     kinds = tuple([None if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors])
     shapes = tuple([(tensors[at].shape, tensors[at].stride(), box) for at, box in boxes])  # type: ignore[union-attr]
@@ -42,7 +45,9 @@ def launcher(
     key = (kernel.__name__, device, kinds, shapes, sizes, constants, warps, stages)
     found = _LAUNCHERS.get(key)
     if found is None:
-        found = _LAUNCHERS[key] = Launcher(kernel, device.index, sizes, constants, warps, stages, boxes)
+        found = _LAUNCHERS[key] = Launcher(
+            kernel, device.index, sizes, constants, warps, stages, boxes, describe or _descriptor
+        )
     return found
 
 
@@ -58,9 +63,11 @@ class Launcher:
         warps: int,
         stages: int,
         boxes: Boxes,
+        describe: Callable[[Tensor, tuple[int, ...]], Any],
     ) -> None:
         names = kernel.arg_names[-len(constants) :]
         self._kernel, self._sizes, self._boxes, self._device = kernel, sizes, boxes, device
+        self._describe = describe
         self._options = dict(zip(names, constants, strict=True)) | {"num_warps": warps, "num_stages": stages}
         self._direct: Direct | None = None
         self._may_be_direct = not interpreting()
@@ -80,7 +87,7 @@ class Launcher:
     def _dispatch(self, grid: tuple[int, int], tensors: Tensors, numbers: tuple[int | float, ...]) -> None:
         given: list[Any] = list(tensors)
         for place, box in self._boxes:
-            given[place] = _descriptor(given[place], box)
+            given[place] = self._describe(given[place], box)
         made = self._kernel[grid](*given, *self._sizes, *numbers, **self._options)
         if self._may_be_direct and made is not None:
             self._may_be_direct = False

@@ -82,3 +82,10 @@ def _raw_stream() -> Callable[[int | None], int]:
 def devices() -> int:
     """How many GPUs this process sees."""
     return torch.cuda.device_count()
+
+
+@cache
+def has_gluon(device: torch.device) -> bool:
+    """Whether kernels with warps of their own for loads run there: a Hopper GPU, and a Triton that has Gluon."""
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return hopper and find_spec("triton.experimental.gluon.nvidia") is not None

@@ -13,8 +13,13 @@ import pytest
 pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent.parent
 
-# arch, block, head_dim, dtype, and whether every feature is asked for
-CASES = [(90, 128, 128, "bfloat16", False), (90, 32, 80, "float16", True), (80, 64, 64, "bfloat16", False)]
+# arch, block, head_dim, dtype, whether every feature is asked for, and whether loads have warps of their own
+CASES = [
+    (90, 128, 128, "bfloat16", False, False),
+    (90, 128, 128, "bfloat16", False, True),
+    (90, 32, 80, "float16", True, False),
+    (80, 64, 64, "bfloat16", False, False),
+]
 
 # Runs the launches of one forward and backward a case with a driver that knows an H100's name but has none.
 PROGRAM = """
@@ -43,7 +48,8 @@ from raybsa.kernels.triton_arguments import Softmax
 
 triton_plan.MIN_PART_TOKENS, triton_plan.SHARES = 64, 10**6
 
-def compile_case(block, head_dim, dtype, everything):
+def compile_case(block, head_dim, dtype, everything, loads_apart):
+    triton_forward.has_gluon = lambda device: loads_apart
     tokens = 3 * block - (5 if everything else 0)
     layout = BlockLayout.from_rows(
         [[[0], [0, 1], [0, 1, 2]]] * 2, q_len=tokens, kv_len=tokens, q_block_size=block, causal=everything
@@ -87,7 +93,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict]]:
 @pytest.mark.parametrize("number", range(len(CASES)), ids=["-".join(map(str, case)) for case in CASES])
 def test_every_kernel_compiles(number: int, compiled: list[dict[str, dict]]) -> None:
     kernels = compiled[number]
-    attention = {"forward_kernel", "grad_q_kernel", "grad_kv_kernel"}
+    *_, loads_apart = CASES[number]
+    forward = "hopper_forward_kernel" if loads_apart else "forward_kernel"
+    attention = {forward, "grad_q_kernel", "grad_kv_kernel"}
     assert kernels.keys() == attention | {"merge_parts_kernel", "sum_parts_kernel"}
     arch = CASES[number][0]
     room = {90: 232_448, 80: 166_912}[arch]
