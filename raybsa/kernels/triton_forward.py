@@ -22,8 +22,9 @@ from raybsa.kernels.triton_arguments import (
     with_seed,
 )
 from raybsa.kernels.triton_descriptors import boxes_of
+from raybsa.kernels.triton_hopper import TILE_COLS, WORK_ROWS, HopperWalk
 from raybsa.kernels.triton_launch import Launcher, Tensors, launcher
-from raybsa.kernels.triton_plan import plan_rows
+from raybsa.kernels.triton_plan import Work, plan_rows
 from raybsa.kernels.triton_scores import (
     LN2,
     LOG2E,
@@ -36,11 +37,10 @@ from raybsa.kernels.triton_scores import (
     tile_pointers,
     tile_slots,
 )
-from raybsa.kernels.triton_setup import has_gluon
+from raybsa.kernels.triton_setup import is_hopper
 from raybsa.kernels.triton_tiles import Tile, choose_tile, padded_head_dim
 
 MERGE_ROWS = 16
-LOADS_APART_ROWS = LOADS_APART_COLS = 128
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -57,67 +57,29 @@ class _Forward:
     def __init__(self, call: AttentionCall) -> None:
         (batch, heads, _, head_dim), layout = call.q.shape, call.layout
         sizes = (layout.q_block_size, layout.kv_block_size)
-        self._tile = choose_tile("forward", head_dim, call.q.dtype, *sizes, call.q.device)
-        self._work, self._copies = plan_rows(call, self._tile.cols), batch * heads // layout.num_groups
+        tile = choose_tile("forward", head_dim, call.q.dtype, *sizes, call.q.device)
+        self._work, self._copies = plan_rows(call, tile.cols), batch * heads // layout.num_groups
         items, splits = self._work.sizes()
-        self._loads_apart = _loads_apart(call)
-        rows = LOADS_APART_ROWS if self._loads_apart else self._tile.rows
-        self._grid = (items * max(1, layout.q_block_size // rows), self._copies)
         rows = min(MERGE_ROWS, layout.q_block_size)
         self._merge_grid = (splits * (layout.q_block_size // rows), self._copies)
-        self._numbers = (layout.num_groups, layout.num_q_blocks, self._work.parts, *numbers(call))
-        self._plain_numbers = self._numbers[:8]
-        self._launch: Launcher | None = None
+        self._empty = not items
+        self._walk = HopperWalk(call, self._work) if _loads_apart(call) else _Walk(call, self._work, tile)
         self._merge: Launcher | None = None
 
     def __call__(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         layout, work = call.layout, self._work
         out = torch.empty_like(call.q)
         lse = torch.empty(call.q.shape[:3], dtype=torch.float32, device=call.q.device)
-        if not self._grid[0]:
+        if self._empty:
             return out, lse
         part_out = part_lse = None
         if self._merge_grid[0]:
             part_out = lse.new_empty(work.parts * self._copies, layout.q_block_size, call.q.shape[-1])
             part_lse = lse.new_empty(work.parts * self._copies, layout.q_block_size)
-        tensors: Tensors = (
-            call.q,
-            call.k,
-            call.v,
-            out,
-            lse,
-            part_out,
-            part_lse,
-            work.items,
-            layout.col_indices,
-        )
-        tensors = (*tensors, *feature_tensors(call), call.block_bias)
-        if self._loads_apart:
-            self._launch_apart(call, tensors)
-        else:
-            if self._launch is None:
-                self._launch = self._launcher(call, tensors)
-            self._launch(self._grid, tensors, with_seed(self._numbers, call))
+        self._walk(call, (call.q, call.k, call.v, out, lse, part_out, part_lse, work.items, layout.col_indices))
         if part_out is not None:
             self._merge_parts(call, (part_out, part_lse, out, lse, work.splits))
         return out, lse
-
-    def _launcher(self, call: AttentionCall, tensors: Tensors) -> Launcher:
-        tile, layout = self._tile, call.layout
-        plain = call.attn_mask is None and call.segment_ids is None and call.block_bias is None and call.scale >= 0
-        kept = boxes_of(tile, layout.q_block_size, tile.rows, {0: call.q, 3: tensors[3]})
-        walked = boxes_of(tile, layout.kv_block_size, tile.cols, {1: call.k, 2: call.v})
-        sizes = feature_strides(call) + strides(call.q, call.k, call.v, tensors[3])
-        every_constant = (*constants(call, tile, kept, walked), plain)
-        return launcher(forward_kernel, tensors, sizes, every_constant, tile.warps, tile.stages, kept + walked)
-
-    def _launch_apart(self, call: AttentionCall, tensors: Tensors) -> None:
-        from raybsa.kernels import triton_hopper
-
-        tensors = triton_hopper.arguments(tensors, call)
-        if self._launch is None:
-            self._launch = triton_hopper.launcher_of(call, tensors)
-        self._launch(self._grid, tensors, self._plain_numbers)
 
     def _merge_parts(self, call: AttentionCall, tensors: Tensors) -> None:
         """Writes the split rows of out and lse."""
@@ -131,15 +93,41 @@ class _Forward:
         )
 
 
+class _Walk:
+    """The launch of ``forward_kernel``."""
+
+    def __init__(self, call: AttentionCall, work: Work, tile: Tile) -> None:
+        layout, (batch, heads) = call.layout, call.q.shape[:2]
+        self._tile, items = tile, work.items.shape[0]
+        self._grid = (items * max(1, layout.q_block_size // tile.rows), batch * heads // layout.num_groups)
+        self._numbers = (layout.num_groups, layout.num_q_blocks, work.parts, *numbers(call))
+        self._launch: Launcher | None = None
+
+    def __call__(self, call: AttentionCall, tensors: Tensors) -> None:
+        tensors = (*tensors, *feature_tensors(call), call.block_bias)
+        if self._launch is None:
+            self._launch = self._launcher(call, tensors)
+        self._launch(self._grid, tensors, with_seed(self._numbers, call))
+
+    def _launcher(self, call: AttentionCall, tensors: Tensors) -> Launcher:
+        tile, layout = self._tile, call.layout
+        plain = call.attn_mask is None and call.segment_ids is None and call.block_bias is None and call.scale >= 0
+        kept = boxes_of(tile, layout.q_block_size, tile.rows, {0: call.q, 3: tensors[3]})
+        walked = boxes_of(tile, layout.kv_block_size, tile.cols, {1: call.k, 2: call.v})
+        sizes = feature_strides(call) + strides(call.q, call.k, call.v, tensors[3])
+        every_constant = (*constants(call, tile, kept, walked), plain)
+        return launcher(forward_kernel, tensors, sizes, every_constant, tile.warps, tile.stages, kept + walked)
+
+
 def _loads_apart(call: AttentionCall) -> bool:
     """Whether ``triton_hopper`` serves the call."""
     layout, head_dim = call.layout, call.q.shape[-1]
     plain = call.attn_mask is None and call.segment_ids is None and call.block_bias is None and call.dropout_p == 0.0
-    sizes = layout.q_block_size % LOADS_APART_ROWS == 0 and layout.kv_block_size % LOADS_APART_COLS == 0
+    sizes = layout.q_block_size % WORK_ROWS == 0 and layout.kv_block_size % TILE_COLS == 0
     fits = call.q.dtype in (torch.float16, torch.bfloat16) and head_dim in (64, 128) and call.scale > 0 and sizes
-    if not (plain and fits and has_gluon(call.q.device)):
+    if not (plain and fits and is_hopper(call.q.device)):
         return False
-    tile = Tile(64, LOADS_APART_COLS, 4, 1, True)
+    tile = Tile(64, TILE_COLS, 4, 1, True)
     return bool(boxes_of(tile, layout.q_block_size, 64, {0: call.q, 1: call.k, 2: call.v}))
 
 

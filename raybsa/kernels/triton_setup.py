@@ -85,7 +85,6 @@ def devices() -> int:
 
 
 @cache
-def has_gluon(device: torch.device) -> bool:
-    """Whether kernels with warps of their own for loads run there: a Hopper GPU, and a Triton that has Gluon."""
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-    return hopper and find_spec("triton.experimental.gluon.nvidia") is not None
+def is_hopper(device: torch.device) -> bool:
+    """Whether the device multiplies in groups of warps (``wgmma``), as an H100, H200 or GH200 does."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)

@@ -49,7 +49,7 @@ from raybsa.kernels.triton_arguments import Softmax
 triton_plan.MIN_PART_TOKENS, triton_plan.SHARES = 64, 10**6
 
 def compile_case(block, head_dim, dtype, everything, loads_apart):
-    triton_forward.has_gluon = lambda device: loads_apart
+    triton_forward.is_hopper = lambda device: loads_apart
     tokens = 3 * block - (5 if everything else 0)
     layout = BlockLayout.from_rows(
         [[[0], [0, 1], [0, 1, 2]]] * 2, q_len=tokens, kv_len=tokens, q_block_size=block, causal=everything
