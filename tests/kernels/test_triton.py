@@ -322,15 +322,17 @@ def test_a_cuda_graph_captures_and_replays_forward_and_backward(device: str) -> 
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()  # the plan is made and the kernels are compiled outside the graph
-    torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):  # where autograd met the leaves first
         captured = step()
+    torch.cuda.synchronize()
     with torch.no_grad():
         for x in leaves:
             x.copy_(torch.randn_like(x))
+    torch.cuda.synchronize()
     graph.replay()
-    with torch.cuda.stream(side):  # where autograd met the leaves first
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
         again = step()
     torch.cuda.synchronize()
     for got, wanted in zip(captured, again, strict=True):
