@@ -9,10 +9,12 @@ from importlib.util import find_spec
 
 import torch
 
+INSTALLED = find_spec("triton") is not None
+
 
 def why_not_here(device: torch.device) -> str | None:
     """Why Triton cannot run on ``device``; None where it can (a GPU, or a CPU under Triton's interpreter)."""
-    if not _installed():
+    if not INSTALLED:
         return "Triton is not installed (pip install 'raybsa[gpu]')"
     if device.type == "cpu" and not interpreting():
         return "Triton runs on GPUs; on a CPU only under its interpreter (TRITON_INTERPRET=1 before triton is imported)"
@@ -42,11 +44,6 @@ def repair_interpreter() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
     interpreter._patch_lang_tensor = patch
-
-
-@cache
-def _installed() -> bool:
-    return find_spec("triton") is not None
 
 
 @cache

@@ -289,7 +289,7 @@ def test_without_triton_or_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> 
     assert triton_setup.why_not_here(cpu) is None
     monkeypatch.delenv("TRITON_INTERPRET")
     assert "TRITON_INTERPRET=1" in (triton_setup.why_not_here(cpu) or "")
-    monkeypatch.setattr(triton_setup, "_installed", lambda: False)
+    monkeypatch.setattr(triton_setup, "INSTALLED", False)
     assert "pip install 'raybsa[gpu]'" in (triton_setup.why_not_here(cpu) or "")
 
 
