@@ -32,12 +32,32 @@ def device(request: pytest.FixtureRequest) -> str:
 def ray_cluster() -> Iterator[str]:
     """The address of a local Ray cluster of 6 CPU shares, started once for all tests that need none of their own."""
     import ray
+    from ray.cluster_utils import Cluster
 
-    ray.init(
-        address="local", num_cpus=6, num_gpus=0, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
-    )
-    yield ray.get_runtime_context().gcs_address
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 6, "num_gpus": 0, "include_dashboard": False})
+    _connect(cluster.address)
+    yield cluster.address
     ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.fixture
+def no_ray() -> Iterator[None]:
+    """For a test with a cluster of its own: this process leaves the shared one, and comes back to it afterwards."""
+    import ray
+
+    address = ray.get_runtime_context().gcs_address if ray.is_initialized() else None
+    ray.shutdown()
+    yield
+    ray.shutdown()
+    if address:
+        _connect(address)
+
+
+def _connect(address: str) -> None:
+    import ray
+
+    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
 
 
 @pytest.fixture

@@ -40,11 +40,11 @@ def test_a_training_leaves_a_record_curves_and_a_checkpoint_from_which_it_goes_o
 
 @pytest.mark.cluster
 def test_a_drill_says_when_a_fault_was_noticed_and_that_the_weights_are_equal(
-    tmp_path: Path, text: str, run_job: Callable[..., subprocess.CompletedProcess[str]]
+    tmp_path: Path, text: str, ray_cluster: str, run_job: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     done = run_job(
         "recovery_drill.py", "--out", str(tmp_path / "out"), "--text", text, "--world-size", "2", "--spares", "1",
-        "--fault", "sigkill:backward_hop", "driver:exchange",
+        "--fault", "sigkill:backward_hop", "driver:exchange", "--address", ray_cluster,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("sigkill at backward_hop 0")]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 FIRST, SECOND = "10.77.41.1", "10.77.41.2"
@@ -20,6 +21,13 @@ class TwoHosts:
 
     def command(self, host: str, *words: str) -> list[str]:
         return ["ip", "netns", "exec", host, *words]
+
+    def kill_all(self, host: str) -> None:
+        """Ends every process on a host at once."""
+        pids = subprocess.run(["ip", "netns", "pids", host], capture_output=True, text=True, check=True).stdout
+        for pid in pids.split():
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
 
     def cut(self) -> list[str]:
         """The command that cuts the link, from anywhere on the machine."""

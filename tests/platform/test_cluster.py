@@ -102,7 +102,7 @@ def test_workers_of_a_stream_that_nobody_reads_to_its_end_are_given_back(scripte
 
 
 def test_too_few_resources_are_named_after_a_bounded_wait(monkeypatch):
-    monkeypatch.setattr("raybsa.cluster.resources._SAY_EVERY_S", 0.5)
+    monkeypatch.setattr("raybsa.cluster.resources._SAY_EVERY_S", 0.1)
     said = []
     start = time.monotonic()
     with pytest.raises(TooFewResources, match=r"2 workers of 8 CPU and 0 GPU wanted, the cluster has 6 CPU and 0 GPU"):

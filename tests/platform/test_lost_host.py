@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -37,7 +36,7 @@ def text(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def nodes() -> Iterator[None]:
+def nodes(no_ray: None) -> Iterator[None]:
     """The driver's node, which offers nothing, and three nodes of one CPU."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": MEMORY})
     try:
@@ -88,7 +87,7 @@ def ray_node(hosts: TwoHosts, host: str, *options: str) -> Iterator[None]:
         "GLOO_SOCKET_IFNAME": "eth0",
     }
     process = subprocess.Popen(
-        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     try:
         assert process.stdout is not None
@@ -101,12 +100,8 @@ def ray_node(hosts: TwoHosts, host: str, *options: str) -> Iterator[None]:
             pytest.fail(f"the node on {host} did not start: {''.join(said)}")
         yield
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        hosts.kill_all(host)  # a node that cannot reach the others takes its time to end
+        process.wait(10)
         assert process.stdout is not None
         process.stdout.close()
 
@@ -117,7 +112,6 @@ def test_when_the_link_to_a_host_is_cut_the_others_go_on_within_seconds(text: st
             told = _train_and_cut(hosts, text)
     except OSError as error:
         pytest.skip(f"network namespaces are not allowed here: {error}")
-    assert told["undisturbed"] == 0
     (recovery,) = told["recoveries"]
     assert (recovery["world_size"], recovery["steps_lost"]) == (2, 0)
     assert recovery["why"] == ["no sign of life for 2 s"]
@@ -128,9 +122,9 @@ def test_when_the_link_to_a_host_is_cut_the_others_go_on_within_seconds(text: st
 
 
 def _train_and_cut(hosts: TwoHosts, text: str) -> dict:
-    common = ["--num-cpus", "2", "--object-store-memory", str(MEMORY), "--disable-usage-stats"]
-    head = ["--head", "--port", "6399", "--node-ip-address", FIRST, "--include-dashboard", "false", *common]
-    second = ["--address", f"{FIRST}:6399", "--node-ip-address", SECOND, *common[2:], "--num-cpus", "1"]
+    common = ["--object-store-memory", str(MEMORY), "--disable-usage-stats", "--num-cpus"]
+    head = ["--head", "--port", "6399", "--node-ip-address", FIRST, "--include-dashboard", "false", *common, "2"]
+    second = ["--address", f"{FIRST}:6399", "--node-ip-address", SECOND, *common, "1"]
     program = str(Path(__file__).parent / "lost_host_program.py")
     with ray_node(hosts, hosts.first, *head), ray_node(hosts, hosts.second, *second):
         command = hosts.command(hosts.first, sys.executable, program, text, *hosts.cut())
