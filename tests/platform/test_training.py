@@ -168,7 +168,9 @@ def test_what_an_earlier_run_left_in_the_folder_is_not_where_a_new_one_goes_on(
     train(spec(text), settings=settings, world_size=1)  # leaves the checkpoints of steps 5 and 10
     plan = ((Fault(FaultKind.SIGKILL, FaultPlace.BEFORE_FORWARD, 0, 4),),)
     said: list[str] = []
-    result, weights = train(spec(text), plan, settings=settings, world_size=1, spares=1, replace_s=60.0, say=said.append)
+    result, weights = train(
+        spec(text), plan, settings=settings, world_size=1, spares=1, replace_s=60.0, say=said.append
+    )
     assert [recovery.step for recovery in result.recoveries] == [0], "nothing of this run was durable yet"
     assert "no checkpoint of this question was found: the training begins at step 0" in said
     assert_same_up_to_rounding(weights, undisturbed[1])
