@@ -43,6 +43,8 @@ class BlockLayout:
         q_block_ids: (num_q_blocks,) int64, strictly increasing global positions of the query blocks at hand;
             None means all of them, ``0 .. ceil(q_len / q_block_size) - 1``.
         kv_block_ids: the same for KV blocks.
+        transient: its columns follow from data and serve one call, so that what pays only for a layout used again (a
+            choice among measured backends) is not done for it.
         handle: a number of this process by which ``of_handle`` finds the layout, never given.
     """
 
@@ -55,6 +57,7 @@ class BlockLayout:
     causal: bool = False
     q_block_ids: Tensor | None = None
     kv_block_ids: Tensor | None = None
+    transient: bool = False
     handle: int = field(init=False, repr=False, default=-1)
 
     def __post_init__(self) -> None:

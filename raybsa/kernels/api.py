@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from raybsa.kernels import auto, blocked, flex, reference, triton_backend, triton_op
-from raybsa.kernels.call import AttentionCall, cast_inputs, check_call, kept_with
+from raybsa.kernels.call import AttentionCall, cast_inputs, check_call, kept_with, kept_with_rows
 from raybsa.kernels.peers import cudnn, fa4
 from raybsa.layout import BlockLayout
 
@@ -117,7 +117,11 @@ def run_call(call: AttentionCall, backend: str = "auto") -> tuple[Tensor, Tensor
 
 def _chosen(call: AttentionCall, backend: str) -> ModuleType:
     """The backend of a checked call; checks and choice hold for all calls of the same signature and layout."""
-    known = kept_with(call.layout) if isinstance(call.layout, BlockLayout) else {}  # the check says what is wrong
+    layout = call.layout
+    if isinstance(layout, BlockLayout):
+        known = kept_with_rows(layout) if layout.transient else kept_with(layout)
+    else:
+        known = {}  # the check says what is wrong
     key = ("backend", backend, call.signature)
     found = known.get(key)
     if found is None:

@@ -17,9 +17,10 @@ REACH = 4.0  # a cell says nothing about calls with more than this many times it
 
 
 def measured_order(call: AttentionCall) -> tuple[str, ...]:
-    """Backends, the fastest first; empty where nothing like this call was measured (see ``nearest``)."""
+    """Backends, the fastest first; empty where nothing like this call was measured (see ``nearest``), and for a layout
+    that serves one call: a library's own form of it would be made for nothing else."""
     rows = _device_rows(call.q.device)
-    if not rows or not _is_measured_kind(call):
+    if not rows or call.layout.transient or not _is_measured_kind(call):
         return ()
     found = nearest(rows, call)
     return found.order if found else ()

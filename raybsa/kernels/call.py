@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from raybsa.layout import BlockLayout
 
@@ -66,12 +67,26 @@ class AttentionCall:
 _SIGNATURES: dict[tuple[Any, ...], int] = {}
 _NUMBERS = count()
 _KEPT: WeakKeyDictionary[BlockLayout, dict[tuple[object, ...], Any]] = WeakKeyDictionary()
+_KEPT_WITH_ROWS = WeakTensorKeyDictionary()  # of the rows' offsets: a dictionary for each geometry
 
 
 def kept_with(layout: BlockLayout) -> dict[tuple[object, ...], Any]:
     """What backends made once for a layout; it lives as long as the layout does."""
     found = _KEPT.get(layout)
     return _KEPT.setdefault(layout, {}) if found is None else found
+
+
+def kept_with_rows(layout: BlockLayout) -> dict[tuple[object, ...], Any]:
+    """What was made once from the offsets of the rows alone, whatever the columns are.
+
+    It lives as long as the tensor of the offsets: layouts that share it, as those of a selection do, share this. Where
+    more than the offsets decides what a row sees (unequal blocks, a part of the sequence) it is ``kept_with``.
+    """
+    sizes = (layout.q_len, layout.kv_len, layout.q_block_size, layout.kv_block_size, layout.causal)
+    if sizes[2] != sizes[3] or layout.q_block_ids is not None or layout.kv_block_ids is not None:
+        return kept_with(layout)
+    found: dict[tuple[object, ...], Any] = _KEPT_WITH_ROWS.setdefault(layout.crow_indices, {}).setdefault(sizes, {})
+    return found
 
 
 def _signature(tensor: Tensor) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from raybsa.kernels.call import AttentionCall, kept_with
+from raybsa.kernels.call import AttentionCall, kept_with_rows
 from raybsa.kernels.triton_arguments import (
     constants,
     dot_precision,
@@ -45,7 +45,8 @@ MERGE_ROWS = 16
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """out (B, H, Sq, D) in q's dtype and lse (B, H, Sq) float32."""
-    kept, key = kept_with(call.layout), ("forward", dot_precision(call.q.dtype), call.signature)
+    kept, alignment = kept_with_rows(call.layout), call.layout.col_indices.data_ptr() % 16
+    key = ("forward", dot_precision(call.q.dtype), call.signature, alignment)
     if key not in kept:
         kept[key] = _Forward(call)
     return kept[key](call)

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from raybsa.kernels.call import AttentionCall, kept_with
+from raybsa.kernels.call import AttentionCall, kept_with, kept_with_rows
 from raybsa.kernels.triton_setup import processors
 from raybsa.layout import BlockLayout
 
@@ -66,24 +65,17 @@ class Columns:
     work: Work
 
 
-_ROWS = WeakTensorKeyDictionary()  # of the rows' offsets: dict[tuple[object, ...], Work]
-
-
 def plan_rows(call: AttentionCall, tile: int) -> Work:
-    """The rows' work for tiles of ``tile`` keys, kept as long as the layout lives.
-
-    With equal block sizes it follows from the rows' offsets alone and is kept as long as that tensor lives: layouts
-    that share it, as those of a learned selection do, are planned once, and nothing is read back for the next one.
-    """
+    """The rows' work for tiles of ``tile`` keys, made once for layouts that share their rows' offsets: nothing is read
+    back for the next one."""
     layout = call.layout
-    alike = layout.q_block_size == layout.kv_block_size and layout.q_block_ids is layout.kv_block_ids is None
-    plans = _ROWS.setdefault(layout.crow_indices, {}) if alike else kept_with(layout)
-    copies = call.q.shape[0] * call.q.shape[1] // layout.num_groups
-    key = ("rows", copies, tile, layout.causal, layout.q_len, layout.kv_len, layout.kv_block_size)
+    plans, copies = kept_with_rows(layout), call.q.shape[0] * call.q.shape[1] // layout.num_groups
+    key = ("rows", copies, tile)
     if key not in plans:
         lists = max(1, layout.num_groups * layout.num_q_blocks * copies)
         bound = _part_blocks(layout.nnz_blocks * copies, lists, layout.kv_block_size, tile, layout.device)
-        offsets, turn = _rows_cut_last(layout) if alike else _row_lists(layout)
+        from_offsets = plans is not kept_with(layout)
+        offsets, turn = _rows_cut_last(layout) if from_offsets else _row_lists(layout)
         plans[key] = _cut(offsets, turn, bound, max(1, tile // layout.kv_block_size))
     found = plans[key]
     assert isinstance(found, Work)

@@ -12,12 +12,18 @@ from torch import Tensor
 from raybsa.kernels.triton_setup import why_not_here
 
 
+def runs_kernels(x: Tensor) -> bool:
+    """Whether kernels of our own may compute what needs no gradient: on a GPU, outside of ``torch.compile``, which
+    fuses torch's operations itself."""
+    return x.is_cuda and not torch.compiler.is_compiling() and why_not_here(x.device) is None
+
+
 def block_stats(x: Tensor, block_size: int) -> Tensor:
     """(B, H, n, 3, D) in at least float32: mean, maximum and first token of each block of ``x`` (B, H, S, D).
 
     A ragged last block is pooled over its own tokens. On a GPU, where no gradient is wanted, in one pass.
     """
-    if x.is_cuda and why_not_here(x.device) is None and not (x.requires_grad and torch.is_grad_enabled()):
+    if runs_kernels(x) and not (x.requires_grad and torch.is_grad_enabled()):
         from raybsa.selectors.triton_pool import pooled
 
         return pooled(x, block_size)

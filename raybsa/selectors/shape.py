@@ -85,9 +85,10 @@ class Shape:
         chosen = torch.where(self.kept, best.flatten(0, 1), self.columns)
         return chosen.sort(-1).values.flatten(1)[:, self.flat].to(torch.int32)
 
-    def layout(self, col: Tensor, copies: int = 1) -> BlockLayout:
+    def layout(self, col: Tensor, copies: int = 1, transient: bool = True) -> BlockLayout:
         """The layout of the columns ``col`` (groups, m), every group ``copies`` times in a row."""
-        return self._layout(self._offsets(len(col) * copies), col[:, None].expand(-1, copies, -1).flatten())
+        offsets = self._offsets(len(col) * copies)
+        return self._layout(offsets, col[:, None].expand(-1, copies, -1).flatten(), transient)
 
     def capped_layout(self, best: Tensor, wanted: Tensor, copies: int = 1) -> BlockLayout:
         """As ``layout``, of the choices that are ``wanted`` (B, groups, n, widest) too. Reads sizes back."""
@@ -98,7 +99,7 @@ class Shape:
         begin = torch.cat([ends.new_zeros(1), ends])
         first = torch.arange(len(kept), device=col.device)[:, None] * len(self.rows)
         crow = begin[first + torch.arange(len(self.rows) + 1, device=col.device)]
-        return self._layout(crow, col[col < self.columns])
+        return self._layout(crow, col[col < self.columns], True)
 
     def everything(self, groups: int = 1) -> BlockLayout:
         """The layout that keeps every candidate: what dense attention is within the rules."""
@@ -107,7 +108,7 @@ class Shape:
         begin = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         col = torch.cat([x.nonzero()[:, 1] for x in found])
         first = torch.arange(groups, device=col.device)[:, None] * len(col)
-        return self._layout(first + begin, col.repeat(groups))
+        return self._layout(first + begin, col.repeat(groups), False)
 
     def _offsets(self, groups: int) -> Tensor:
         """(groups, n + 1) int64, one tensor for all calls: a GPU's plan of the rows goes with it."""
@@ -132,13 +133,14 @@ class Shape:
         work before there is data."""
         step = max(1, 2**20 // self.columns)
         best = [self._nearest(rows) for rows in self.rows.split(step)]
-        return self.layout(self.columns_of(torch.cat(best)[None, None]))
+        return self.layout(self.columns_of(torch.cat(best)[None, None]), transient=False)
 
     def _nearest(self, rows: Tensor) -> Tensor:
         columns = torch.arange(self.columns, device=rows.device)
         distance = (columns - self.rules.diagonal(rows, self.columns)[:, None]).abs()
         return torch.topk(self.rules.preferences(-distance.float(), rows), self.widest).indices
 
-    def _layout(self, crow: Tensor, col: Tensor) -> BlockLayout:
+    def _layout(self, crow: Tensor, col: Tensor, transient: bool) -> BlockLayout:
         size, ids = self.rules.block_size, None if self.is_whole else self.rows
-        return BlockLayout(crow, col.to(torch.int32), self.q_len, self.kv_len, size, size, self.rules.causal, ids)
+        sizes = (self.q_len, self.kv_len, size, size, self.rules.causal)
+        return BlockLayout(crow, col.to(torch.int32), *sizes, ids, transient=transient)

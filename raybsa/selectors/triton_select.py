@@ -14,6 +14,8 @@ from raybsa.kernels.triton_launch import launcher
 from raybsa.selectors.shape import Shape
 
 MAX_COLUMNS = 16_384
+MAX_COLUMNS_AT_ONCE, ROWS_AT_ONCE = 1024, 16  # what fits a program's registers with its scores
+INNER = tl.constexpr(16)
 
 
 def choose(scores: Tensor, shape: Shape, first: int, out: Tensor) -> None:
@@ -26,51 +28,92 @@ def choose(scores: Tensor, shape: Shape, first: int, out: Tensor) -> None:
     """
     groups, rows, columns = scores.shape
     padded = max(16, triton.next_power_of_2(columns))
-    rules = shape.rules
-    tensors = (scores, shape.rows, shape.begin, out)
-    launch = launcher(select_kernel, tensors, (), (rules.causal, padded), warps=4 if padded <= 2048 else 8)
-    launch((rows, groups), tensors, (first, columns, out.shape[1], rules.sinks, rules.window))
+    constants = (shape.rules.causal, padded, 1, 0)
+    _launch((scores, None), shape, out, (rows, groups), (first, rows), constants, 4 if padded <= 2048 else 8)
 
 
-@triton.jit(do_not_specialize=["first", "columns", "kept", "sinks", "window"])
+def choose_by(u: Tensor, w: Tensor, shape: Shape, out: Tensor) -> None:
+    """The same for all rows, the scores ``u @ w.T`` made on the way.
+
+    Args:
+        u: (B, Hkv, rows, d) float32 of the shape's rows, contiguous.
+        w: (B, Hkv, columns, d) the same, at most ``MAX_COLUMNS_AT_ONCE`` columns.
+    """
+    rows, inner = u.shape[2:]
+    padded = max(16, triton.next_power_of_2(w.shape[2]))
+    grid = (triton.cdiv(rows, ROWS_AT_ONCE), u.shape[0] * u.shape[1])
+    constants = (shape.rules.causal, padded, ROWS_AT_ONCE, inner)
+    _launch((u, w), shape, out, grid, (0, rows), constants, min(16, max(4, padded // 64)))
+
+
+def _launch(
+    scored: tuple[Tensor, Tensor | None],
+    shape: Shape,
+    out: Tensor,
+    grid: tuple[int, int],
+    some: tuple[int, int],
+    constants: tuple[int, ...],
+    warps: int,
+) -> None:
+    tensors = (*scored, shape.rows, shape.begin, out)
+    launch = launcher(select_kernel, tensors, (), constants, warps)
+    launch(grid, tensors, (*some, shape.columns, out.shape[1], shape.rules.sinks, shape.rules.window))
+
+
+@triton.jit(do_not_specialize=["first", "count_rows", "columns", "kept", "sinks", "window"])
 def select_kernel(
     scores,
+    w,
     rows,
     begin,
     out,
     first,
+    count_rows,
     columns,
     kept,
     sinks,
     window,
     CAUSAL: tl.constexpr,
     N: tl.constexpr,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
 ):
-    """Program (row, group)."""
+    """Program (``ROWS`` rows, group); with D, ``scores`` is u."""
     LOWEST: tl.constexpr = -2147483648
     FREE: tl.constexpr = 1 << 20
     group = tl.program_id(1).to(tl.int64)
-    place = first + tl.program_id(0)
-    row = tl.load(rows + place).to(tl.int32)
-    start = tl.load(begin + place)
-    count = (tl.load(begin + place + 1) - start).to(tl.int32)
-    col = tl.arange(0, N)
-    diagonal = tl.minimum(row, columns - 1)
-    allowed = col < (diagonal + 1 if CAUSAL else columns)
-    line = scores + (group * tl.num_programs(0) + tl.program_id(0)) * columns
-    score = tl.load(line + col, mask=allowed, other=0.0) + 0.0
-    bits = score.to(tl.int32, bitcast=True)
+    line = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = line < count_rows
+    row = tl.load(rows + first + line, mask=inside, other=0).to(tl.int32)
+    start = tl.load(begin + first + line, mask=inside, other=0)
+    end = tl.load(begin + first + line + 1, mask=inside, other=0)
+    count = (end - start).to(tl.int32)[:, None]
+    col = tl.arange(0, N)[None, :]
+    diagonal = tl.minimum(row, columns - 1)[:, None]
+    allowed = (col < (diagonal + 1 if CAUSAL else columns)) & inside[:, None]
+    if D > 0:
+        score = tl.zeros([ROWS, N], tl.float32)
+        for step in tl.static_range(0, D, INNER):
+            inner = step + tl.arange(0, INNER)
+            u_at = scores + (group * count_rows + line)[:, None] * D + inner[None, :]
+            a = tl.load(u_at, mask=inside[:, None] & (inner < D)[None, :], other=0.0)
+            w_at = w + (group * columns + col) * D + inner[:, None]
+            b = tl.load(w_at, mask=(col < columns) & (inner < D)[:, None], other=0.0)
+            score = tl.dot(a, b, score, input_precision="tf32x3")
+    else:
+        score = tl.load(scores + (group * count_rows + line)[:, None] * columns + col, mask=allowed, other=0.0)
+    bits = (score + 0.0).to(tl.int32, bitcast=True)
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     distance = tl.abs(col - diagonal)
     rank = tl.where(distance < window, 1 + sinks + 2 * distance + (col > diagonal).to(tl.int32), FREE)
     rank = tl.where(distance == 0, 0, tl.where(col < sinks, 1 + col, rank))
     key = tl.where(allowed, tl.where(rank < FREE, 0x7FFFFFFF - rank, key), LOWEST)
-    bar = tl.where(tl.sum((key >= 0).to(tl.int32), 0) >= count, 0, LOWEST)
+    bar = tl.where(tl.sum((key >= 0).to(tl.int32), 1, keep_dims=True) >= count, 0, LOWEST)
     for bit in range(31):
         higher = bar + (1 << (30 - bit))
-        bar = tl.where(tl.sum((key >= higher).to(tl.int32), 0) >= count, higher, bar)
+        bar = tl.where(tl.sum((key >= higher).to(tl.int32), 1, keep_dims=True) >= count, higher, bar)
     above, level = key > bar, key == bar
-    left = count - tl.sum(above.to(tl.int32), 0)
-    chosen = above | (level & (tl.cumsum(level.to(tl.int32), 0) <= left))
-    to = out + group * kept + start + tl.cumsum(chosen.to(tl.int32), 0) - 1
-    tl.store(to, col, mask=chosen)
+    left = count - tl.sum(above.to(tl.int32), 1, keep_dims=True)
+    chosen = (above | (level & (tl.cumsum(level.to(tl.int32), 1) <= left))) & allowed
+    to = out + group * kept + start[:, None] + tl.cumsum(chosen.to(tl.int32), 1) - 1
+    tl.store(to, tl.broadcast_to(col, [ROWS, N]), mask=chosen)

@@ -20,7 +20,7 @@ from raybsa.selectors.coarse import coarse_attention
 from raybsa.selectors.distill import dense_mass, divergence, sampled_rows
 from raybsa.selectors.entries import Entries
 from raybsa.selectors.gate import Gate, position_waves
-from raybsa.selectors.pooling import block_stats, blocks_before, key_features, query_features
+from raybsa.selectors.pooling import block_stats, blocks_before, key_features, query_features, runs_kernels
 from raybsa.selectors.rules import Rules
 from raybsa.selectors.schedule import Schedule
 from raybsa.selectors.selection import best_columns, kept_columns, mean_probabilities, within_share
@@ -144,9 +144,9 @@ class BlockSelector(nn.Module):
     def select(self, q: Tensor, k: Tensor) -> tuple[BlockLayout, Tensor | None]:
         """The layout for q (B, H, Sq, D) and k (B, Hkv, Skv, D), a group for each sample and head (one in all where
         everything is kept), and the bias (nnz,) of the method ``"bias"``."""
-        own, keys = self.query_stats(q), self.key_stats(k)
-        before = blocks_before(own) if self.rules.causal else None
-        return self.choose(own, before, keys, self._shape(q.shape[2], k.shape[2], self.density.value, q.device))
+        self._check("q", q, self.num_heads)
+        self._check("k", k, self.num_kv_heads)
+        return self._keep(*self._compare_whole(q, k), self._shape(q.shape[2], k.shape[2], self.density.value, q.device))
 
     def query_stats(self, q: Tensor) -> Tensor:
         """(B, H, n, 3, D) what the gate sees of q; without a gradient where the method gives it none."""
@@ -167,7 +167,9 @@ class BlockSelector(nn.Module):
             own, before: of these rows' blocks and of those before them, as in ``query_features``.
             keys: ``key_stats`` of all of k.
         """
-        u, w = self._compare(own, before, keys, None if shape.is_whole else shape.rows)
+        return self._keep(*self._compare(own, before, keys, None if shape.is_whole else shape.rows), shape)
+
+    def _keep(self, u: Tensor, w: Tensor, shape: Shape) -> tuple[BlockLayout, Tensor | None]:
         copies, groups = self.num_heads // self.num_kv_heads, len(u) * self.num_kv_heads
         dense = self.density.value == 1.0 and self.rules.max_blocks is None
         if dense:
@@ -251,7 +253,7 @@ class BlockSelector(nn.Module):
         best = torch.empty(1, u.shape[1], u.shape[2], shape.widest, dtype=torch.int64, device=q.device)
         for place, odds in mean_probabilities(u, w, shape, self.temperature.end):
             best[:, :, place] = top_columns(self.rules.preferences(odds, shape.rows[place]), shape.widest)
-        return shape.layout(shape.columns_of(best), self.num_heads // self.num_kv_heads)
+        return shape.layout(shape.columns_of(best), self.num_heads // self.num_kv_heads, transient=False)
 
     def freeze_to(self, path: str, q: Tensor, k: Tensor) -> PatternSpec:
         """Saves ``freeze(q, k)`` in a Parquet file; the pattern ``blocks`` that reads it, for this geometry."""
@@ -276,6 +278,12 @@ class BlockSelector(nn.Module):
         return self._cache.get(key, lambda: Shape.make(self.rules, q_len, kv_len, density, device))
 
     def _compare_whole(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        gate = self.gate
+        if gate is not None and gate.dtype == torch.float32 and runs_kernels(q) and not torch.is_grad_enabled():
+            from raybsa.selectors.triton_gate import gated
+
+            waves = self._waves(-(-max(q.shape[2], k.shape[2]) // self.rules.block_size), q.device)
+            return gated(q, k, gate, waves, self.rules.block_size, self.rules.causal)
         own, keys = self.query_stats(q), self.key_stats(k)
         before = blocks_before(own) if self.rules.causal else None
         return self._compare(own, before, keys, None)

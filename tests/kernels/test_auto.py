@@ -16,7 +16,7 @@ from raybsa import BlockLayout, block_sparse_attention
 from raybsa.kernels import api, auto, blocked
 from raybsa.kernels.api import BACKENDS, choose_backend
 from raybsa.kernels.auto_table import COLUMNS, PATH, Measured, family, of_device, parse, table, text_of
-from raybsa.kernels.call import AttentionCall
+from raybsa.kernels.call import AttentionCall, kept_with_rows
 from raybsa.kernels.peers import guards
 from tests.kernels.problems import Problem
 
@@ -230,6 +230,23 @@ def test_a_known_call_is_looked_up_once(measured: list[Measured], monkeypatch: p
     for _ in range(3):
         block_sparse_attention(*inputs, layout)
     assert len(asked) == 1
+
+
+def test_layouts_of_one_call_go_to_the_own_kernel_and_share_what_their_rows_decide(
+    measured: list[Measured], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = GOOD.layout()
+    chosen = [replace(layout, transient=True) for _ in range(2)]
+    assert auto.measured_order(call_of(layout=layout)) == ("fa4", "cudnn", "triton", "flex")
+    assert auto.measured_order(call_of(layout=chosen[0])) == ()
+    assert kept_with_rows(chosen[0]) is kept_with_rows(chosen[1])
+    asked = []
+    monkeypatch.setattr(api, "choose_backend", lambda call: asked.append(call) or "blocked")
+    inputs = GOOD.inputs(torch.float32)
+    for one in (*chosen, layout):
+        block_sparse_attention(*inputs, one)
+    assert [call.layout for call in asked] == [chosen[0], layout]
+    assert kept_with_rows(replace(layout, causal=not layout.causal)) is not kept_with_rows(layout)
 
 
 class Reads(TorchFunctionMode):

@@ -11,14 +11,16 @@ import pytest
 import torch
 
 from raybsa.kernels import triton_setup
-from raybsa.selectors.pooling import block_stats
+from raybsa.selectors.gate import Gate, position_waves
+from raybsa.selectors.pooling import block_stats, blocks_before, key_features, query_features
 from raybsa.selectors.rules import Rules
 from raybsa.selectors.selection import best_columns
 from raybsa.selectors.shape import Shape
 
 pytest.importorskip("triton")
+from raybsa.selectors.triton_gate import gated
 from raybsa.selectors.triton_pool import pooled
-from raybsa.selectors.triton_select import choose
+from raybsa.selectors.triton_select import choose, choose_by
 
 
 @pytest.fixture(autouse=True)
@@ -45,9 +47,27 @@ def test_it_chooses_what_a_stable_sort_chooses(device, causal, q_len, kv_len, si
     wanted = shape.columns_of(best_columns(u, w, shape))
     found = torch.full_like(wanted, -1)
     scores = (u @ w.transpose(-1, -2)).flatten(0, 1)
-    for first, some in ((0, scores[:, :4]), (4, scores[:, 4:])):
+    for first, some in ((0, scores[:, :3]), (3, scores[:, 3:])):
         choose(some.contiguous(), shape, first, found)
     assert torch.equal(found, wanted)
+    choose_by(u, w, shape, found.fill_(-1))
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("copies", [1, 3])
+def test_a_gate_s_vectors_are_those_of_torch(device, causal, copies):
+    gate = Gate(2, copies, 20, 12).to(device).requires_grad_(False)
+    for parameter in gate.parameters():
+        parameter.normal_()
+    q = torch.randn(2, 77, 2 * copies, 20, device=device).transpose(1, 2) - 1
+    k = torch.randn(2, 2, 50, 20, device=device)
+    waves = position_waves(5, device)
+    u, w = gated(q, k, gate, waves, 16, causal)
+    own, keys = block_stats(q.cpu(), 16).to(device), block_stats(k.cpu(), 16).to(device)
+    features = query_features(own, blocks_before(own) if causal else None, 2)
+    torch.testing.assert_close(u, gate.queries(features, waves))
+    torch.testing.assert_close(w, gate.keys(key_features(keys), waves[:4]))
 
 
 @pytest.mark.parametrize("tokens", [5, 64, 77])
@@ -77,13 +97,20 @@ jit.JITFunction.run = compile_only
 from raybsa.selectors.rules import Rules
 from raybsa.selectors.shape import Shape
 from raybsa.selectors.triton_pool import pooled
-from raybsa.selectors.triton_select import choose
+from raybsa.selectors.gate import Gate, position_waves
+from raybsa.selectors.triton_gate import gated
+from raybsa.selectors.triton_select import choose, choose_by
 
 for dtype, size, head_dim in ((torch.float32, 128, 80),):
     pooled(torch.zeros(1, 2, 300, head_dim, dtype=dtype), size)
 for blocks in (512, 16384):
     shape = Shape.make(Rules(16, True, max_blocks=4), 16 * blocks, 16 * blocks, 0.1, "cpu")
     choose(torch.zeros(1, 2, blocks), shape, 0, torch.zeros(1, len(shape.row), dtype=torch.int32))
+for blocks in (512, 1024):
+    shape = Shape.make(Rules(16, True), 16 * blocks, 16 * blocks, 0.1, "cpu")
+    u = torch.zeros(1, 1, blocks, 56)
+    choose_by(u, u, shape, torch.zeros(1, len(shape.row), dtype=torch.int32))
+gated(*[torch.zeros(1, 2, 300, 64, dtype=torch.bfloat16)] * 2, Gate(2, 1, 64, 32), position_waves(5, "cpu"), 64, True)
 """
 
 
@@ -98,4 +125,6 @@ def test_the_kernels_compile_for_an_h100(device: str, tmp_path: Path) -> None:
         check=False,
     )
     assert shown.returncode == 0, shown.stderr[-3000:]
-    assert [line.split()[0] for line in shown.stdout.splitlines()] == ["pool_kernel", "select_kernel", "select_kernel"]
+    kernels = [line.split() for line in shown.stdout.splitlines()]
+    assert [name for name, _ in kernels] == ["pool_kernel", *["select_kernel"] * 4, *["gate_kernel"] * 2]
+    assert max(int(shared) for _, shared in kernels) <= 227 << 10
