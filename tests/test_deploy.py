@@ -1,0 +1,133 @@
+"""cluster.yaml and deploy/: as Ray's own validator reads them, and what that validator does not look at."""
+
+from __future__ import annotations
+
+import copy
+import re
+import subprocess
+import sys
+import tomllib
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+CLOUDS = ("deploy/aws.yaml", "deploy/gcp.yaml")
+
+
+def read(file: str) -> dict[str, Any]:
+    return yaml.safe_load((ROOT / file).read_text(encoding="utf-8"))
+
+
+def pinned(package: str) -> str:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    (version,) = (line.partition("==")[2] for line in lines if line.startswith(f"{package}=="))
+    return version
+
+
+@pytest.fixture
+def config() -> dict[str, Any]:
+    return read("cluster.yaml")
+
+
+def validate(config: dict[str, Any]) -> dict[str, Any]:
+    """What Ray makes of the file, once its validator has passed it."""
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    prepared = prepare_config(copy.deepcopy(config))
+    validate_config(prepared)
+    return prepared
+
+
+def test_ray_accepts_the_file_and_starts_a_node_for_each_worker_address(config: dict[str, Any]) -> None:
+    prepared = validate(config)
+    (node_type,) = prepared["available_node_types"].values()
+    assert node_type["min_workers"] == node_type["max_workers"] == len(config["provider"]["worker_ips"])
+    for side in ("head", "worker"):
+        assert prepared[f"{side}_start_ray_commands"] == config[f"{side}_start_ray_commands"]
+
+
+def test_ray_refuses_an_unknown_key(config: dict[str, Any]) -> None:
+    with pytest.raises(Exception, match="no_such_key"):
+        validate({**config, "no_such_key": 1})
+
+
+def test_the_provider_names_a_head_and_as_many_workers_as_are_started(config: dict[str, Any]) -> None:
+    provider = config["provider"]
+    assert provider["type"] == "local"
+    assert provider["head_ip"]
+    assert config["min_workers"] == config["max_workers"] == len(provider["worker_ips"]) > 0
+
+
+def test_every_address_is_one_that_is_reserved_for_documentation(config: dict[str, Any]) -> None:
+    """RFC 5737: nobody's machine is reached where the file was not edited."""
+    provider = config["provider"]
+    addresses = [ip_address(one) for one in (provider["head_ip"], *provider["worker_ips"])]
+    assert all(address in ip_network("192.0.2.0/24") for address in addresses)
+    assert len(set(addresses)) == len(addresses)
+
+
+@pytest.mark.parametrize("file", CLOUDS)
+def test_ray_accepts_a_cloud_s_file_and_it_may_grow_by_machines_with_a_gpu(file: str) -> None:
+    prepared = validate(read(file))
+    head, gpu = (prepared["available_node_types"][name] for name in ("head", "gpu"))
+    assert "GPU" not in head["resources"]
+    assert gpu["resources"]["GPU"] == 1
+    assert (gpu["min_workers"], gpu["max_workers"]) == (0, prepared["max_workers"])
+
+
+@pytest.mark.parametrize("file", CLOUDS)
+def test_a_cloud_s_nodes_are_set_up_and_started_as_those_of_cluster_yaml(file: str, config: dict[str, Any]) -> None:
+    cloud = read(file)
+    for key in ("file_mounts", "rsync_exclude", "head_start_ray_commands", "worker_start_ray_commands"):
+        assert cloud[key] == config[key]
+    assert cloud["setup_commands"][-1:] == config["setup_commands"]
+
+
+@pytest.mark.parametrize("side", ["head", "worker"])
+def test_start_commands_say_how_to_authenticate_and_when_a_machine_counts_as_lost(
+    config: dict[str, Any], side: str
+) -> None:
+    (start,) = (command for command in config[f"{side}_start_ray_commands"] if "ray start" in command)
+    settings, _, _ = start.partition("ray start")
+    names = {setting.partition("=")[0] for setting in settings.split()}
+    assert "RAY_AUTH_MODE=token" in settings.split()
+    assert {f"RAY_health_check_{what}" for what in ("period_ms", "timeout_ms", "failure_threshold")} <= names
+
+
+def test_a_rayjob_runs_the_pinned_versions_with_a_token_and_notices_a_lost_host() -> None:
+    job = read("deploy/rayjob.yaml")
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    cluster = job["spec"]["rayClusterSpec"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert cluster["rayVersion"] == pinned("ray")
+    assert f"torch=={pinned('torch')}" in yaml.safe_load(job["spec"]["runtimeEnvYAML"])["pip"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    containers = [group["template"]["spec"]["containers"][0] for group in groups]
+    for container in containers:
+        assert container["image"].startswith(f"rayproject/ray:{pinned('ray')}-")
+        names = {one["name"] for one in container["env"]}
+        assert {f"RAY_health_check_{what}" for what in ("period_ms", "timeout_ms", "failure_threshold")} <= names
+        assert container["resources"]["requests"] == container["resources"]["limits"]
+    assert "nvidia.com/gpu" in containers[1]["resources"]["limits"]
+
+
+def test_the_packages_of_a_rayjob_are_those_of_the_project() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)["project"]
+    given = yaml.safe_load(read("deploy/rayjob.yaml")["spec"]["runtimeEnvYAML"])["pip"]
+    in_the_image = {"ray", "numpy"}
+    wanted = {re.split(r"[>=\[]", one)[0] for one in project["dependencies"]} - in_the_image
+    assert wanted | {"triton"} == {re.split(r"[>=\[]", one)[0] for one in given}
+
+
+def test_the_entry_point_of_a_rayjob_is_a_job_with_arguments_that_it_knows() -> None:
+    program, job, *arguments = read("deploy/rayjob.yaml")["spec"]["entrypoint"].split()
+    assert program == "python"
+    shown = subprocess.run(
+        [sys.executable, str(ROOT / job), "--help"], capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+    assert all(one in shown for one in arguments if one.startswith("--"))
