@@ -14,6 +14,7 @@ FLOORS = {
     "raybsa.layout": 0,
     "raybsa.spec": 0,
     "raybsa.counter": 0,
+    "raybsa.own": 0,
     "raybsa.comm": 1,
     "raybsa.timing": 1,
     "raybsa.results": 1,

@@ -12,6 +12,7 @@ from raybsa.gradients.int8 import Int8
 from raybsa.gradients.none import Uncompressed
 from raybsa.gradients.powersgd import PowerSGD
 from raybsa.gradients.topk import TopK
+from raybsa.own import own
 
 CATALOG: dict[str, type[Codec]] = {
     codec.name: codec for codec in (Uncompressed, Float16, BFloat16, Int8, TopK, PowerSGD)
@@ -42,11 +43,12 @@ def build(codec: Codec | Mapping[str, Any] | str, **params: Any) -> Codec:
 
 
 def _made(name: str, params: Mapping[str, Any]) -> Codec:
-    if name not in CATALOG:
-        raise ValueError(f"unknown codec {name!r}; there are {', '.join(CATALOG)}")
-    known = [field.name for field in fields(CATALOG[name])]
+    cls = CATALOG[name] if name in CATALOG else own(name, "codec", CATALOG)
+    if not (isinstance(cls, type) and issubclass(cls, Codec)):
+        raise TypeError(f"codec {name!r} must name a subclass of raybsa.gradients.Codec, got {cls!r}")
+    known = [field.name for field in fields(cls)]
     unknown = sorted(set(params) - set(known))
     if unknown:
         has = f"it has {', '.join(known)}" if known else "it has none"
         raise ValueError(f"codec {name} has no parameter {', '.join(unknown)}; {has}")
-    return CATALOG[name](**params)
+    return cls(**params)

@@ -12,6 +12,7 @@ from raybsa.kernels import auto, blocked, flex, reference, triton_backend, trito
 from raybsa.kernels.call import AttentionCall, cast_inputs, check_call, kept_with, kept_with_rows
 from raybsa.kernels.peers import cudnn, fa4
 from raybsa.layout import BlockLayout
+from raybsa.own import own
 
 BACKENDS: dict[str, ModuleType] = {
     "reference": reference,
@@ -142,13 +143,12 @@ def choose_backend(call: AttentionCall) -> str:
 
 
 def _named(name: str, call: AttentionCall) -> ModuleType:
-    if name not in BACKENDS:
-        raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {name!r}")
-    reason = BACKENDS[name].why_not(call)
+    backend = BACKENDS[name] if name in BACKENDS else own(name, "backend", ("auto", *sorted(BACKENDS)))
+    reason = backend.why_not(call)
     if reason is not None:
         able = [other for other, module in BACKENDS.items() if module.why_not(call) is None]
         raise NotImplementedError(f"backend {name!r} cannot serve this call: {reason}; {able} can")
-    return BACKENDS[name]
+    return backend
 
 
 def draw_seed(dropout_p: float) -> int:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from importlib import import_module
 from typing import Any
 
+from raybsa.own import own
 from raybsa.patterns.bigbird import BigBird
 from raybsa.patterns.blocks import Blocks
 from raybsa.patterns.butterfly import Butterfly
@@ -74,13 +74,7 @@ def build(pattern: Pattern | PatternSpec | Mapping[str, Any] | str) -> Pattern:
 def _family(name: str) -> type[Pattern]:
     if name in CATALOG:
         return CATALOG[name]
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        raise ValueError(f"unknown pattern {name!r}; there are {', '.join(CATALOG)}, or your own 'module:Class'")
-    try:
-        cls = getattr(import_module(module), attribute)
-    except (ModuleNotFoundError, AttributeError, ValueError) as error:
-        raise ValueError(f"pattern {name!r} must name a class as 'module:Class': {error}") from error
+    cls = own(name, "pattern", CATALOG)
     if not (isinstance(cls, type) and issubclass(cls, Pattern)):
         raise TypeError(f"pattern {name!r} must name a subclass of raybsa.patterns.Pattern, got {cls!r}")
     return cls

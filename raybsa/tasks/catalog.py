@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from raybsa.own import own
 from raybsa.spec import TrialSpec
 from raybsa.tasks import byte_lm, recall
 from raybsa.tasks.training import Training
@@ -19,6 +20,7 @@ TRAININGS: dict[str, Prepare] = {"byte_lm": byte_lm.prepare_training, "recall": 
 
 def prepare_training(spec: TrialSpec, device: torch.device, lock: DeviceLock) -> Training | None:
     """What trains and evaluates for a task, not begun; None where only speed is asked for."""
-    if spec.task != SPEED_ONLY and spec.task not in TRAININGS:
-        raise ValueError(f"task must be one of {sorted([*TRAININGS, SPEED_ONLY])}, got {spec.task!r}")
-    return TRAININGS[spec.task](spec, device, lock) if spec.task in TRAININGS else None
+    if spec.task == SPEED_ONLY:
+        return None
+    prepare = TRAININGS[spec.task] if spec.task in TRAININGS else own(spec.task, "task", (*TRAININGS, SPEED_ONLY))
+    return prepare(spec, device, lock)

@@ -15,7 +15,7 @@ from tests.ranks import run_ranks
 @pytest.mark.parametrize(
     ("name", "params", "message"),
     [
-        ("zip", {}, "unknown codec 'zip'; there are none, fp16, bf16, int8, topk, powersgd"),
+        ("zip", {}, "unknown codec 'zip'; there are none, fp16, bf16, int8, topk, powersgd, or your own 'module:Name'"),
         ("none", {"rank": 3}, "codec none has no parameter rank; it has none"),
         ("topk", {"k": 3}, "codec topk has no parameter k; it has error_feedback, density"),
         ("topk", {"density": 0.0}, r"topk needs a density in \(0, 1\], got 0.0"),

@@ -48,7 +48,9 @@ def test_the_names_of_the_catalog_are_the_names_of_the_families():
 
 
 def test_an_unknown_family_lists_what_exists():
-    with pytest.raises(ValueError, match=r"unknown pattern 'bigbrid'; there are sliding_window, .*bigbird.*module:Cl"):
+    with pytest.raises(
+        ValueError, match=r"unknown pattern 'bigbrid'; there are sliding_window, .*bigbird.*module:Name"
+    ):
         patterns.build("bigbrid")
 
 
@@ -117,7 +119,7 @@ def test_a_rule_of_ones_own_is_built_from_module_and_class(own_module):
         ("no_such_module_here:Rule", ValueError, "No module named 'no_such_module_here'"),
         ("own_patterns_for_test:Missing", ValueError, "has no attribute 'Missing'"),
         ("own_patterns_for_test:not_a_rule", TypeError, "must name a subclass of raybsa.patterns.Pattern, got 3"),
-        (":Rule", ValueError, "must name a class as 'module:Class'"),
+        (":Rule", ValueError, "must name something as 'module:Name'"),
         ("own_patterns_for_test:EveryThird", ValueError, "has no parameter stride; it has phase"),
     ],
 )
