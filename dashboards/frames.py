@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -74,10 +74,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything a report shows."""
+    """Everything a report shows: trials, and the curves of each that has any, by its id."""
 
     trials: tuple[Trial, ...]
-    series: tuple[SeriesPoint, ...]
+    series: Mapping[str, Sequence[SeriesPoint]]
+
+    def points(self, trials: Iterable[Trial]) -> list[SeriesPoint]:
+        """The curves of some trials, one after the other."""
+        return [point for trial in trials for point in self.series.get(trial.id, ())]
 
     @property
     def failures(self) -> list[Trial]:
@@ -159,7 +163,10 @@ def load(results: str) -> Results:
         raise ValueError(
             f"a report needs measured trials, found none under {results!r}: run `{search}` or `{benchmark}`"
         )
-    return Results(tuple(map(trial_of, records)), tuple(store.read_series()))
+    series: dict[str, list[SeriesPoint]] = defaultdict(list)
+    for point in store.read_series():
+        series[point.trial_id].append(point)
+    return Results(tuple(map(trial_of, records)), dict(series))
 
 
 def trial_of(record: Record) -> Trial:

@@ -38,14 +38,14 @@ class RecoveryInfo(NamedTuple):
     speed: list[tuple[float, float]]
 
 
-def recovery_info(trial_id: str, series: Sequence[SeriesPoint], tokens_a_step: int) -> RecoveryInfo | None:
-    """The recoveries of a training; None where their times were not recorded."""
+def recovery_info(series: Sequence[SeriesPoint], tokens_a_step: int) -> RecoveryInfo | None:
+    """The recoveries of the training whose curves these are; None where their times were not recorded."""
     times: dict[int, dict[str, float]] = defaultdict(dict)
     applied: list[tuple[int, float]] = []
     for point in series:
-        if point.trial_id == trial_id and point.name == "applied_at":
+        if point.name == "applied_at":
             applied.append((point.step, point.value))
-        elif point.trial_id == trial_id and point.name.startswith(_PREFIX):
+        elif point.name.startswith(_PREFIX):
             times[point.step][point.name.removeprefix(_PREFIX)] = point.value
     applied.sort()
     rows = [row for _, row in sorted(times.items()) if {"noticed_at", "resumed_at"} <= set(row)]

@@ -33,7 +33,7 @@ _MEMORY = (
 )
 
 
-def peers_section(page: Page, results: Results) -> Markup:
+def peers_section(page: Page, results: Results) -> Markup | None:
     """Nothing where the gpu suite did not run."""
     parts: list[Markup | None] = []
     for device, trials in results.peer_groups.items():
@@ -42,7 +42,7 @@ def peers_section(page: Page, results: Results) -> Markup:
             libraries = listed(r.library for row in rows for r in row.by_backend.values() if r.backend != "auto")
             parts += [element("h3", f"On {device}"), note(libraries), _legend(), note(_READ), _times(page, rows)]
             parts += [_memory(page, rows), element("h3", "The kernels in numbers"), note(_TABLE), _numbers(rows)]
-    return section("peers", "GPU kernels beside other libraries", *parts) if parts else Markup("")
+    return section("peers", "GPU kernels beside other libraries", *parts) if parts else None
 
 
 def kind(pattern: PatternSpec | None) -> str:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 
 from dashboards.figures.curves import curves_info, curves_plot
 from dashboards.figures.pareto import ParetoInfo, Point, pareto_info, pareto_plot
-from dashboards.frames import Results, Trial, search_command
+from dashboards.frames import Results, search_command
 from dashboards.markup import Column, Markup, element, join, table
-from dashboards.page import Page
+from dashboards.page import Page, Told
 from dashboards.sections.frame import asked, note, nothing_yet, section
 from dashboards.wording import milliseconds, number, paste, percent, ratio, size, times
+
+MOST_CURVES = 60  # lines that one figure of learning curves holds besides the front and the baseline
 
 
 def quality_section(page: Page, results: Results, folder: str) -> Markup:
     parts = [
         join(
             element("h3", asked(trials[0])),
-            _front(page, pareto_info(trials), f"panel-{index}", folder),
-            _curves(page, results, trials),
+            front_part(page, info := pareto_info(trials), f"panel-{index}", folder),
+            curves_part(page, results, info),
         )
         for index, trials in enumerate(results.quality_groups)
     ]
@@ -26,11 +28,12 @@ def quality_section(page: Page, results: Results, folder: str) -> Markup:
     return section("quality", "Quality and latency", *(parts or [missing]))
 
 
-def _front(page: Page, info: ParetoInfo, panel: str, folder: str) -> Markup:
+def front_part(page: Page, info: ParetoInfo, panel: str, folder: str) -> Markup:
+    """The front as a figure, a panel for the trial that was clicked, and the front as a table."""
     if not info.front:
         return nothing_yet("No trial of this question was timed and trained to its end", search_command(folder))
     for point in info.points:
-        page.trial(point.trial, _title(point), _facts(info, point))
+        page.trial(point.trial, partial(told, info, point))
     picture = page.figure(pareto_plot(info), "Pareto front of quality and latency", panel)
     chosen = element("aside", id=panel, class_="panel trial", data_trial=info.front[0].trial.id)
     return join(
@@ -77,7 +80,7 @@ def _front_table(page: Page, info: ParetoInfo) -> Markup:
     return table(head, [_front_row(page, info, point) for point in info.front])
 
 
-def _front_row(page: Page, info: ParetoInfo, point: Point) -> list[str]:
+def _front_row(page: Page, info: ParetoInfo, point: Point) -> list[Markup | str]:
     trial = point.trial
     return [
         str(point.rank),
@@ -89,6 +92,11 @@ def _front_row(page: Page, info: ParetoInfo, point: Point) -> list[str]:
         size(trial.record.peak_bytes),
         percent(trial.record.density),
     ]
+
+
+def told(info: ParetoInfo, point: Point) -> Told:
+    """What is shown beside the front of the trial that was clicked."""
+    return Told(point.trial, _title(point), _facts(info, point))
 
 
 def _title(point: Point) -> str:
@@ -111,10 +119,13 @@ def _facts(info: ParetoInfo, point: Point) -> list[tuple[str, str]]:
     ]
 
 
-def _curves(page: Page, results: Results, trials: Sequence[Trial]) -> Markup:
-    info = pareto_info(trials)
+def curves_part(page: Page, results: Results, info: ParetoInfo) -> Markup:
+    """The learning curves of the front, the dense baseline and the trials nearest to the front in quality."""
     ranks = {point.trial.id: point.rank for point in info.points if point.rank is not None}
-    curves = curves_info(results.series, trials, ranks)
+    plain = [p.trial for p in info.points if p.rank is None and not p.trial.is_dense]
+    plain.sort(key=lambda trial: (trial.record.quality or 0.0) * (1 if info.goal == "min" else -1))
+    shown = [p.trial for p in info.points if p.rank is not None or p.trial.is_dense] + plain[:MOST_CURVES]
+    curves = curves_info(results.points(shown), shown, ranks)
     if not curves:
         return join(element("h3", "Learning curves"), note("No curves were recorded for these trials."))
     cards = (
@@ -130,4 +141,6 @@ def _curves(page: Page, results: Results, trials: Sequence[Trial]) -> Markup:
         "Coloured and numbered as the front; orange: dense; grey: dominated. "
         "The axis shows the second half of the training; double-click a figure to see all of it."
     )
+    if len(plain) > MOST_CURVES:
+        caption += f" Of {len(plain)} dominated trials the {MOST_CURVES} best are drawn."
     return join(element("h3", "Learning curves"), note(caption), element("div", *cards, class_="cards wide"))

@@ -14,16 +14,16 @@ from dashboards.wording import number
 _SHOWN = 4
 
 
-def recovery_section(page: Page, results: Results) -> Markup:
+def recovery_section(page: Page, results: Results) -> Markup | None:
     """The trainings with the most recoveries; nothing where none had any."""
     told = []
     for trial in sorted(results.recovered, key=lambda t: -t.record.failures_survived):
         tokens = trial.spec.train_len * int(trial.spec.task_params.get("train_batch", 8))
-        info = recovery_info(trial.id, results.series, tokens)
+        info = recovery_info(results.series.get(trial.id, ()), tokens)
         if info is not None:
             told.append((trial, info))
     if not told:
-        return Markup("")
+        return None
     legend = (element("span", element("i", class_=f"swatch {part}"), f"{part}: {PARTS[part][2]}") for part in PARTS)
     rest = note(f"{len(told) - _SHOWN} more trainings had recoveries.") if len(told) > _SHOWN else None
     parts = (_training(page, trial, info) for trial, info in told[:_SHOWN])

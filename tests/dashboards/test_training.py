@@ -74,7 +74,7 @@ SERIES = [
 
 
 def test_a_recovery_has_its_parts_and_the_speed_its_gap() -> None:
-    info = recovery_info("t", SERIES, tokens_a_step=200)
+    info = recovery_info(SERIES, tokens_a_step=200)
     assert info is not None
     first, second = info.parts
     assert list(first) == list(PARTS)
@@ -84,7 +84,7 @@ def test_a_recovery_has_its_parts_and_the_speed_its_gap() -> None:
     assert [speed for _, speed in info.speed] == pytest.approx([400.0, 80.0, 400.0])
     assert len(parts_plot(info).data) == len(PARTS)
     assert len(speed_plot(info).layout.shapes) == 2
-    assert recovery_info("t", [p for p in SERIES if p.name != "applied_at"], 200) is None
+    assert recovery_info([p for p in SERIES if p.name != "applied_at"], 200) is None
 
 
 def test_the_report_has_both_sections_and_leaves_compression_out_of_the_front(tmp_path: Path) -> None:
