@@ -29,8 +29,14 @@ def forecast_page(compared: Sequence[Compared], parts: Sequence[tuple[Hardware, 
         element("h1", "raybsa: ring attention, forecast"),
         element("p", "Solid lines and points were measured. Dashed lines are forecasts of the cost formula."),
     )
-    sections = [_scalings(page, index, *part) for index, part in enumerate(parts)]
-    return render(page, "raybsa forecast", join(head, element("main", _errors(page, compared), *sections)))
+    return render(page, "raybsa forecast", join(head, element("main", forecast_parts(page, compared, parts))))
+
+
+def forecast_parts(
+    page: Page, compared: Sequence[Compared], parts: Sequence[tuple[Hardware, Sequence[Scaling]]]
+) -> Markup:
+    """The sections of ``forecast_page``."""
+    return join(_errors(page, compared), *(_scalings(page, index, *part) for index, part in enumerate(parts)))
 
 
 def _errors(page: Page, compared: Sequence[Compared]) -> Markup | None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from dashboards.figures.pictures import Drawing, drawing_info
+from dashboards.figures.pictures import MAX_PANELS, Drawing, drawing_info
 from dashboards.frames import Trial
 from dashboards.markup import Markup, data_island, element, html
 from dashboards.theme import css_variables, dark_twins
@@ -48,9 +48,9 @@ class Page:
         attributes = {"data-figure": name, "data-panel": panel, "aria-label": label}
         return element("div", class_="figure", role="img", style=height, **attributes)
 
-    def drawing_of(self, trial: Trial) -> Drawing:
-        """The trial's pattern drawn."""
-        return drawing_info(trial.spec, self._own_patterns)
+    def drawing_of(self, trial: Trial, most: int = MAX_PANELS) -> Drawing:
+        """The trial's pattern drawn, ``most`` panels of it."""
+        return drawing_info(trial.spec, self._own_patterns, most)
 
     def drawing(self, trial: Trial) -> str:
         """The name of a trial's drawing; equal ones are kept once."""

@@ -31,20 +31,28 @@ def quality_section(page: Page, results: Results, folder: str) -> Markup:
 def front_part(page: Page, info: ParetoInfo, panel: str, folder: str) -> Markup:
     """The front as a figure, a panel for the trial that was clicked, and the front as a table."""
     if not info.front:
-        return nothing_yet("No trial of this question was timed and trained to its end", search_command(folder))
-    for point in info.points:
-        page.trial(point.trial, partial(told, info, point))
-    picture = page.figure(pareto_plot(info), "Pareto front of quality and latency", panel)
+        return nothing_timed(folder)
     chosen = element("aside", id=panel, class_="panel trial", data_trial=info.front[0].trial.id)
     return join(
-        note(_how_to_read(info)),
-        element("div", picture, chosen, class_="split"),
-        element("h3", "The front, ready to paste"),
-        _front_table(page, info),
+        note(how_to_read(info)),
+        element("div", front_figure(page, info, panel), chosen, class_="split"),
+        front_table(page, info),
     )
 
 
-def _how_to_read(info: ParetoInfo) -> str:
+def nothing_timed(folder: str) -> Markup:
+    return nothing_yet("No trial of this question was timed and trained to its end", search_command(folder))
+
+
+def front_figure(page: Page, info: ParetoInfo, panel: str) -> Markup:
+    """The front's figure; ``panel`` shows the trial that was clicked."""
+    for point in info.points:
+        page.trial(point.trial, partial(told, info, point))
+    return page.figure(pareto_plot(info), "Pareto front of quality and latency", panel)
+
+
+def how_to_read(info: ParetoInfo) -> str:
+    """What the figure's points mean."""
     sizes = [p.trial.record.peak_bytes for p in info.points if p.trial.record.peak_bytes is not None]
     return " ".join(
         sentence
@@ -66,7 +74,8 @@ def _how_to_read(info: ParetoInfo) -> str:
     )
 
 
-def _front_table(page: Page, info: ParetoInfo) -> Markup:
+def front_table(page: Page, info: ParetoInfo) -> Markup:
+    """Each point of the front with the text that makes it."""
     head = [
         Column("#"),
         Column(""),
@@ -77,7 +86,8 @@ def _front_table(page: Page, info: ParetoInfo) -> Markup:
         Column("memory", "right"),
         Column("kept", "right"),
     ]
-    return table(head, [_front_row(page, info, point) for point in info.front])
+    rows = [_front_row(page, info, point) for point in info.front]
+    return join(element("h3", "The front, ready to paste"), table(head, rows))
 
 
 def _front_row(page: Page, info: ParetoInfo, point: Point) -> list[Markup | str]:
