@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from base64 import b64encode
+from collections.abc import Mapping
 from typing import Any
 
 from dash import dcc, html
@@ -18,7 +19,7 @@ from dashboards.theme import PALETTE, dark_twins
 _NAMES = {"class": "className", "tabindex": "tabIndex", "colspan": "colSpan"}
 _CONFIG = {"displayModeBar": False, "responsive": True}
 _HEX = re.compile(r"#[0-9a-f]{6}")
-_THUMBNAIL = 64
+_THUMBNAIL, _PICTURE = 64, 136  # pixels of an image alone in its cell, and of one among several
 
 
 def components(markup: Markup, page: Page, *, dark: bool) -> list[Component | str]:
@@ -77,19 +78,23 @@ class _Maker:
         if "data-figure" in attributes:
             return [self._graph(attributes)]
         if "data-drawing" in attributes:
-            return [self._thumbnail(self._page.drawings[str(attributes["data-drawing"])])]
-        if attributes.get("class") == "paste" and child.tag == "td":
-            inside.append(copy_button(_text(child.children[-1]), child.tag))
-        return [getattr(html, child.tag.capitalize())(inside, **_arguments(attributes))]
+            drawing = self._page.drawings[str(attributes["data-drawing"])]
+            whole = attributes.get("class") == "pictures"
+            return [thumbnails(drawing, _PICTURE) if whole else self._thumbnail(drawing)]
+        made = getattr(html, child.tag.capitalize())(inside, **_arguments(attributes))
+        to_copy = child.tag == "pre" and attributes.get("class") == "copied"
+        return [made, copy_button(_text(child))] if to_copy else [made]
 
-    def _graph(self, attributes: Any) -> Component:
-        figure = themed(self._page.figures[attributes["data-figure"]], self._dark)
+    def _graph(self, attributes: Mapping[str, str | bool]) -> Component:
+        figure = themed(self._page.figures[str(attributes["data-figure"])], self._dark)
         figure["layout"]["uirevision"] = "kept"  # a reader's zoom outlives new rows
-        style = {"height": f"{figure['layout']['height']}px"}
-        panel = attributes.get("data-panel")
-        named = {"id": {"type": "front", "name": panel}} if panel else {}
-        graph = dcc.Graph(figure=figure, config=_CONFIG, responsive=True, style=style, **named)
-        return html.Div(graph, className="figure", role="img", **{"aria-label": attributes["aria-label"]})
+        graph: dict[str, Any] = {"figure": figure, "config": _CONFIG, "responsive": True}
+        graph["style"] = {"height": f"{figure['layout']['height']}px"}
+        if "data-panel" in attributes:
+            graph["id"] = {"type": "front", "name": attributes["data-panel"]}
+            figure["data"] = [_spoken(trace) for trace in figure["data"]]
+        around: dict[str, Any] = {"aria-label": attributes["aria-label"], "role": "img", "className": "figure"}
+        return html.Div(dcc.Graph(**graph), **around)
 
     def _thumbnail(self, drawing: Drawing) -> Component | str:
         if not drawing.panels:
@@ -97,17 +102,22 @@ class _Maker:
         return html.Img(src=thumbnail(drawing.panels[0]), width=_THUMBNAIL, height=_THUMBNAIL, alt="its blocks")
 
 
-def copy_button(text: str, where: str) -> dcc.Clipboard:
+def copy_button(text: str) -> dcc.Clipboard:
     """A button that copies ``text``."""
-    return dcc.Clipboard(content=text, title="Copy", className=f"copy in-{where}")
+    return dcc.Clipboard(content=text, title="Copy", className="copy", children="Copy", copied_children="Copied")
+
+
+def _spoken(trace: dict) -> dict:
+    """A trace whose points tell their hover text: the report's script has a panel for that."""
+    return trace | {"hoverinfo": "text"} if trace.get("hovertext") else trace
 
 
 def _text(child: Markup | str) -> str:
     return child if isinstance(child, str) else "".join(map(_text, child.children))
 
 
-def _arguments(attributes: Any) -> dict[str, Any]:
-    return {_NAMES.get(n, n): _style(v) if n == "style" else v for n, v in attributes.items() if n != "scope"}
+def _arguments(attributes: Mapping[str, str | bool]) -> dict[str, Any]:
+    return {_NAMES.get(n, n): _style(str(v)) if n == "style" else v for n, v in attributes.items() if n != "scope"}
 
 
 def _style(text: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from dashboards.frames import Trial
 from dashboards.theme import base_figure, colour, density_colour, log_axis
-from dashboards.wording import ratio
+from dashboards.wording import milliseconds, number, ratio
 from raybsa.results.pareto import FORWARD_LATENCY, LATENCY, Objective, pareto_front, quality_objective
 
 _SMALLEST, _LARGEST = 17.0, 38.0
@@ -106,6 +106,11 @@ def pareto_plot(info: ParetoInfo) -> go.Figure:
     return figure
 
 
+def _told(point: Point) -> str:
+    """A point in words, for a page that has no better place to tell it."""
+    return f"{escape(point.trial.label, quote=False)}<br>{number(point.quality)}, {milliseconds(point.latency_ms)}"
+
+
 def _name_dense(figure: go.Figure, point: Point) -> None:
     figure.add_annotation(
         x=math.log10(point.latency_ms),
@@ -148,6 +153,7 @@ def _add_points(
             x=[p.latency_ms for p in points],
             y=[p.quality for p in points],
             customdata=[p.trial.id for p in points],
+            hovertext=[_told(p) for p in points],
             text=["" if p.rank is None else str(p.rank) for p in points],
             mode="markers+text",
             textfont={"color": colour("paper"), "size": 11, "weight": 700},

@@ -25,7 +25,8 @@ def compression_section(page: Page, results: Results) -> Markup | None:
     lines = loss_lines(trials, results.points(trials))
     figure = loss_plot(lines) if lines else None
     drawn = note("No curves were recorded.") if figure is None else page.figure(figure, "Loss against bytes sent")
-    caption = "Means over seeds, and over ten points each. Orange: uncompressed. Dotted: PyTorch's PowerSGD hook."
+    caption = "Means over seeds, and over ten points each. "
+    caption += "A colour a family of codecs, orange: uncompressed; the dashes tell codecs of one family apart."
     return section(
         "compression",
         "Compressed gradients",

@@ -95,7 +95,7 @@ def _front_row(page: Page, info: ParetoInfo, point: Point) -> list[Markup | str]
     return [
         str(point.rank),
         element("div", data_drawing=page.drawing(trial)),
-        join(trial.label, element("pre", paste(trial.spec))),
+        join(trial.label, element("pre", paste(trial.spec), class_="copied")),
         number(point.quality),
         milliseconds(point.latency_ms),
         times(info.speed_up(point)),

@@ -9,6 +9,7 @@ from dashboards.frames import Trial, search_command
 from dashboards.markup import Markup, join
 from dashboards.sections.failures import failures_section
 from dashboards.sections.frame import asked, note, section
+from dashboards.sections.header import density_legend
 from dashboards.sections.quality import curves_part, front_figure, front_table, how_to_read, nothing_timed
 from dashboards.sections.trial import trial_card, trial_detail
 from raybsa.spec import stable_hash
@@ -30,7 +31,7 @@ def show(view: View) -> Shown:
         if info.front
         else (nothing_timed(view.folder),)
     )
-    top = section("quality", asked(groups[name][0]), *figure)
+    top = section("quality", asked(groups[name][0]), density_legend(), *figure)
     rest = (front_table(view.page, info), curves_part(view.page, view.results, info)) if info.front else ()
     return Shown(top, join(*rest, failures_section(view.results)), control)
 
