@@ -6,8 +6,9 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
+from operator import attrgetter
 
 from dashboards.wording import pattern_label, trial_label
 from raybsa.results.record import Record, SeriesPoint
@@ -15,6 +16,9 @@ from raybsa.results.store import Store
 from raybsa.spec import TrialSpec, canonical_json
 
 COMPRESSION = "compression"
+
+
+_asked = attrgetter(*(f.name for f in fields(TrialSpec) if f.name not in ("attention", "seed")))
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,7 @@ class Trial:
     @cached_property
     def question(self) -> str:
         """Equal for trials whose numbers may be compared: all but attention and seed agree, device included."""
-        asked = self.spec.to_dict()
-        del asked["attention"], asked["seed"]
+        asked = [dict(value) if isinstance(value, Mapping) else value for value in _asked(self.spec)]
         record = self.record
         place = [record.device, record.device_name, record.num_threads, record.quality_name, record.quality_goal]
         return canonical_json([asked, place])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from urllib.parse import parse_qs, urlencode
 
 FILTERS = ("run", "pattern", "device", "density")  # may hold several values
-CHOICES = ("question", "trial", "a", "b", "hardware")  # hold one
+CHOICES = ("question", "trial", "a", "b", "hardware", "ranks")  # hold one
 MANY = 50  # values of a name; more were not made by this app
 
 

@@ -14,6 +14,7 @@ from dashboards.theme import base_figure, colour, density_colour, log_axis
 from dashboards.wording import milliseconds, number, ratio
 from raybsa.results.pareto import FORWARD_LATENCY, LATENCY, Objective, pareto_front, quality_objective
 
+_NUMBERED = ("front", "dense baseline")
 _SMALLEST, _LARGEST = 17.0, 38.0
 
 
@@ -94,13 +95,12 @@ def pareto_plot(info: ParetoInfo) -> go.Figure:
     best = [p for p in info.front if not p.trial.is_dense]
     dense = [p for p in info.points if p.trial.is_dense]
     grey = colour("dominated")
-    _add_points(figure, "dominated", beaten, ["rgba(0,0,0,0)"] * len(beaten), [grey] * len(beaten))
+    _add_points(figure, "dominated", beaten, "rgba(0,0,0,0)", grey)
     if pruned:
-        _add_points(figure, "stopped early", pruned, [grey] * len(pruned), [grey] * len(pruned), symbol="x-thin")
+        _add_points(figure, "stopped early", pruned, grey, grey, symbol="x-thin")
     fills = [density_colour(p.trial.density) for p in best]
-    _add_points(figure, "front", best, fills, [colour("paper")] * len(best))
-    orange = [colour("dense")] * len(dense)
-    _add_points(figure, "dense baseline", dense, orange, [colour("paper")] * len(dense), symbol="diamond")
+    _add_points(figure, "front", best, fills, colour("paper"))
+    _add_points(figure, "dense baseline", dense, colour("dense"), colour("paper"), symbol="diamond")
     for point in dense:
         _name_dense(figure, point)
     return figure
@@ -146,7 +146,7 @@ def _add_front_line(figure: go.Figure, front: Sequence[Point]) -> None:
 
 
 def _add_points(
-    figure: go.Figure, name: str, points: Sequence[Point], fills: list[str], edges: list[str], symbol: str = "circle"
+    figure: go.Figure, name: str, points: Sequence[Point], fills: list[str] | str, edges: str, symbol: str = "circle"
 ) -> None:
     figure.add_trace(
         go.Scatter(
@@ -154,8 +154,8 @@ def _add_points(
             y=[p.quality for p in points],
             customdata=[p.trial.id for p in points],
             hovertext=[_told(p) for p in points],
-            text=["" if p.rank is None else str(p.rank) for p in points],
-            mode="markers+text",
+            text=["" if p.rank is None else str(p.rank) for p in points] if name in _NUMBERED else None,
+            mode="markers+text" if name in _NUMBERED else "markers",
             textfont={"color": colour("paper"), "size": 11, "weight": 700},
             marker={
                 "size": [p.diameter for p in points],

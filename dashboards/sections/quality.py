@@ -12,7 +12,7 @@ from dashboards.page import Page, Told
 from dashboards.sections.frame import asked, note, nothing_yet, section
 from dashboards.wording import milliseconds, number, paste, percent, ratio, size, times
 
-MOST_CURVES = 60  # lines that one figure of learning curves holds besides the front and the baseline
+MOST_CURVES, MOST_NAMED, MOST_DENSE = 40, 20, 3  # dominated, of the front and of the baseline in one figure
 
 
 def quality_section(page: Page, results: Results, folder: str) -> Markup:
@@ -130,11 +130,13 @@ def _facts(info: ParetoInfo, point: Point) -> list[tuple[str, str]]:
 
 
 def curves_part(page: Page, results: Results, info: ParetoInfo) -> Markup:
-    """The learning curves of the front, the dense baseline and the trials nearest to the front in quality."""
+    """The learning curves of the front, the dense baseline and the best of the others."""
     ranks = {point.trial.id: point.rank for point in info.points if point.rank is not None}
     plain = [p.trial for p in info.points if p.rank is None and not p.trial.is_dense]
     plain.sort(key=lambda trial: (trial.record.quality or 0.0) * (1 if info.goal == "min" else -1))
-    shown = [p.trial for p in info.points if p.rank is not None or p.trial.is_dense] + plain[:MOST_CURVES]
+    front = [p.trial for p in info.front if not p.trial.is_dense]
+    dense = [p.trial for p in info.points if p.trial.is_dense]
+    shown = [*dense[-MOST_DENSE:], *front[:: -(-len(front) // MOST_NAMED) or 1], *plain[:MOST_CURVES]]
     curves = curves_info(results.points(shown), shown, ranks)
     if not curves:
         return join(element("h3", "Learning curves"), note("No curves were recorded for these trials."))
@@ -151,6 +153,6 @@ def curves_part(page: Page, results: Results, info: ParetoInfo) -> Markup:
         "Coloured and numbered as the front; orange: dense; grey: dominated. "
         "The axis shows the second half of the training; double-click a figure to see all of it."
     )
-    if len(plain) > MOST_CURVES:
-        caption += f" Of {len(plain)} dominated trials the {MOST_CURVES} best are drawn."
+    if len(shown) < len(info.points):
+        caption += f" {len(shown)} of {len(info.points):,} trials are drawn: some of the front, the best of the others."
     return join(element("h3", "Learning curves"), note(caption), element("div", *cards, class_="cards wide"))

@@ -253,7 +253,7 @@ def _to_parquet(row_type: type, rows: list) -> bytes:
     return buffer.getvalue()
 
 
-def rows_of(row_type: type[Row], table: pa.Table) -> Iterable[Row]:
+def rows_of(row_type: type[Row], table: pa.Table) -> list[Row]:
     """The rows of a results file; columns that it lacks are None, columns that we do not know are left out."""
     names = [field.name for field in fields(row_type)]
     held = set(table.column_names)

@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Generic, TypeVar
 
+import pyarrow as pa
+
 from raybsa.results.record import Record, SeriesPoint
 from raybsa.results.store import File, Store, StoreError, rows_of
 
@@ -98,7 +100,9 @@ class Curves(Mapping[str, Sequence[SeriesPoint]]):
     def __init__(self, store: Store) -> None:
         self._store = store
         self._listing = Listing(store, "series")
-        self._held: dict[File, dict[str, list[SeriesPoint]]] = {}
+        self._held: dict[File, tuple[pa.Table, dict[str, list[int]]]] = {}
+        self._own: dict[str, File] = {}
+        self._joined: list[File] = []
 
     def look(self) -> bool:
         """Whether a file came, went or was replaced since the last look."""
@@ -111,23 +115,26 @@ class Curves(Mapping[str, Sequence[SeriesPoint]]):
     def __getitem__(self, trial_id: str) -> Sequence[SeriesPoint]:
         files = [self._own[trial_id]] if trial_id in self._own else reversed(self._joined)
         for file in files:
-            if trial_id in (held := self._read(file)):
-                return held[trial_id]
+            table, places = self._read(file)
+            if trial_id in places:
+                return rows_of(SeriesPoint, table.take(places[trial_id]))
         raise KeyError(trial_id)
 
     def __iter__(self) -> Iterator[str]:
-        return iter({*self._own, *(trial for file in self._joined for trial in self._read(file))})
+        return iter({*self._own, *(trial for file in self._joined for trial in self._read(file)[1])})
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
-    def _read(self, file: File) -> dict[str, list[SeriesPoint]]:
+    def _read(self, file: File) -> tuple[pa.Table, dict[str, list[int]]]:
+        """A file's table, and the rows of each trial in it."""
         if file not in self._held:
-            points: dict[str, list[SeriesPoint]] = defaultdict(list)
+            places: dict[str, list[int]] = defaultdict(list)
             try:
-                for point in rows_of(SeriesPoint, self._store.table(file.path)):
-                    points[point.trial_id].append(point)
-            except (StoreError, FileNotFoundError):
-                points.clear()
-            self._held[file] = points
+                table = self._store.table(file.path)
+                for row, trial_id in enumerate(table.column("trial_id").to_pylist()):
+                    places[trial_id].append(row)
+            except (StoreError, FileNotFoundError, KeyError):
+                table = pa.table({})
+            self._held[file] = table, dict(places)
         return self._held[file]
