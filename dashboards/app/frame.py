@@ -136,8 +136,11 @@ def _connect(app: Dash, folder: Folder, own_patterns: bool) -> None:
 
 
 def _address(pathname: str, query: str) -> Address:
+    """The address of a URL: the first page where it names none; runs that are compared are not filtered by run."""
     address = parse(pathname, query)
-    return address if address.page in PAGES else Address(next(iter(PAGES)), address.chosen)
+    if address.page not in PAGES:
+        return Address(next(iter(PAGES)), address.chosen)
+    return address.without("run") if address.page == "compare" else address
 
 
 def _walked(address: Address, who: Any, value: Any) -> Address:
@@ -166,7 +169,9 @@ def _nav(address: Address) -> list[Component]:
 
 def _controls(address: Address, found: dict[str, list[Option]], shown: Shown) -> list[Component]:
     filters = [
-        _filter(name, offered, address.chosen.get(name, ())) for name, offered in found.items() if len(offered) > 1
+        _filter(name, offered, address.chosen.get(name, ()))
+        for name, offered in found.items()
+        if len(offered) > 1 and (name, address.page) != ("run", "compare")
     ]
     return [*map(_choice, shown.controls), *filters]
 

@@ -14,7 +14,7 @@ from dashboards.theme import base_figure, colour, density_colour, log_axis
 from dashboards.wording import milliseconds, number, ratio
 from raybsa.results.pareto import FORWARD_LATENCY, LATENCY, Objective, pareto_front, quality_objective
 
-_NUMBERED = ("front", "dense baseline")
+_CROWD, _MOST_NUMBERS = 300, 40  # points from which on they shrink, and numbers that can still be read
 _SMALLEST, _LARGEST = 17.0, 38.0
 
 
@@ -79,7 +79,7 @@ def pareto_info(trials: Sequence[Trial]) -> ParetoInfo:
 
 
 def pareto_plot(info: ParetoInfo) -> go.Figure:
-    """Numbered points form the front; the area of a point is its peak memory, its colour its density."""
+    """Filled points form the front, numbered as far as numbers can be read; the area of a point is its peak memory, its colour its density."""
     figure = base_figure(600)
     better = "lower" if info.goal == "min" else "higher"
     figure.update_xaxes(
@@ -101,8 +101,8 @@ def pareto_plot(info: ParetoInfo) -> go.Figure:
     fills = [density_colour(p.trial.density) for p in best]
     _add_points(figure, "front", best, fills, colour("paper"))
     _add_points(figure, "dense baseline", dense, colour("dense"), colour("paper"), symbol="diamond")
-    for point in dense:
-        _name_dense(figure, point)
+    if dense:
+        _name_dense(figure, min(dense, key=lambda p: p.quality))
     return figure
 
 
@@ -124,12 +124,14 @@ def _name_dense(figure: go.Figure, point: Point) -> None:
 
 
 def _diameters(sizes: Sequence[int | None]) -> list[float]:
-    """Marker diameters in pixels whose areas grow evenly with the sizes; the smallest where none was measured."""
+    """Marker diameters in pixels whose areas grow evenly with the sizes; the smallest where none was measured. Many
+    points are small points."""
     known = [size for size in sizes if size is not None]
+    shrunk = max(0.3, min(1.0, math.sqrt(_CROWD / max(1, len(sizes)))))
     low, high = (min(known), max(known)) if known else (0, 0)
     span = (high - low) or 1
     shares = [0.0 if size is None else (size - low) / span for size in sizes]
-    return [math.sqrt(_SMALLEST**2 + share * (_LARGEST**2 - _SMALLEST**2)) for share in shares]
+    return [shrunk * math.sqrt(_SMALLEST**2 + share * (_LARGEST**2 - _SMALLEST**2)) for share in shares]
 
 
 def _add_front_line(figure: go.Figure, front: Sequence[Point]) -> None:
@@ -148,14 +150,16 @@ def _add_front_line(figure: go.Figure, front: Sequence[Point]) -> None:
 def _add_points(
     figure: go.Figure, name: str, points: Sequence[Point], fills: list[str] | str, edges: str, symbol: str = "circle"
 ) -> None:
+    readable = sum(p.rank is not None for p in points) <= _MOST_NUMBERS
+    numbers = [str(p.rank) if p.rank is not None and readable else "" for p in points]
     figure.add_trace(
         go.Scatter(
             x=[p.latency_ms for p in points],
             y=[p.quality for p in points],
             customdata=[p.trial.id for p in points],
             hovertext=[_told(p) for p in points],
-            text=["" if p.rank is None else str(p.rank) for p in points] if name in _NUMBERED else None,
-            mode="markers+text" if name in _NUMBERED else "markers",
+            text=numbers if any(numbers) else None,
+            mode="markers+text" if any(numbers) else "markers",
             textfont={"color": colour("paper"), "size": 11, "weight": 700},
             marker={
                 "size": [p.diameter for p in points],

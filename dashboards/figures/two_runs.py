@@ -47,22 +47,24 @@ def pairs(a: Sequence[Trial], b: Sequence[Trial]) -> list[Pair]:
 
 
 def changes_plot(found: Sequence[Pair]) -> go.Figure | None:
-    """A bar a question, to the right where B takes longer; log axis. None where no time was measured in both."""
+    """A bar a question in the colour of the faster run, to the right where B takes longer; log axis. None where no time was measured in both."""
     timed = sorted((slower, pair.label) for pair in found if (slower := pair.slower) is not None)
     if not timed:
         return None
     shown = timed if len(timed) <= _MOST else timed[: _MOST // 2] + timed[-_MOST // 2 :]
+    labels = [escape(label, quote=False) for _, label in shown]
     figure = base_figure(96 + 24 * len(shown))
     figure.add_trace(
         go.Bar(
             orientation="h",
-            y=[escape(label, quote=False) for _, label in shown],
+            y=list(range(len(shown))),
             x=[log2(slower) for slower, _ in shown],
             marker={"color": [colour(MEANINGS[slower < 1]) for slower, _ in shown]},
             text=[times(slower) for slower, _ in shown],
             textposition="outside",
             cliponaxis=False,
-            hovertemplate="%{y}<br>B takes %{text} the time of A<extra></extra>",
+            customdata=labels,
+            hovertemplate="%{customdata}<br>B takes %{text} the time of A<extra></extra>",
         )
     )
     reach = max(0.3, *(abs(log2(slower)) for slower, _ in shown)) * 1.25
@@ -71,7 +73,7 @@ def changes_plot(found: Sequence[Pair]) -> go.Figure | None:
         title_text="time of B / time of A (log scale)", range=[-reach, reach], tickvals=list(map(log2, ticks)),
         ticktext=[f"{n:g}×" for n in ticks],
     )  # fmt: skip
-    figure.update_yaxes(showgrid=False, ticks="")
+    figure.update_yaxes(showgrid=False, ticks="", tickvals=list(range(len(shown))), ticktext=labels)
     figure.add_vline(x=0, line={"color": colour("muted"), "width": 1.5})
     return figure
 

@@ -68,7 +68,11 @@ def _changes(page: Page, found: Sequence[Pair]) -> Markup:
     figure = changes_plot(found)
     slower = [pair.slower for pair in found if pair.slower is not None]
     told = f"{len(found):,} trials have the same spec and seed in both."
-    told += f" In the middle, B takes {times(median(slower))} the time of A." if slower else ""
+    told += (
+        f" In the middle, B takes {times(median(slower))} the time of A. Bars have the colour of the faster one."
+        if slower
+        else ""
+    )
     told += f" The table holds the first {_MOST}." if len(found) > _MOST else ""
     head = [Column("trial", "text")]
     head += [
