@@ -8,7 +8,7 @@ from dashboards.frames import Results, Trial, trial_of
 from raybsa.results.store import Store, StoreError
 from raybsa.results.watched import Curves, Records
 
-_SECONDS = 0.8  # that one look reads for; a view shows what was read by then
+_FIRST, _SECONDS = 0.8, 1.6  # that the first look and later ones read for; a view shows what was read by then
 
 
 class Folder:
@@ -31,7 +31,11 @@ class Folder:
         """Looks for new rows and reads them; returns the version. Does next to nothing where nothing is new."""
         with self._lock:
             try:
-                found = [self._records.look(), self._curves.look(), self._records.read(_SECONDS) > 0]
+                found = [
+                    self._records.look(),
+                    self._curves.look(),
+                    self._records.read(_SECONDS if self.version else _FIRST) > 0,
+                ]
                 problem = None
             except (OSError, StoreError) as error:
                 found, problem = [], f"{self.root}: {error}"

@@ -14,7 +14,7 @@ from dashboards.theme import base_figure, colour, density_colour, log_axis
 from dashboards.wording import milliseconds, number, ratio
 from raybsa.results.pareto import FORWARD_LATENCY, LATENCY, Objective, pareto_front, quality_objective
 
-_CROWD, _MOST_NUMBERS = 300, 40  # points from which on they shrink, and numbers that can still be read
+_CROWD, MOST_NUMBERS = 300, 40  # points from which on they shrink, and numbers that can still be read
 _SMALLEST, _LARGEST = 17.0, 38.0
 
 
@@ -79,7 +79,8 @@ def pareto_info(trials: Sequence[Trial]) -> ParetoInfo:
 
 
 def pareto_plot(info: ParetoInfo) -> go.Figure:
-    """Filled points form the front, numbered as far as numbers can be read; the area of a point is its peak memory, its colour its density."""
+    """Filled points form the front, numbered as far as numbers can be read. The area of a point is its peak memory,
+    its colour its density."""
     figure = base_figure(600)
     better = "lower" if info.goal == "min" else "higher"
     figure.update_xaxes(
@@ -150,7 +151,7 @@ def _add_front_line(figure: go.Figure, front: Sequence[Point]) -> None:
 def _add_points(
     figure: go.Figure, name: str, points: Sequence[Point], fills: list[str] | str, edges: str, symbol: str = "circle"
 ) -> None:
-    readable = sum(p.rank is not None for p in points) <= _MOST_NUMBERS
+    readable = sum(p.rank is not None for p in points) <= MOST_NUMBERS
     numbers = [str(p.rank) if p.rank is not None and readable else "" for p in points]
     figure.add_trace(
         go.Scatter(

@@ -47,7 +47,9 @@ def pairs(a: Sequence[Trial], b: Sequence[Trial]) -> list[Pair]:
 
 
 def changes_plot(found: Sequence[Pair]) -> go.Figure | None:
-    """A bar a question in the colour of the faster run, to the right where B takes longer; log axis. None where no time was measured in both."""
+    """A bar a question in the colour of the faster run, to the right where B takes longer; log axis.
+
+    None where no time was measured in both."""
     timed = sorted((slower, pair.label) for pair in found if (slower := pair.slower) is not None)
     if not timed:
         return None

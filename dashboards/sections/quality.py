@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from dashboards.figures.curves import curves_info, curves_plot
-from dashboards.figures.pareto import ParetoInfo, Point, pareto_info, pareto_plot
+from dashboards.figures.pareto import MOST_NUMBERS, ParetoInfo, Point, pareto_info, pareto_plot
 from dashboards.frames import Results, search_command
 from dashboards.markup import Column, Markup, element, join, table
 from dashboards.page import Page, Told
@@ -53,11 +53,12 @@ def front_figure(page: Page, info: ParetoInfo, panel: str) -> Markup:
 
 def how_to_read(info: ParetoInfo) -> str:
     """What the figure's points mean."""
+    kind = "Numbered" if len(info.front) <= MOST_NUMBERS else "Filled"
     sizes = [p.trial.record.peak_bytes for p in info.points if p.trial.record.peak_bytes is not None]
     return " ".join(
         sentence
         for sentence, holds in (
-            ("Numbered points form the front: no other trial is both better and faster.", True),
+            (f"{kind} points form the front: no other trial is both better and faster.", True),
             (
                 f"The area of a point is its peak memory, {size(min(sizes or [0]))} to {size(max(sizes or [0]))}.",
                 len(set(sizes)) > 1,

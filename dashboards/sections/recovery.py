@@ -34,7 +34,7 @@ def _training(page: Page, trial: Trial, info: RecoveryInfo) -> Markup:
     count, ranks = len(info.spans), trial.record.world_size
     middle = statistics.median(resumed - noticed for noticed, resumed in info.spans)
     title = f"{count} recover{'y' if count == 1 else 'ies'} of {trial.id}, {ranks} ranks"
-    told = f"From notice to training again: {number(middle)} s in the middle; shaded where tokens a second are drawn."
+    told = f"From notice to training again (shaded): {number(middle)} s in the middle."
     cards = (
         element("div", element("h4", name), page.figure(figure, f"{name}: {title}"), class_="card")
         for name, figure in (("Each recovery", parts_plot(info)), ("Tokens a second", speed_plot(info)))

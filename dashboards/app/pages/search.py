@@ -32,7 +32,7 @@ def show(view: View) -> Shown:
         else (nothing_timed(view.folder),)
     )
     top = section("quality", asked(groups[name][0]), density_legend(), *figure)
-    rest = (front_table(view.page, info), curves_part(view.page, view.results, info)) if info.front else ()
+    rest = (curves_part(view.page, view.results, info), front_table(view.page, info)) if info.front else ()
     return Shown(top, join(*rest, failures_section(view.results)), control)
 
 
