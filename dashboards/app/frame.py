@@ -6,6 +6,7 @@ the page follows from the three: nothing else is remembered.
 
 from __future__ import annotations
 
+import threading
 from types import ModuleType
 from typing import Any
 
@@ -85,6 +86,7 @@ def _layout(folder: Folder) -> Component:
 
 
 def _connect(app: Dash, folder: Folder, own_patterns: bool) -> None:
+    drawing = threading.Lock()  # Plotly looks for half-imported modules when two threads draw their first figure
     app.clientside_callback(_DARK, Output("dark", "data"), Input("look", "n_intervals"), State("dark", "data"))
     where = (Input("address", "pathname"), Input("address", "search"), Input("version", "data"), Input("dark", "data"))
 
@@ -108,8 +110,9 @@ def _connect(app: Dash, folder: Folder, own_patterns: bool) -> None:
             return no_update
         results = folder.results
         view = View(Page(own_patterns), filtered(results, address), folder.root, address)
-        shown = PAGES[address.page].show(view)
-        parts = [_made(part, view, dark) for part in (shown.top, shown.rest)]
+        with drawing:
+            shown = PAGES[address.page].show(view)
+            parts = [_made(part, view, dark) for part in (shown.top, shown.rest)]
         return _nav(address), _controls(address, options(results), shown), *parts, now
 
     @app.callback(Output("chosen", "children"), Output("detail", "children"), *where)
@@ -118,8 +121,9 @@ def _connect(app: Dash, folder: Folder, own_patterns: bool) -> None:
         if version is None or dark is None:
             return no_update
         view = View(Page(own_patterns), filtered(folder.results, address), folder.root, address)
-        parts = search.chosen(view) if address.page == "search" else None
-        return [_made(part, view, dark) for part in parts] if parts else ([], [])
+        with drawing:
+            parts = search.chosen(view) if address.page == "search" else None
+            return [_made(part, view, dark) for part in parts] if parts else ([], [])
 
     @app.callback(
         Output("address", "search"),
