@@ -57,6 +57,14 @@ def make_app(folder: Folder, *, own_patterns: bool = False) -> Dash:
     return app
 
 
+def warm_up(folder: Folder) -> None:
+    """Reads and draws once, so that what is loaded and parsed on the way is there when the first reader comes."""
+    folder.refresh()
+    view = View(Page(), folder.results, folder.root, Address("search"))
+    _made(search.show(view).top, view, False)
+    search.chosen(view)
+
+
 def _style() -> str:
     light, dark = css_variables(dark=False), css_variables(dark=True)
     variables = f":root{{color-scheme:light dark;{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}"
