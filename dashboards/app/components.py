@@ -40,7 +40,7 @@ def thumbnail(panel: Panel) -> str:
     rules = {False: "", True: ""}
     paths = ""
     for mark in (ABOVE, *"01234"):
-        cells = "".join(f"M{x} {y}h1v1h-1z" for y, row in enumerate(panel.rows) for x, m in enumerate(row) if m == mark)
+        cells = "".join(f"M{x} {y}h{n}v1h-{n}z" for y, row in enumerate(panel.rows) for x, n in _runs(row, mark))
         shades = PALETTE["card" if mark == ABOVE else f"picture{mark}"]
         name = "above" if mark == ABOVE else f"m{mark}"
         paths += f'<path class="{name}" d="{cells}"/>'
@@ -49,6 +49,11 @@ def thumbnail(panel: Panel) -> str:
     size = f'viewBox="0 0 {len(panel.rows[0])} {len(panel.rows)}" shape-rendering="crispEdges"'
     image = f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{style}{paths}</svg>'
     return f"data:image/svg+xml;base64,{b64encode(image.encode()).decode()}"
+
+
+def _runs(row: str, mark: str) -> list[tuple[int, int]]:
+    """Where a mark stands in a row: (first column, columns) of each run."""
+    return [(found.start(), len(found[0])) for found in re.finditer(f"{re.escape(mark)}+", row)]
 
 
 def thumbnails(drawing: Drawing, side: int) -> html.Div:

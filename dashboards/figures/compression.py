@@ -64,7 +64,7 @@ def loss_plot(lines: Sequence[LossLine]) -> go.Figure:
                 y=line.loss,
                 mode="lines",
                 line={"color": colour(line.kind), "width": 2, "dash": line.dash},
-                text=[escape(line.codec, quote=False)] * len(line.mib),
+                text=escape(line.codec, quote=False),
                 hovertemplate="%{text}<br>%{x:.4~g} MiB: %{y:.3f} nats<extra></extra>",
             )
         )
