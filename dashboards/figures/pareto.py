@@ -15,6 +15,7 @@ from dashboards.wording import milliseconds, number, ratio
 from raybsa.results.pareto import FORWARD_LATENCY, LATENCY, Objective, pareto_front, quality_objective
 
 _CROWD, MOST_NUMBERS = 300, 40  # points from which on they shrink, and numbers that can still be read
+MOST_BEATEN, _GRID = 1500, (90, 60)  # dominated points that are all drawn, and the cells that hold one of more
 _SMALLEST, _LARGEST = 17.0, 38.0
 
 
@@ -91,7 +92,7 @@ def pareto_plot(info: ParetoInfo) -> go.Figure:
     )
     figure.update_yaxes(title_text=f"{escape(info.quality_label)} ({better} is better)")
     _add_front_line(figure, info.front)
-    beaten = [p for p in info.points if p.rank is None and not p.trial.is_dense and not p.trial.pruned]
+    beaten = thinned([p for p in info.points if p.rank is None and not p.trial.is_dense and not p.trial.pruned])
     pruned = [p for p in info.points if p.trial.pruned]
     best = [p for p in info.front if not p.trial.is_dense]
     dense = [p for p in info.points if p.trial.is_dense]
@@ -105,6 +106,21 @@ def pareto_plot(info: ParetoInfo) -> go.Figure:
     if dense:
         _name_dense(figure, min(dense, key=lambda p: p.quality))
     return figure
+
+
+def thinned(points: Sequence[Point]) -> list[Point]:
+    """The points that can be seen apart: of more than ``MOST_BEATEN``, one for each cell of a fine grid."""
+    if len(points) <= MOST_BEATEN:
+        return list(points)
+    columns = _cells([math.log(p.latency_ms) for p in points], _GRID[0])
+    rows = _cells([p.quality for p in points], _GRID[1])
+    return list(dict(zip(zip(columns, rows, strict=True), points, strict=True)).values())
+
+
+def _cells(values: Sequence[float], count: int) -> list[int]:
+    """The cell of each value, of ``count`` equal ones."""
+    low, high = min(values), max(values)
+    return [int(count * (value - low) / ((high - low) or 1)) for value in values]
 
 
 def _told(point: Point) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from dashboards.figures.curves import curves_info, curves_plot
-from dashboards.figures.pareto import MOST_NUMBERS, ParetoInfo, Point, pareto_info, pareto_plot
+from dashboards.figures.pareto import MOST_BEATEN, MOST_NUMBERS, ParetoInfo, Point, pareto_info, pareto_plot
 from dashboards.frames import Results, search_command
 from dashboards.markup import Column, Markup, element, join, table
 from dashboards.page import Page, Told
@@ -62,6 +62,10 @@ def how_to_read(info: ParetoInfo) -> str:
             (
                 f"The area of a point is its peak memory, {size(min(sizes or [0]))} to {size(max(sizes or [0]))}.",
                 len(set(sizes)) > 1,
+            ),
+            (
+                "Dominated trials that others would cover are not drawn.",
+                len(info.points) - len(info.front) > MOST_BEATEN,
             ),
             (f"{info.unmeasured} trials have no time and are not drawn.", info.unmeasured),
             (
