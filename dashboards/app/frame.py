@@ -1,4 +1,4 @@
-"""The app's frame: what surrounds every page, and the four callbacks that move it.
+"""The app's frame: what surrounds every page, and the callbacks that move it.
 
 The address says what is shown. Controls and clicks write it, the folder's version and the reader's colours join it, and
 the page follows from the three: nothing else is remembered.
