@@ -8,7 +8,7 @@ from statistics import median
 from dashboards.figures.ring_error import ErrorPoint, ring_error_plot
 from dashboards.figures.ring_scaling import ring_efficiency_plot, ring_scaling_info, ring_time_plot
 from dashboards.markup import Column, Markup, element, join, table
-from dashboards.page import Page
+from dashboards.page import Page, render
 from dashboards.scalings import Scaling
 from dashboards.sections.frame import note, section
 from dashboards.wording import attention_label, milliseconds, number, percent, size
@@ -29,8 +29,14 @@ def forecast_page(compared: Sequence[Compared], parts: Sequence[tuple[Hardware, 
         element("h1", "raybsa: ring attention, forecast"),
         element("p", "Solid lines and points were measured. Dashed lines are forecasts of the cost formula."),
     )
-    sections = [_scalings(page, index, *part) for index, part in enumerate(parts)]
-    return page.render("raybsa forecast", join(head, element("main", _errors(page, compared), *sections)))
+    return render(page, "raybsa forecast", join(head, element("main", forecast_parts(page, compared, parts))))
+
+
+def forecast_parts(
+    page: Page, compared: Sequence[Compared], parts: Sequence[tuple[Hardware, Sequence[Scaling]]]
+) -> Markup:
+    """The sections of ``forecast_page``."""
+    return join(_errors(page, compared), *(_scalings(page, index, *part) for index, part in enumerate(parts)))
 
 
 def _errors(page: Page, compared: Sequence[Compared]) -> Markup | None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
+from operator import attrgetter
 
 from dashboards.wording import pattern_label, trial_label
 from raybsa.results.record import Record, SeriesPoint
@@ -15,6 +16,9 @@ from raybsa.results.store import Store
 from raybsa.spec import TrialSpec, canonical_json
 
 COMPRESSION = "compression"
+
+
+_asked = attrgetter(*(f.name for f in fields(TrialSpec) if f.name not in ("attention", "seed")))
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,7 @@ class Trial:
     @cached_property
     def question(self) -> str:
         """Equal for trials whose numbers may be compared: all but attention and seed agree, device included."""
-        asked = self.spec.to_dict()
-        del asked["attention"], asked["seed"]
+        asked = [dict(value) if isinstance(value, Mapping) else value for value in _asked(self.spec)]
         record = self.record
         place = [record.device, record.device_name, record.num_threads, record.quality_name, record.quality_goal]
         return canonical_json([asked, place])
@@ -74,10 +77,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything a report shows."""
+    """Everything a report shows: trials, and the curves of each that has any, by its id."""
 
     trials: tuple[Trial, ...]
-    series: tuple[SeriesPoint, ...]
+    series: Mapping[str, Sequence[SeriesPoint]]
+
+    def points(self, trials: Iterable[Trial]) -> list[SeriesPoint]:
+        """The curves of some trials, one after the other."""
+        return [point for trial in trials for point in self.series.get(trial.id, ())]
 
     @property
     def failures(self) -> list[Trial]:
@@ -159,7 +166,10 @@ def load(results: str) -> Results:
         raise ValueError(
             f"a report needs measured trials, found none under {results!r}: run `{search}` or `{benchmark}`"
         )
-    return Results(tuple(map(trial_of, records)), tuple(store.read_series()))
+    series: dict[str, list[SeriesPoint]] = defaultdict(list)
+    for point in store.read_series():
+        series[point.trial_id].append(point)
+    return Results(tuple(map(trial_of, records)), dict(series))
 
 
 def trial_of(record: Record) -> Trial:

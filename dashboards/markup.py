@@ -1,34 +1,41 @@
-"""HTML from data: every text is escaped unless this module made it."""
+"""A page as data: elements that hold elements and plain text. The report writes them as HTML, in which every text is
+escaped; the app makes components of the same elements."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import NamedTuple
 
 
-class Markup(str):
-    """Text that is HTML already."""
+@dataclass(frozen=True)
+class Markup:
+    """An element; without a tag, its children side by side. Strings among the children are plain text."""
 
-    __slots__ = ()
+    tag: str
+    attributes: Mapping[str, str | bool]
+    children: tuple[Markup | str, ...]
 
 
-Child = str | None
+Child = Markup | str | None
 
 
 def element(tag: str, *children: Child, **attributes: str | bool | None) -> Markup:
-    """``<tag attributes>children</tag>``. Plain strings are escaped, ``Markup`` is not, None is left out.
+    """``<tag attributes>children</tag>``; None is left out of both.
 
     Underscores in attribute names become dashes, one at the end is dropped (``class_``); True stands alone.
     """
-    pairs = "".join(_attribute(name, value) for name, value in attributes.items() if value not in (None, False))
-    return Markup(f"<{tag}{pairs}>{join(*children)}</{tag}>")
+    named = {
+        name.rstrip("_").replace("_", "-"): value for name, value in attributes.items() if value not in (None, False)
+    }
+    return Markup(tag, named, _known(children))
 
 
 def join(*children: Child) -> Markup:
-    """The children side by side, escaped where they are plain strings."""
-    return Markup("".join(c if isinstance(c, Markup) else escape(c) for c in children if c is not None))
+    """The children side by side."""
+    return Markup("", {}, _known(children))
 
 
 class Column(NamedTuple):
@@ -38,7 +45,7 @@ class Column(NamedTuple):
     kind: str | None = None
 
 
-def table(head: Sequence[Column], rows: Iterable[Sequence[str]]) -> Markup:
+def table(head: Sequence[Column], rows: Iterable[Sequence[Markup | str]]) -> Markup:
     """A table that scrolls sideways by itself where it is too wide."""
     top = element("tr", *(element("th", column.title, scope="col", class_=column.kind) for column in head))
     body = (
@@ -49,12 +56,22 @@ def table(head: Sequence[Column], rows: Iterable[Sequence[str]]) -> Markup:
     return element("div", whole, class_="scroll", tabindex="0")
 
 
-def data_island(identifier: str, value: object) -> Markup:
-    """JSON that a script can read and that no text in it can leave."""
+def html(markup: Markup | str) -> str:
+    """The HTML of an element or a text; the text is escaped."""
+    if isinstance(markup, str):
+        return escape(markup)
+    inside = "".join(map(html, markup.children))
+    if not markup.tag:
+        return inside
+    pairs = "".join(f" {n}" if v is True else f' {n}="{escape(str(v))}"' for n, v in markup.attributes.items())
+    return f"<{markup.tag}{pairs}>{inside}</{markup.tag}>"
+
+
+def data_island(identifier: str, value: object) -> str:
+    """JSON as HTML that a script can read and that no text in it can leave."""
     text = json.dumps(value, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")
-    return Markup(f'<script type="application/json" id="{escape(identifier)}">{text}</script>')
+    return f'<script type="application/json" id="{escape(identifier)}">{text}</script>'
 
 
-def _attribute(name: str, value: str | bool | None) -> str:
-    name = name.rstrip("_").replace("_", "-")
-    return f" {name}" if value is True else f' {name}="{escape(str(value))}"'
+def _known(children: Iterable[Child]) -> tuple[Markup | str, ...]:
+    return tuple(child for child in children if child is not None)

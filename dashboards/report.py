@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from dashboards.frames import load
 from dashboards.markup import element, join
-from dashboards.page import Page
+from dashboards.page import Page, render
 from dashboards.sections.compression import compression_section
 from dashboards.sections.failures import failures_section
 from dashboards.sections.header import header
@@ -66,7 +66,7 @@ def _page(folder: str, own_patterns: bool) -> str:
             patterns_section(page, results, folder),
             failures_section(results),
         )
-    return page.render("raybsa report", join(header(results, folder), body))
+    return render(page, "raybsa report", join(header(results, folder), body))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

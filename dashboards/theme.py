@@ -36,6 +36,9 @@ PALETTE = {
     "resume": ("#4a5fc1", "#a3b1ff"),
     "own": ("#1d6b8f", "#6cc4ea"),
     "rival": ("#8a4fa0", "#d3a0e6"),
+    "topk": ("#5f7a00", "#b3cf3a"),
+    "int8": ("#007f86", "#43cdd4"),
+    "cast": ("#7d5a5a", "#d0a9a9"),
     "picture0": ("#e4e8ed", "#2c333d"),
     "picture1": ("#bac0c9", "#535c6a"),
     "picture2": ("#8d95a1", "#838d9b"),
@@ -100,26 +103,23 @@ def css_variables(dark: bool) -> str:
 
 def base_figure(height: int, right: int = 24) -> go.Figure:
     """An empty figure in the page's type and colours, with room for labels of ``right`` pixels beside the plot."""
-    figure = go.Figure()
-    figure.update_layout(
-        template="none",
-        height=height,
-        autosize=True,
-        showlegend=False,
-        margin={"l": 72, "r": right, "t": 16, "b": 56},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"family": FONT, "size": 13, "color": colour("ink")},
-        hoverlabel={
-            "bgcolor": colour("paper"),
-            "bordercolor": colour("muted"),
-            "font": {"family": FONT, "size": 13, "color": colour("ink")},
-            "align": "left",
-        },
+    text = {"family": FONT, "size": 13, "color": colour("ink")}
+    hover = {"bgcolor": colour("paper"), "bordercolor": colour("muted"), "font": text, "align": "left"}
+    return go.Figure(
+        layout={  # in one piece: each update of a figure checks all of it again
+            "template": "none",
+            "height": height,
+            "autosize": True,
+            "showlegend": False,
+            "margin": {"l": 72, "r": right, "t": 16, "b": 56},
+            "paper_bgcolor": "rgba(0,0,0,0)",
+            "plot_bgcolor": "rgba(0,0,0,0)",
+            "font": text,
+            "hoverlabel": hover,
+            "xaxis": AXIS,
+            "yaxis": AXIS,
+        }
     )
-    figure.update_xaxes(AXIS)
-    figure.update_yaxes(AXIS)
-    return figure
 
 
 def log_axis(values: Sequence[float], title: str, *, limit: int = 7, pad: float = 0.08) -> dict:

@@ -28,13 +28,16 @@ FLOORS = {
     "raybsa.cluster": 6,
     "raybsa.experiments": 7,
     "dashboards": 8,
+    "dashboards.app": 8,
     "jobs": 9,
 }
 MAY_IMPORT = {
     "ray": {"raybsa.cluster", "raybsa.experiments", "jobs"},
-    "plotly": {"dashboards"},
+    "plotly": {"dashboards", "dashboards.app"},
+    "dash": {"dashboards.app"},
+    "flask": {"dashboards.app"},
     "optuna": {"raybsa.experiments"},
-    "pyarrow": {"raybsa.results", "raybsa.patterns", "raybsa.cluster", "dashboards"},
+    "pyarrow": {"raybsa.results", "raybsa.patterns", "raybsa.cluster", "dashboards", "dashboards.app"},
 }
 
 

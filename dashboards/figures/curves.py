@@ -65,7 +65,7 @@ def curves_plot(info: CurvesInfo) -> go.Figure:
                 y=curve.values,
                 mode="lines" if len(curve.steps) > 1 else "markers",
                 line={"color": _shade(curve), "width": 1 if plain else 2.2},
-                text=[escape(curve.trial.label, quote=False)] * len(curve.steps),
+                text=escape(curve.trial.label, quote=False),
                 hovertemplate="%{text}<br>step %{x}: %{y:.4g}<extra></extra>",
             )
         )

@@ -17,14 +17,17 @@ def add_end_labels(figure: go.Figure, ends: Sequence[tuple[float, str, str]], y_
     """
     gap = (y_range[1] - y_range[0]) * 16 / (figure.layout.height - 72)
     places = spread([place for place, _, _ in ends], gap, y_range[1])
-    for (_, name, shade), place in zip(ends, places, strict=True):
-        figure.add_annotation(
-            x=1,
-            xref="paper",
-            y=place,
-            text=escape(name),
-            xanchor="left",
-            xshift=6,
-            showarrow=False,
-            font={"color": shade, "size": 12},
-        )
+    made = [
+        {
+            "x": 1,
+            "xref": "paper",
+            "y": place,
+            "text": escape(name, quote=False),
+            "xanchor": "left",
+            "xshift": 6,
+            "showarrow": False,
+            "font": {"color": shade, "size": 12},
+        }
+        for (_, name, shade), place in zip(ends, places, strict=True)
+    ]
+    figure.update_layout(annotations=[*figure.layout.annotations, *made])

@@ -11,9 +11,11 @@ import plotly.graph_objects as go
 
 from dashboards.frames import Trial
 from dashboards.theme import base_figure, colour, density_colour, log_axis
-from dashboards.wording import ratio
+from dashboards.wording import milliseconds, number, ratio
 from raybsa.results.pareto import FORWARD_LATENCY, LATENCY, Objective, pareto_front, quality_objective
 
+_CROWD, MOST_NUMBERS = 300, 40  # points from which on they shrink, and numbers that can still be read
+MOST_BEATEN, _GRID = 1500, (90, 60)  # dominated points that are all drawn, and the cells that hold one of more
 _SMALLEST, _LARGEST = 17.0, 38.0
 
 
@@ -78,7 +80,8 @@ def pareto_info(trials: Sequence[Trial]) -> ParetoInfo:
 
 
 def pareto_plot(info: ParetoInfo) -> go.Figure:
-    """Numbered points form the front; the area of a point is its peak memory, its colour its density."""
+    """Filled points form the front, numbered as far as numbers can be read. The area of a point is its peak memory,
+    its colour its density."""
     figure = base_figure(600)
     better = "lower" if info.goal == "min" else "higher"
     figure.update_xaxes(
@@ -89,21 +92,40 @@ def pareto_plot(info: ParetoInfo) -> go.Figure:
     )
     figure.update_yaxes(title_text=f"{escape(info.quality_label)} ({better} is better)")
     _add_front_line(figure, info.front)
-    beaten = [p for p in info.points if p.rank is None and not p.trial.is_dense and not p.trial.pruned]
+    beaten = thinned([p for p in info.points if p.rank is None and not p.trial.is_dense and not p.trial.pruned])
     pruned = [p for p in info.points if p.trial.pruned]
     best = [p for p in info.front if not p.trial.is_dense]
     dense = [p for p in info.points if p.trial.is_dense]
     grey = colour("dominated")
-    _add_points(figure, "dominated", beaten, ["rgba(0,0,0,0)"] * len(beaten), [grey] * len(beaten))
+    _add_points(figure, "dominated", beaten, "rgba(0,0,0,0)", grey)
     if pruned:
-        _add_points(figure, "stopped early", pruned, [grey] * len(pruned), [grey] * len(pruned), symbol="x-thin")
+        _add_points(figure, "stopped early", pruned, grey, grey, symbol="x-thin")
     fills = [density_colour(p.trial.density) for p in best]
-    _add_points(figure, "front", best, fills, [colour("paper")] * len(best))
-    orange = [colour("dense")] * len(dense)
-    _add_points(figure, "dense baseline", dense, orange, [colour("paper")] * len(dense), symbol="diamond")
-    for point in dense:
-        _name_dense(figure, point)
+    _add_points(figure, "front", best, fills, colour("paper"))
+    _add_points(figure, "dense baseline", dense, colour("dense"), colour("paper"), symbol="diamond")
+    if dense:
+        _name_dense(figure, min(dense, key=lambda p: p.quality))
     return figure
+
+
+def thinned(points: Sequence[Point]) -> list[Point]:
+    """The points that can be seen apart: of more than ``MOST_BEATEN``, one for each cell of a fine grid."""
+    if len(points) <= MOST_BEATEN:
+        return list(points)
+    columns = _cells([math.log(p.latency_ms) for p in points], _GRID[0])
+    rows = _cells([p.quality for p in points], _GRID[1])
+    return list(dict(zip(zip(columns, rows, strict=True), points, strict=True)).values())
+
+
+def _cells(values: Sequence[float], count: int) -> list[int]:
+    """The cell of each value, of ``count`` equal ones."""
+    low, high = min(values), max(values)
+    return [int(count * (value - low) / ((high - low) or 1)) for value in values]
+
+
+def _told(point: Point) -> str:
+    """A point in words, for a page that has no better place to tell it."""
+    return f"{escape(point.trial.label, quote=False)}<br>{number(point.quality)}, {milliseconds(point.latency_ms)}"
 
 
 def _name_dense(figure: go.Figure, point: Point) -> None:
@@ -119,12 +141,14 @@ def _name_dense(figure: go.Figure, point: Point) -> None:
 
 
 def _diameters(sizes: Sequence[int | None]) -> list[float]:
-    """Marker diameters in pixels whose areas grow evenly with the sizes; the smallest where none was measured."""
+    """Marker diameters in pixels whose areas grow evenly with the sizes; the smallest where none was measured. Many
+    points are small points."""
     known = [size for size in sizes if size is not None]
+    shrunk = max(0.3, min(1.0, math.sqrt(_CROWD / max(1, len(sizes)))))
     low, high = (min(known), max(known)) if known else (0, 0)
     span = (high - low) or 1
     shares = [0.0 if size is None else (size - low) / span for size in sizes]
-    return [math.sqrt(_SMALLEST**2 + share * (_LARGEST**2 - _SMALLEST**2)) for share in shares]
+    return [shrunk * math.sqrt(_SMALLEST**2 + share * (_LARGEST**2 - _SMALLEST**2)) for share in shares]
 
 
 def _add_front_line(figure: go.Figure, front: Sequence[Point]) -> None:
@@ -141,15 +165,18 @@ def _add_front_line(figure: go.Figure, front: Sequence[Point]) -> None:
 
 
 def _add_points(
-    figure: go.Figure, name: str, points: Sequence[Point], fills: list[str], edges: list[str], symbol: str = "circle"
+    figure: go.Figure, name: str, points: Sequence[Point], fills: list[str] | str, edges: str, symbol: str = "circle"
 ) -> None:
+    readable = sum(p.rank is not None for p in points) <= MOST_NUMBERS
+    numbers = [str(p.rank) if p.rank is not None and readable else "" for p in points]
     figure.add_trace(
         go.Scatter(
             x=[p.latency_ms for p in points],
             y=[p.quality for p in points],
             customdata=[p.trial.id for p in points],
-            text=["" if p.rank is None else str(p.rank) for p in points],
-            mode="markers+text",
+            hovertext=[_told(p) for p in points],
+            text=numbers if any(numbers) else None,
+            mode="markers+text" if any(numbers) else "markers",
             textfont={"color": colour("paper"), "size": 11, "weight": 700},
             marker={
                 "size": [p.diameter for p in points],

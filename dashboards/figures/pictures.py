@@ -35,25 +35,25 @@ class Panel(NamedTuple):
 
 
 class Drawing(NamedTuple):
-    """A trial's pattern drawn at ``tokens`` tokens: up to ``MAX_PANELS`` panels, or the reason why there is none."""
+    """A trial's pattern drawn at ``tokens`` tokens: its panels, or the reason why there is none."""
 
     tokens: int
     panels: tuple[Panel, ...]
     problem: str | None = None
 
 
-def drawing_info(spec: TrialSpec, own_patterns: bool = False) -> Drawing:
-    """One panel for each distinct head; where layers differ, one for each distinct layer. Up to ``MAX_PANELS``.
+def drawing_info(spec: TrialSpec, own_patterns: bool = False, most: int = MAX_PANELS) -> Drawing:
+    """One panel for each distinct head; where layers differ, one for each distinct layer. Up to ``most``.
 
     It is drawn at the timed length, at most ``MAX_TOKENS`` tokens. ``own_patterns`` lets it import a ``module:Class``
     that the spec names: a results folder from elsewhere must not choose what code runs here.
     """
     tokens = min(spec.seq_len, MAX_TOKENS)
-    layers = list(dict.fromkeys(spec.attention))[:MAX_PANELS]
+    layers = list(dict.fromkeys(spec.attention))[:most]
     foreign = [name for layer in layers if layer.pattern for name in _family_names(layer.pattern) if ":" in name]
     if foreign and not own_patterns:
         return Drawing(tokens, (), f"not drawn: {foreign[0]} is not raybsa's own; --own-patterns imports it")
-    drawn = [_draw(layer, tokens, spec.num_heads, spec.causal) for layer in layers]
+    drawn = [_draw(layer, tokens, spec.num_heads, spec.causal, most) for layer in layers]
     problems = [problem for problem in drawn if isinstance(problem, str)]
     panels = [panels for panels in drawn if not isinstance(panels, str)]
     if problems:
@@ -93,7 +93,7 @@ def _family_names(spec: PatternSpec) -> list[str]:
 
 
 @lru_cache(maxsize=1024)
-def _draw(attention: AttentionSpec, tokens: int, num_heads: int, causal: bool) -> tuple[Panel, ...] | str:
+def _draw(attention: AttentionSpec, tokens: int, num_heads: int, causal: bool, most: int) -> tuple[Panel, ...] | str:
     """The panels of one layer. A pattern may be the user's own code, so whatever it raises becomes the reason."""
     if attention.pattern is not None and attention.pattern.name == ADAPTIVE:
         return "not drawn: learned, its blocks depend on the data"
@@ -103,14 +103,14 @@ def _draw(attention: AttentionSpec, tokens: int, num_heads: int, causal: bool) -
         layout = rule.layout(tokens, num_heads=num_heads, q_block_size=block, causal=causal, density=density)
     except Exception as error:
         return f"not drawn: {type(error).__name__}: {error}"
-    return _panels(layout)
+    return _panels(layout, most)
 
 
-def _panels(layout: BlockLayout) -> tuple[Panel, ...]:
+def _panels(layout: BlockLayout, most: int) -> tuple[Panel, ...]:
     heads: dict[tuple[str, ...], int] = {}
     for group in range(layout.num_groups):
         heads.setdefault(_rows(layout, group), group)
-        if len(heads) == MAX_PANELS:
+        if len(heads) == most:
             break
     alike = len(heads) == 1
     return tuple(Panel("all heads" if alike else f"head {head}", rows) for rows, head in heads.items())

@@ -18,7 +18,7 @@ PARTS = {
     "rebuild": ("filled_at", "formed_at", "the ranks meet"),
     "resume": ("formed_at", "resumed_at", "state is copied to who lacks it"),
 }
-_SPEED_HEIGHT, _RIGHT = 320, 24
+_HEIGHT, _RIGHT = 320, 24
 _PREFIX = "recovery_"
 
 
@@ -38,14 +38,14 @@ class RecoveryInfo(NamedTuple):
     speed: list[tuple[float, float]]
 
 
-def recovery_info(trial_id: str, series: Sequence[SeriesPoint], tokens_a_step: int) -> RecoveryInfo | None:
-    """The recoveries of a training; None where their times were not recorded."""
+def recovery_info(series: Sequence[SeriesPoint], tokens_a_step: int) -> RecoveryInfo | None:
+    """The recoveries of the training whose curves these are; None where their times were not recorded."""
     times: dict[int, dict[str, float]] = defaultdict(dict)
     applied: list[tuple[int, float]] = []
     for point in series:
-        if point.trial_id == trial_id and point.name == "applied_at":
+        if point.name == "applied_at":
             applied.append((point.step, point.value))
-        elif point.trial_id == trial_id and point.name.startswith(_PREFIX):
+        elif point.name.startswith(_PREFIX):
             times[point.step][point.name.removeprefix(_PREFIX)] = point.value
     applied.sort()
     rows = [row for _, row in sorted(times.items()) if {"noticed_at", "resumed_at"} <= set(row)]
@@ -61,8 +61,8 @@ def recovery_info(trial_id: str, series: Sequence[SeriesPoint], tokens_a_step: i
 
 def parts_plot(info: RecoveryInfo) -> go.Figure:
     """A bar a recovery, from the blow to the first step, its parts in order."""
-    figure = base_figure(88 + 30 * len(info.parts), _RIGHT)
-    names = [f"{number}." for number in range(1, len(info.parts) + 1)]
+    figure = base_figure(max(_HEIGHT, 88 + 30 * len(info.parts)), _RIGHT)
+    names = [str(number) for number in range(1, len(info.parts) + 1)]
     for part, (_, _, meaning) in PARTS.items():
         figure.add_trace(
             go.Bar(
@@ -75,15 +75,15 @@ def parts_plot(info: RecoveryInfo) -> go.Figure:
         )
     figure.update_layout(barmode="stack", bargap=0.35)
     figure.update_xaxes(title_text="seconds")
-    figure.update_yaxes(autorange="reversed", title_text="recovery")
+    figure.update_yaxes(autorange="reversed", title_text="recovery", type="category")
     return figure
 
 
 def speed_plot(info: RecoveryInfo) -> go.Figure:
     """Tokens a second of every step; shaded from when a failure was noticed to when all ranks could train again."""
-    figure = base_figure(_SPEED_HEIGHT, _RIGHT)
+    figure = base_figure(_HEIGHT, _RIGHT)
     for noticed, resumed in info.spans:
-        figure.add_vrect(x0=noticed, x1=resumed, fillcolor=colour("detect"), opacity=0.22, line_width=0)
+        figure.add_vrect(x0=noticed, x1=resumed, fillcolor=colour("muted"), opacity=0.2, line_width=0)
     figure.add_trace(
         go.Scatter(
             x=[at for at, _ in info.speed],
@@ -95,5 +95,5 @@ def speed_plot(info: RecoveryInfo) -> go.Figure:
         )
     )
     figure.update_xaxes(title_text="seconds since the first step")
-    figure.update_yaxes(title_text="tokens a second", rangemode="tozero")
+    figure.update_yaxes(title_text="tokens a second", rangemode="tozero", tickformat=",")
     return figure

@@ -11,21 +11,22 @@ from dashboards.wording import number, times
 from raybsa.experiments.compared import Compared, compare
 
 
-def compression_section(page: Page, results: Results) -> Markup:
+def compression_section(page: Page, results: Results) -> Markup | None:
     """Nothing where no training was compressed."""
     trials = results.compressed
     if not trials:
-        return Markup("")
+        return None
     rows = compare(trial.record for trial in trials)
     head = [Column("codec"), *(Column(name, "right") for name in _NUMBERS)]
     explained = (
         "The gap is that of bits per held-out byte to the uncompressed training of the same seed, steps and data: "
         "its mean and its largest over seeds. Fewer bytes: uncompressed / sent, as counted on the wire."
     )
-    lines = loss_lines(trials, results.series)
+    lines = loss_lines(trials, results.points(trials))
     figure = loss_plot(lines) if lines else None
     drawn = note("No curves were recorded.") if figure is None else page.figure(figure, "Loss against bytes sent")
-    caption = "Means over seeds, and over ten points each. Orange: uncompressed. Dotted: PyTorch's PowerSGD hook."
+    caption = "Means over seeds, and over ten points each. "
+    caption += "A colour a family of codecs, orange: uncompressed; the dashes tell codecs of one family apart."
     return section(
         "compression",
         "Compressed gradients",

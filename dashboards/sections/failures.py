@@ -15,7 +15,7 @@ def failures_section(results: Results) -> Markup:
     return section("failures", "Failed trials", table(_HEAD, rows) if rows else element("p", "None."))
 
 
-def _row(trial: Trial) -> list[str]:
+def _row(trial: Trial) -> list[Markup | str]:
     record = trial.record
     error = element("pre", record.error or f"status {record.status!r}, no error recorded")
     return [trial.id, moment(record.created_at or "–"), record.task, trial.label, error]

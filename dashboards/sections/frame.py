@@ -20,7 +20,7 @@ def note(text: str) -> Markup:
 
 def nothing_yet(what: str, command: str) -> Markup:
     """Instead of an empty section: what is missing and what to run."""
-    return element("p", f"{what}. Run ", element("code", command), " and write the report again.")
+    return element("p", f"{what}. Run ", element("code", command), ".")
 
 
 def listed(values: Iterable[str]) -> str:

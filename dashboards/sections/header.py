@@ -26,7 +26,7 @@ def header(results: Results, folder: str) -> Markup:
         element("h1", "raybsa report"),
         element("p", question),
         element("dl", *pairs, class_="facts"),
-        None if results.only_kernels else _legend(),
+        None if results.only_kernels else density_legend(),
     )
 
 
@@ -61,7 +61,9 @@ def _count(results: Results) -> str:
     return ", ".join(told)
 
 
-def _legend() -> Markup:
+def density_legend() -> Markup:
+    """What the colours of densities and baselines mean."""
+
     def swatch(text: str, kind: str, style: str | None = None) -> Markup:
         return element("span", element("i", class_=f"swatch {kind}", style=style), text)
 

@@ -33,16 +33,21 @@ _MEMORY = (
 )
 
 
-def peers_section(page: Page, results: Results) -> Markup:
-    """Nothing where the gpu suite did not run."""
+def peers_section(page: Page, results: Results, *, memory: bool = True) -> Markup | None:
+    """Nothing where the gpu suite did not run. ``memory``: with the figures of memory."""
     parts: list[Markup | None] = []
-    for device, trials in results.peer_groups.items():
-        rows = rows_of((trial.record for trial in trials), cells())
-        if rows:
-            libraries = listed(r.library for row in rows for r in row.by_backend.values() if r.backend != "auto")
-            parts += [element("h3", f"On {device}"), note(libraries), _legend(), note(_READ), _times(page, rows)]
-            parts += [_memory(page, rows), element("h3", "The kernels in numbers"), note(_TABLE), _numbers(rows)]
-    return section("peers", "GPU kernels beside other libraries", *parts) if parts else Markup("")
+    for device, rows in peer_rows(results).items():
+        libraries = listed(r.library for row in rows for r in row.by_backend.values() if r.backend != "auto")
+        parts += [element("h3", f"On {device}"), note(libraries), _legend(), note(_READ), _times(page, rows)]
+        parts += [peers_memory(page, rows)] if memory else []
+        parts += [element("h3", "The kernels in numbers"), note(_TABLE), _numbers(rows)]
+    return section("peers", "GPU kernels beside other libraries", *parts) if parts else None
+
+
+def peer_rows(results: Results) -> dict[str, list[Row]]:
+    """The gpu suite's cells by the GPU's name; GPUs without any are left out."""
+    by_device = {d: rows_of((trial.record for trial in trials), cells()) for d, trials in results.peer_groups.items()}
+    return {device: rows for device, rows in by_device.items() if rows}
 
 
 def kind(pattern: PatternSpec | None) -> str:
@@ -100,7 +105,8 @@ def _group_title(row: Row) -> str:
     return f"{tokens(spec.seq_len)} tokens, block {spec.layer(0).block_size}, {heads}, {kind(spec.layer(0).pattern)}"
 
 
-def _memory(page: Page, rows: Sequence[Row]) -> Markup | None:
+def peers_memory(page: Page, rows: Sequence[Row]) -> Markup | None:
+    """Memory over length with the origin's claim drawn in; nothing where fewer than two lengths were measured."""
     plain = [row for row in rows if kind(row.spec.layer(0).pattern) == "random" and not row.spec.causal]
     cards = []
     for group in _grouped(plain, lambda row: (row.spec.num_heads, row.spec.head_dim, row.spec.layer(0).block_size)):

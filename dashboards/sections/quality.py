@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 
 from dashboards.figures.curves import curves_info, curves_plot
-from dashboards.figures.pareto import ParetoInfo, Point, pareto_info, pareto_plot
-from dashboards.frames import Results, Trial, search_command
+from dashboards.figures.pareto import MOST_BEATEN, MOST_NUMBERS, ParetoInfo, Point, pareto_info, pareto_plot
+from dashboards.frames import Results, search_command
 from dashboards.markup import Column, Markup, element, join, table
-from dashboards.page import Page
+from dashboards.page import Page, Told
 from dashboards.sections.frame import asked, note, nothing_yet, section
 from dashboards.wording import milliseconds, number, paste, percent, ratio, size, times
+
+MOST_CURVES, MOST_NAMED, MOST_DENSE = 40, 20, 3  # dominated, of the front and of the baseline in one figure
 
 
 def quality_section(page: Page, results: Results, folder: str) -> Markup:
     parts = [
         join(
             element("h3", asked(trials[0])),
-            _front(page, pareto_info(trials), f"panel-{index}", folder),
-            _curves(page, results, trials),
+            front_part(page, info := pareto_info(trials), f"panel-{index}", folder),
+            curves_part(page, results, info),
         )
         for index, trials in enumerate(results.quality_groups)
     ]
@@ -26,30 +28,44 @@ def quality_section(page: Page, results: Results, folder: str) -> Markup:
     return section("quality", "Quality and latency", *(parts or [missing]))
 
 
-def _front(page: Page, info: ParetoInfo, panel: str, folder: str) -> Markup:
+def front_part(page: Page, info: ParetoInfo, panel: str, folder: str) -> Markup:
+    """The front as a figure, a panel for the trial that was clicked, and the front as a table."""
     if not info.front:
-        return nothing_yet("No trial of this question was timed and trained to its end", search_command(folder))
-    for point in info.points:
-        page.trial(point.trial, _title(point), _facts(info, point))
-    picture = page.figure(pareto_plot(info), "Pareto front of quality and latency", panel)
+        return nothing_timed(folder)
     chosen = element("aside", id=panel, class_="panel trial", data_trial=info.front[0].trial.id)
     return join(
-        note(_how_to_read(info)),
-        element("div", picture, chosen, class_="split"),
-        element("h3", "The front, ready to paste"),
-        _front_table(page, info),
+        note(how_to_read(info)),
+        element("div", front_figure(page, info, panel), chosen, class_="split"),
+        front_table(page, info),
     )
 
 
-def _how_to_read(info: ParetoInfo) -> str:
+def nothing_timed(folder: str) -> Markup:
+    return nothing_yet("No trial of this question was timed and trained to its end", search_command(folder))
+
+
+def front_figure(page: Page, info: ParetoInfo, panel: str) -> Markup:
+    """The front's figure; ``panel`` shows the trial that was clicked."""
+    for point in info.points:
+        page.trial(point.trial, partial(told, info, point))
+    return page.figure(pareto_plot(info), "Pareto front of quality and latency", panel)
+
+
+def how_to_read(info: ParetoInfo) -> str:
+    """What the figure's points mean."""
+    kind = "Numbered" if len(info.front) <= MOST_NUMBERS else "Filled"
     sizes = [p.trial.record.peak_bytes for p in info.points if p.trial.record.peak_bytes is not None]
     return " ".join(
         sentence
         for sentence, holds in (
-            ("Numbered points form the front: no other trial is both better and faster.", True),
+            (f"{kind} points form the front: no other trial is both better and faster.", True),
             (
                 f"The area of a point is its peak memory, {size(min(sizes or [0]))} to {size(max(sizes or [0]))}.",
                 len(set(sizes)) > 1,
+            ),
+            (
+                "Dominated trials that others would cover are not drawn.",
+                len(info.points) - len(info.front) > MOST_BEATEN,
             ),
             (f"{info.unmeasured} trials have no time and are not drawn.", info.unmeasured),
             (
@@ -63,7 +79,8 @@ def _how_to_read(info: ParetoInfo) -> str:
     )
 
 
-def _front_table(page: Page, info: ParetoInfo) -> Markup:
+def front_table(page: Page, info: ParetoInfo) -> Markup:
+    """Each point of the front with the text that makes it."""
     head = [
         Column("#"),
         Column(""),
@@ -74,21 +91,27 @@ def _front_table(page: Page, info: ParetoInfo) -> Markup:
         Column("memory", "right"),
         Column("kept", "right"),
     ]
-    return table(head, [_front_row(page, info, point) for point in info.front])
+    rows = [_front_row(page, info, point) for point in info.front]
+    return join(element("h3", "The front, ready to paste"), table(head, rows))
 
 
-def _front_row(page: Page, info: ParetoInfo, point: Point) -> list[str]:
+def _front_row(page: Page, info: ParetoInfo, point: Point) -> list[Markup | str]:
     trial = point.trial
     return [
         str(point.rank),
         element("div", data_drawing=page.drawing(trial)),
-        join(trial.label, element("pre", paste(trial.spec))),
+        join(trial.label, element("pre", paste(trial.spec), class_="copied")),
         number(point.quality),
         milliseconds(point.latency_ms),
         times(info.speed_up(point)),
         size(trial.record.peak_bytes),
         percent(trial.record.density),
     ]
+
+
+def told(info: ParetoInfo, point: Point) -> Told:
+    """What is shown beside the front of the trial that was clicked."""
+    return Told(point.trial, _title(point), _facts(info, point))
 
 
 def _title(point: Point) -> str:
@@ -111,10 +134,15 @@ def _facts(info: ParetoInfo, point: Point) -> list[tuple[str, str]]:
     ]
 
 
-def _curves(page: Page, results: Results, trials: Sequence[Trial]) -> Markup:
-    info = pareto_info(trials)
+def curves_part(page: Page, results: Results, info: ParetoInfo) -> Markup:
+    """The learning curves of the front, the dense baseline and the best of the others."""
     ranks = {point.trial.id: point.rank for point in info.points if point.rank is not None}
-    curves = curves_info(results.series, trials, ranks)
+    plain = [p.trial for p in info.points if p.rank is None and not p.trial.is_dense]
+    plain.sort(key=lambda trial: (trial.record.quality or 0.0) * (1 if info.goal == "min" else -1))
+    front = [p.trial for p in info.front if not p.trial.is_dense]
+    dense = [p.trial for p in info.points if p.trial.is_dense]
+    shown = [*dense[-MOST_DENSE:], *front[:: -(-len(front) // MOST_NAMED) or 1], *plain[:MOST_CURVES]]
+    curves = curves_info(results.points(shown), shown, ranks)
     if not curves:
         return join(element("h3", "Learning curves"), note("No curves were recorded for these trials."))
     cards = (
@@ -130,4 +158,6 @@ def _curves(page: Page, results: Results, trials: Sequence[Trial]) -> Markup:
         "Coloured and numbered as the front; orange: dense; grey: dominated. "
         "The axis shows the second half of the training; double-click a figure to see all of it."
     )
+    if len(shown) < len(info.points):
+        caption += f" {len(shown)} of {len(info.points):,} trials are drawn: some of the front, the best of the others."
     return join(element("h3", "Learning curves"), note(caption), element("div", *cards, class_="cards wide"))

@@ -14,16 +14,16 @@ from dashboards.wording import number
 _SHOWN = 4
 
 
-def recovery_section(page: Page, results: Results) -> Markup:
+def recovery_section(page: Page, results: Results) -> Markup | None:
     """The trainings with the most recoveries; nothing where none had any."""
     told = []
     for trial in sorted(results.recovered, key=lambda t: -t.record.failures_survived):
         tokens = trial.spec.train_len * int(trial.spec.task_params.get("train_batch", 8))
-        info = recovery_info(trial.id, results.series, tokens)
+        info = recovery_info(results.series.get(trial.id, ()), tokens)
         if info is not None:
             told.append((trial, info))
     if not told:
-        return Markup("")
+        return None
     legend = (element("span", element("i", class_=f"swatch {part}"), f"{part}: {PARTS[part][2]}") for part in PARTS)
     rest = note(f"{len(told) - _SHOWN} more trainings had recoveries.") if len(told) > _SHOWN else None
     parts = (_training(page, trial, info) for trial, info in told[:_SHOWN])
@@ -34,7 +34,7 @@ def _training(page: Page, trial: Trial, info: RecoveryInfo) -> Markup:
     count, ranks = len(info.spans), trial.record.world_size
     middle = statistics.median(resumed - noticed for noticed, resumed in info.spans)
     title = f"{count} recover{'y' if count == 1 else 'ies'} of {trial.id}, {ranks} ranks"
-    told = f"From notice to training again: {number(middle)} s in the middle."
+    told = f"From notice to training again (shaded): {number(middle)} s in the middle."
     cards = (
         element("div", element("h4", name), page.figure(figure, f"{name}: {title}"), class_="card")
         for name, figure in (("Each recovery", parts_plot(info)), ("Tokens a second", speed_plot(info)))

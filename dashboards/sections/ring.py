@@ -26,11 +26,11 @@ _CROWDED = (
 )
 
 
-def ring_section(page: Page, results: Results) -> Markup:
+def ring_section(page: Page, results: Results) -> Markup | None:
     """Nothing where no ring was measured."""
     groups = results.ring_groups
     if not groups:
-        return Markup("")
+        return None
     parts = (join(_scaling(page, trials), _timelines(page, results, trials), _numbers(trials)) for trials in groups)
     return section("ring", "Ring attention", *parts)
 
@@ -86,7 +86,9 @@ def _timelines(page: Page, results: Results, trials: Sequence[Trial]) -> Markup 
     shown: dict[int, tuple[Trial, TimelineInfo]] = {}
     for trial in sorted(trials, key=lambda t: (-t.record.seq_len, t.density or 1.0, t.record.created_at)):
         ranks = trial.record.world_size or 1
-        info = None if ranks == 1 or ranks in shown else timeline_info(from_series(results.series, trial.id))
+        if ranks == 1 or ranks in shown:
+            continue
+        info = timeline_info(from_series(results.series.get(trial.id, ()), trial.id))
         if info is not None:
             shown[ranks] = (trial, info)
     if not shown:

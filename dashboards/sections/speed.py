@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dashboards.figures.scaling import QUANTITIES, scaling_info, scaling_plot, split_by_pattern
+from dashboards.figures.scaling import MEMORY, QUANTITIES, Quantity, scaling_info, scaling_plot, split_by_pattern
 from dashboards.frames import Results, Trial, benchmark_command, line_label
 from dashboards.markup import Column, Markup, element, join, table
 from dashboards.page import Page
@@ -35,14 +35,31 @@ def _comparison(page: Page, trials: Sequence[Trial]) -> Markup:
     )
 
 
+def speed_memory(page: Page, results: Results) -> Markup | None:
+    """Memory over length, a figure a pattern; nothing where no speed benchmark ran."""
+    parts: list[Markup] = []
+    for trials in results.speed_groups:
+        cards = (_card(page, name, own, trials, MEMORY) for name, own in split_by_pattern(trials).items())
+        record = trials[0].record
+        heading = element("h3", f"{question_label(trials[0].spec)}, on {record.device_name or record.device}")
+        parts += [heading, element("div", *cards, class_="cards")]
+    return join(*parts) if parts else None
+
+
 def _row(page: Page, name: str, own: Sequence[Trial], everything: Sequence[Trial]) -> Markup:
-    cards = []
-    for quantity in QUANTITIES:
-        info = scaling_info(own, everything, quantity)
-        if info is not None:
-            picture = page.figure(scaling_plot(info), f"{quantity.title} against length: {name}")
-            cards.append(element("div", element("h4", quantity.title), picture, class_="card"))
+    cards = (_card(page, name, own, everything, quantity) for quantity in QUANTITIES)
     return join(element("h3", name), element("div", *cards, class_="cards"))
+
+
+def _card(
+    page: Page, name: str, own: Sequence[Trial], everything: Sequence[Trial], quantity: Quantity
+) -> Markup | None:
+    info = scaling_info(own, everything, quantity)
+    if info is None:
+        return None
+    title = quantity.title if quantity is not MEMORY else f"{quantity.title}, {name}"
+    picture = page.figure(scaling_plot(info), f"{quantity.title} against length: {name}")
+    return element("div", element("h4", title), picture, class_="card")
 
 
 def _numbers(trials: Sequence[Trial]) -> Markup:

@@ -95,7 +95,7 @@ def pareto_front(records: Sequence[Record], objectives: Sequence[Objective]) -> 
     costs = [(record, cost) for record in records if (cost := _cost(record, objectives)) is not None]
     front: list[tuple[Record, tuple[float, ...]]] = []
     for record, cost in sorted(costs, key=lambda pair: pair[1]):  # who dominates sorts before whom it dominates
-        if not any(_dominates(other, cost) for _, other in front):
+        if not any(_dominates(other, cost) for _, other in reversed(front)):  # the last one beats most
             front.append((record, cost))
     return [record for record, _ in front]
 

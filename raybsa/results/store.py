@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterable
 from dataclasses import asdict, fields
 from types import UnionType
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,6 +28,24 @@ _COMPACTED = "compacted-"
 _READ_ATTEMPTS = 5
 
 Row = TypeVar("Row", Record, SeriesPoint)
+
+
+class File(NamedTuple):
+    """A results file as it was when it was listed."""
+
+    path: str
+    mtime_ns: int
+    size: int
+
+    @property
+    def trial_id(self) -> str:
+        """The trial that it is named after."""
+        return os.path.basename(self.path).removesuffix(".parquet")
+
+    @property
+    def is_compacted(self) -> bool:
+        """Whether it holds many trials; any other holds the one that it is named after."""
+        return os.path.basename(self.path).startswith(_COMPACTED)
 
 
 class StoreError(OSError):
@@ -123,6 +141,36 @@ class Store:
         rows = [row for rows in trials.values() for row in rows]
         return sorted(rows, key=lambda row: (row.trial_id, row.name, row.step, row.rank))
 
+    def files(self, kind: str) -> list[File]:
+        """The files of ``"records"`` or ``"series"``: compacted ones first, so that a trial's own, newer file has the
+        last word."""
+        selector = fs.FileSelector(f"{self._path}/{kind}", allow_not_found=True)
+        files = [info for info in self._fs.get_file_info(selector) if info.type == fs.FileType.File]
+        whole = [f for f in files if f.base_name.endswith(".parquet") and not f.base_name.startswith(".")]
+        whole.sort(key=lambda f: (not f.base_name.startswith(_COMPACTED), f.mtime_ns or 0, f.base_name))
+        return [File(f.path, f.mtime_ns or 0, f.size or 0) for f in whole]
+
+    def stamp(self, kind: str) -> int | None:
+        """A number that changes whenever a file of a kind comes, goes or is replaced; None where none can be had
+        without listing (not a local folder)."""
+        try:
+            return os.stat(f"{self._path}/{kind}").st_mtime_ns if self._local else None
+        except FileNotFoundError:
+            return 0
+
+    def table(self, path: str) -> pa.Table:
+        """What a file holds.
+
+        Raises:
+            FileNotFoundError: a compaction took it away.
+            StoreError: it is not readable as Parquet; the message names it.
+        """
+        try:
+            with self._fs.open_input_file(path) as source:
+                return pq.ParquetFile(source).read(use_threads=False)
+        except pa.ArrowInvalid as error:
+            raise StoreError(f"a results file must be Parquet, got {path!r}: {error}") from error
+
     # ---- for ourselves -----------------------------------------------------------------------------------------
 
     def _file(self, kind: str, name: str) -> str:
@@ -152,34 +200,19 @@ class Store:
     def _read(self, kind: str, row_type: type[Row]) -> tuple[dict[str, list[Row]], list[str]]:
         """Rows by trial, and the files that they came from. Starts over if a compaction takes a file away."""
         for _ in range(_READ_ATTEMPTS):
-            paths = self._list(kind)
+            paths = [file.path for file in self.files(kind)]
             try:
-                tables = [self._table(path) for path in paths]
+                tables = [self.table(path) for path in paths]
             except FileNotFoundError:
                 continue
             trials: dict[str, list[Row]] = {}
             for table in tables:
                 held: dict[str, list[Row]] = {}
-                for row in _from_table(row_type, table):
+                for row in rows_of(row_type, table):
                     held.setdefault(row.trial_id, []).append(row)
                 trials.update(held)
             return trials, paths
         raise StoreError(f"files vanish from {self.root!r} faster than they can be read ({_READ_ATTEMPTS} attempts)")
-
-    def _list(self, kind: str) -> list[str]:
-        """Compacted files first, so that a trial's own, newer file has the last word."""
-        selector = fs.FileSelector(f"{self._path}/{kind}", allow_not_found=True)
-        files = [info for info in self._fs.get_file_info(selector) if info.type == fs.FileType.File]
-        whole = [f for f in files if f.base_name.endswith(".parquet") and not f.base_name.startswith(".")]
-        whole.sort(key=lambda f: (not f.base_name.startswith(_COMPACTED), f.mtime_ns or 0, f.base_name))
-        return [f.path for f in whole]
-
-    def _table(self, path: str) -> pa.Table:
-        try:
-            with self._fs.open_input_file(path) as source:
-                return pq.read_table(source)
-        except pa.ArrowInvalid as error:
-            raise StoreError(f"a results file must be Parquet, got {path!r}: {error}") from error
 
 
 def _resolve(root: str) -> tuple[fs.FileSystem, str]:
@@ -220,7 +253,10 @@ def _to_parquet(row_type: type, rows: list) -> bytes:
     return buffer.getvalue()
 
 
-def _from_table(row_type: type[Row], table: pa.Table) -> Iterable[Row]:
-    missing = {field.name: None for field in fields(row_type)}
-    known = table.select([name for name in table.column_names if name in missing])
-    return [row_type(**{**missing, **row}) for row in known.to_pylist()]
+def rows_of(row_type: type[Row], table: pa.Table) -> list[Row]:
+    """The rows of a results file; columns that it lacks are None, columns that we do not know are left out."""
+    names = [field.name for field in fields(row_type)]
+    held = set(table.column_names)
+    nothing = [None] * table.num_rows
+    columns = [table.column(name).to_pylist() if name in held else nothing for name in names]
+    return [row_type(**dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True)]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dashboards.figures.curves import curves_info, curves_plot, later_range
-from dashboards.figures.pareto import ParetoInfo, pareto_info, pareto_plot
+from dashboards.figures.pareto import ParetoInfo, pareto_info, pareto_plot, thinned
 from dashboards.figures.pictures import ABOVE, MAX_CELLS, MAX_TOKENS, drawing_info, picture_plot
 from dashboards.figures.scaling import FORWARD, FORWARD_BACKWARD, MEMORY, scaling_info, scaling_plot, split_by_pattern
 from dashboards.frames import Trial, trial_of
@@ -88,7 +88,7 @@ def test_the_picture_shows_each_trial_once_and_dense_apart() -> None:
     by_name = {trace.name: list(trace.customdata or ()) for trace in figure.data if trace.name != "front line"}
     assert by_name == {"dominated": ["beaten"], "front": ["fast", "middle"], "dense baseline": ["dense"]}
     dense = next(trace for trace in figure.data if trace.name == "dense baseline")
-    assert (dense.marker.symbol, set(dense.marker.color)) == ("diamond", {colour("dense")})
+    assert (dense.marker.symbol, dense.marker.color) == ("diamond", colour("dense"))
     assert "ms" in figure.layout.xaxis.title.text
     assert "bits per byte (lower is better)" in figure.layout.yaxis.title.text
 
@@ -253,3 +253,11 @@ def test_a_trial_that_was_stopped_early_is_drawn_as_such_and_is_on_no_front() ->
     assert [point.trial.id for point in info.front] == ["whole"]
     (trace,) = [trace for trace in pareto_plot(info).data if trace.name == "stopped early"]
     assert (trace.customdata, trace.marker.symbol) == (("stopped",), "x-thin")
+
+
+def test_a_crowd_of_dominated_points_is_thinned_and_no_other() -> None:
+    few = trials(*(lm_record(f"t{i}", sparse("bigbird"), 2.5, 9.0 + i) for i in range(20)))
+    assert len(pareto_plot(pareto_info(few)).data[1].x) == 19
+    many = [p._replace(rank=None) for p in pareto_info(few).points] * 100
+    assert 2 <= len(thinned(many)) <= 20
+    assert {p.trial.id for p in thinned(many)} <= {p.trial.id for p in many}

@@ -15,7 +15,7 @@ from tests.dashboards.made import DENSE, curve, lm_failure, lm_record, record, s
 
 
 def results_of(*records: Record) -> Results:
-    return Results(tuple(map(trial_of, records)), ())
+    return Results(tuple(map(trial_of, records)), {})
 
 
 def test_what_was_stored_is_what_is_read(tmp_path: Path) -> None:
@@ -26,7 +26,7 @@ def test_what_was_stored_is_what_is_read(tmp_path: Path) -> None:
     results = load(str(tmp_path))
     assert [trial.record for trial in results.trials] == [wanted]
     assert results.trials[0].spec.layer(0) == sparse("bigbird")
-    assert [point.step for point in results.series] == [0, 10, 20]
+    assert [point.step for point in results.series["a"]] == [0, 10, 20]
 
 
 @pytest.mark.parametrize("folder", ["empty", "missing"])

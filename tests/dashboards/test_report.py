@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dashboards.markup import Column, Markup, data_island, element, table
+from dashboards.markup import Column, data_island, element, html, table
 from dashboards.report import main, write_report
 from raybsa.results.record import Record
 from raybsa.results.store import Store
@@ -31,13 +31,13 @@ def without_plotly(page: str) -> str:
 
 def test_plain_text_is_escaped_and_markup_is_not() -> None:
     inner = element("b", "1 < 2 & 3", title='"quoted"')
-    assert inner == '<b title="&quot;quoted&quot;">1 &lt; 2 &amp; 3</b>'
-    assert element("p", inner, None, "<i>", class_="note", hidden=False) == f'<p class="note">{inner}&lt;i&gt;</p>'
-    assert isinstance(inner, Markup)
+    assert html(inner) == '<b title="&quot;quoted&quot;">1 &lt; 2 &amp; 3</b>'
+    outer = element("p", inner, None, "<i>", class_="note", hidden=False)
+    assert html(outer) == f'<p class="note">{html(inner)}&lt;i&gt;</p>'
 
 
 def test_a_table_gives_each_cell_the_class_of_its_column() -> None:
-    made = table([Column("name"), Column("ms", "right")], [["<a>", "3"]])
+    made = html(table([Column("name"), Column("ms", "right")], [["<a>", "3"]]))
     assert '<td>&lt;a&gt;</td><td class="right">3</td>' in made
 
 

@@ -12,7 +12,7 @@ from pyarrow import fs
 
 from raybsa.results.__main__ import main as command_line
 from raybsa.results.record import Record, SeriesPoint
-from raybsa.results.store import Store, StoreError
+from raybsa.results.store import File, Store, StoreError
 
 
 @pytest.fixture(params=["local", "file-uri", "subtree", "mock"])
@@ -56,7 +56,7 @@ def test_compaction_keeps_every_trial_once_and_leaves_one_file(store, record):
     assert store.compact() == 5
     assert store.read_records() == written
     assert len(store.read_series()) == 5
-    assert len(store._list("records")) == len(store._list("series")) == 1
+    assert len(store.files("records")) == len(store.files("series")) == 1
 
 
 def test_the_command_line_compacts_and_says_what_it_did(tmp_path, record, capsys):
@@ -88,12 +88,12 @@ def test_a_trial_written_after_compaction_wins_over_its_compacted_row(store, rec
 def test_a_crash_between_compaction_and_deletion_doubles_no_row(store, monkeypatch, record):
     for i in range(3):
         store.write_record(record(f"run-{i:03d}"))
-    before = store._list("records")
+    before = store.files("records")
     with monkeypatch.context() as patch:
         patch.setattr(store, "_fs", UndeletableFileSystem(store._fs))
         with pytest.raises(KeyboardInterrupt):
             store.compact()
-    assert len(store._list("records")) == len(before) + 1
+    assert len(store.files("records")) == len(before) + 1
     assert len(store.read_records()) == 3
 
 
@@ -113,9 +113,9 @@ class UndeletableFileSystem:
 def test_a_reader_starts_over_when_a_compaction_takes_its_files_away(store, monkeypatch, record):
     for i in range(3):
         store.write_record(record(f"run-{i:03d}"))
-    listings = iter([[*store._list("records"), f"{store._path}/records/gone.parquet"]])
-    real = store._list
-    monkeypatch.setattr(store, "_list", lambda kind: next(listings, None) or real(kind))
+    listings = iter([[*store.files("records"), File(f"{store._path}/records/gone.parquet", 0, 0)]])
+    real = store.files
+    monkeypatch.setattr(store, "files", lambda kind: next(listings, None) or real(kind))
     assert len(store.read_records()) == 3
 
 

@@ -1,0 +1,209 @@
+"""The app's frame: what surrounds every page, and the callbacks that move it.
+
+The address says what is shown. Controls and clicks write it, the folder's version and the reader's colours join it, and
+the page follows from the three: nothing else is remembered.
+"""
+
+from __future__ import annotations
+
+import threading
+from types import ModuleType
+from typing import Any
+
+from dash import ALL, Dash, Input, Output, State, ctx, dcc, html, no_update
+from dash.development.base_component import Component
+from flask import Response
+
+from dashboards.app.address import FILTERS, Address, parse
+from dashboards.app.components import components
+from dashboards.app.filters import Option, filtered, options
+from dashboards.app.folder import Folder
+from dashboards.app.pages import benchmark, compare, compression, forecast, memory, recovery, ring, search
+from dashboards.app.view import Control, Shown, View
+from dashboards.markup import Markup
+from dashboards.page import STYLE, Page
+from dashboards.theme import css_variables
+
+PAGES: dict[str, ModuleType] = {
+    "search": search,
+    "benchmark": benchmark,
+    "memory": memory,
+    "ring": ring,
+    "compression": compression,
+    "recovery": recovery,
+    "forecast": forecast,
+    "compare": compare,
+}
+LOOK_MS = 2000  # between two looks at the folder
+_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data:"
+)
+_APP_STYLE = STYLE.with_name("app.css")
+_DARK = """function(_, before) {
+  const dark = window.matchMedia("(prefers-color-scheme: dark)").matches;
+  return dark === before ? window.dash_clientside.no_update : dark;
+}"""
+
+
+def make_app(folder: Folder, *, own_patterns: bool = False) -> Dash:
+    """The app over one folder. ``own_patterns`` imports code that rows name; see ``dashboards.report``."""
+    app = Dash(
+        "dashboards", title="raybsa", update_title="", suppress_callback_exceptions=True, assets_folder="no assets"
+    )
+    app.index_string = app.index_string.replace("{%css%}", f"<style>{_style()}</style>{{%css%}}")
+    app.layout = _layout(folder)
+    app.server.after_request(_guarded)
+    _connect(app, folder, own_patterns)
+    return app
+
+
+def warm_up(folder: Folder) -> None:
+    """Reads and draws once, so that what is loaded and parsed on the way is there when the first reader comes."""
+    folder.refresh()
+    view = View(Page(), folder.results, folder.root, Address("search"))
+    _made(search.show(view).top, view, False)
+    search.chosen(view)
+
+
+def _style() -> str:
+    light, dark = css_variables(dark=False), css_variables(dark=True)
+    variables = f":root{{color-scheme:light dark;{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}"
+    return variables + STYLE.read_text("utf-8") + _APP_STYLE.read_text("utf-8")
+
+
+def _guarded(response: Response) -> Response:
+    response.headers["Content-Security-Policy"] = _POLICY
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    return response
+
+
+def _layout(folder: Folder) -> Component:
+    places = [html.Div(id=name, className=kind) for name, kind in (("top", ""), ("chosen", "panel trial"))]
+    return html.Div(
+        [
+            dcc.Location(id="address", refresh="callback-nav"),
+            dcc.Interval(id="look", interval=LOOK_MS),
+            *(dcc.Store(id=name) for name in ("version", "dark", "drawn")),
+            html.Header([html.H1("raybsa"), html.Code(folder.root)]),
+            html.Nav(id="nav"),
+            html.Div(id="controls", className="controls"),
+            html.Div(id="notes"),
+            html.Main([html.Div(places, className="beside"), html.Div(id="detail"), html.Div(id="rest")]),
+        ]
+    )
+
+
+def _connect(app: Dash, folder: Folder, own_patterns: bool) -> None:
+    drawing = threading.Lock()  # Plotly looks for half-imported modules when two threads draw their first figure
+    app.clientside_callback(_DARK, Output("dark", "data"), Input("look", "n_intervals"), State("dark", "data"))
+    where = (Input("address", "pathname"), Input("address", "search"), Input("version", "data"), Input("dark", "data"))
+
+    @app.callback(
+        Output("version", "data"), Output("notes", "children"), Input("look", "n_intervals"), State("version", "data")
+    )
+    def look(_: int, before: int | None) -> Any:
+        version = folder.refresh()
+        return no_update if version == before else (version, [html.P(text, className="note") for text in folder.notes])
+
+    @app.callback(
+        *(Output(name, "children") for name in ("nav", "controls", "top", "rest")),
+        Output("drawn", "data"),
+        *where,
+        State("drawn", "data"),
+    )
+    def draw(pathname: str, query: str, version: int | None, dark: bool | None, drawn: list | None) -> Any:
+        address = _address(pathname, query)
+        now = [address.page, address.without("trial").search, version, dark]
+        if now == drawn or version is None or dark is None:
+            return no_update
+        results = folder.results
+        view = View(Page(own_patterns), filtered(results, address), folder.root, address)
+        with drawing:
+            shown = PAGES[address.page].show(view)
+            parts = [_made(part, view, dark) for part in (shown.top, shown.rest)]
+        return _nav(address), _controls(address, options(results), shown), *parts, now
+
+    @app.callback(Output("chosen", "children"), Output("detail", "children"), *where)
+    def choose(pathname: str, query: str, version: int | None, dark: bool | None) -> Any:
+        address = _address(pathname, query)
+        if version is None or dark is None:
+            return no_update
+        view = View(Page(own_patterns), filtered(folder.results, address), folder.root, address)
+        with drawing:
+            parts = search.chosen(view) if address.page == "search" else None
+            return [_made(part, view, dark) for part in parts] if parts else ([], [])
+
+    @app.callback(
+        Output("address", "search"),
+        Input({"type": "choice", "name": ALL}, "value"),
+        Input({"type": "front", "name": ALL}, "clickData"),
+        State("address", "pathname"),
+        State("address", "search"),
+        prevent_initial_call=True,
+    )
+    def walk(values: list, clicks: list, pathname: str, query: str) -> Any:
+        before = _address(pathname, query)
+        after = _walked(before, ctx.triggered_id, ctx.triggered[0]["value"])
+        return no_update if after == before else after.search
+
+
+def _address(pathname: str, query: str) -> Address:
+    """The address of a URL: the first page where it names none; runs that are compared are not filtered by run."""
+    address = parse(pathname, query)
+    if address.page not in PAGES:
+        return Address(next(iter(PAGES)), address.chosen)
+    return address.without("run") if address.page == "compare" else address
+
+
+def _walked(address: Address, who: Any, value: Any) -> Address:
+    """The address after a control took a value or a point was clicked."""
+    if not who or value is None:
+        return address
+    if who["type"] == "front":
+        return address.with_choice("trial", [str(value["points"][0]["customdata"])])
+    values = [value] if isinstance(value, str) else value
+    after = address.with_choice(who["name"], values)
+    return after.without("trial") if who["name"] == "question" and after != address else after
+
+
+def _made(part: Markup | None, view: View, dark: bool) -> list[Component | str]:
+    return [] if part is None else components(part, view.page, dark=dark)
+
+
+def _nav(address: Address) -> list[Component]:
+    """The filters go along to every page."""
+    kept = Address("", {name: address.chosen[name] for name in FILTERS if name in address.chosen}).search
+    return [
+        dcc.Link(page.TITLE, href=f"/{name}{kept}", className="here" if name == address.page else "", id=f"to-{name}")
+        for name, page in PAGES.items()
+    ]
+
+
+def _controls(address: Address, found: dict[str, list[Option]], shown: Shown) -> list[Component]:
+    filters = [
+        _filter(name, offered, address.chosen.get(name, ()))
+        for name, offered in found.items()
+        if len(offered) > 1 and (name, address.page) != ("run", "compare")
+    ]
+    return [*map(_choice, shown.controls), *filters]
+
+
+def _filter(name: str, offered: list[Option], chosen: tuple[str, ...]) -> Component:
+    known = [option for option in offered if option.value in chosen or len(offered) <= 500][:500]
+    return _dropdown(name, name, known, list(chosen), multi=True)
+
+
+def _choice(control: Control) -> Component:
+    return _dropdown(control.name, control.label, control.options, control.value, multi=False)
+
+
+def _dropdown(name: str, label: str, offered: list[Option], value: Any, *, multi: bool) -> Component:
+    dropdown = dcc.Dropdown(
+        id={"type": "choice", "name": name},
+        options=[{"value": option.value, "label": option.label} for option in offered],
+        value=value,
+        multi=multi,
+        clearable=multi,
+        placeholder="all",
+    )
+    return html.Label([html.Span(label), dropdown], className="many" if multi else "one")

@@ -1,0 +1,222 @@
+"""The app without a browser: addresses, filters, what becomes a component, and every page over every kind of folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from dash.development.base_component import Component
+
+from dashboards.app.__main__ import main
+from dashboards.app.address import Address, parse
+from dashboards.app.components import components, themed, thumbnail
+from dashboards.app.filters import filtered, options
+from dashboards.app.folder import Folder
+from dashboards.app.frame import PAGES, make_app
+from dashboards.app.pages import search
+from dashboards.app.view import Shown, View
+from dashboards.figures.pictures import drawing_info
+from dashboards.frames import trial_of
+from dashboards.markup import element
+from dashboards.page import Page
+from dashboards.theme import colour, dark_twins
+from raybsa.results.record import Record
+from raybsa.results.store import Store
+from tests.dashboards.made import DENSE, lm_failure, lm_record, sparse
+from tests.dashboards.made_folder import a_folder
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
+
+
+def folder_of(path: Path, *records: Record) -> Folder:
+    store = Store.create(path)
+    for record in records:
+        store.write_record(record)
+    folder = Folder(str(path))
+    folder.refresh()
+    return folder
+
+
+def shown(folder: Folder, page: str, query: str = "") -> tuple[Shown, View]:
+    address = parse(f"/{page}", query)
+    view = View(Page(), filtered(folder.results, address), folder.root, address)
+    return PAGES[page].show(view), view
+
+
+def texts(parts: object) -> str:
+    """Every text among components, as a reader would read it."""
+    if isinstance(parts, list | tuple):
+        return " ".join(map(texts, parts))
+    return texts(parts.children) if isinstance(parts, Component) and hasattr(parts, "children") else str(parts or "")
+
+
+def kinds_of(parts: object) -> set[str]:
+    """The names of all components among others."""
+    if isinstance(parts, list | tuple):
+        return {name for part in parts for name in kinds_of(part)}
+    if not isinstance(parts, Component):
+        return set()
+    return {type(parts).__name__, *kinds_of(getattr(parts, "children", None))}
+
+
+def drawn(folder: Folder, page: str, query: str = "") -> str:
+    answer, view = shown(folder, page, query)
+    return texts([components(part, view.page, dark=False) for part in (answer.top, answer.rest) if part])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    path = tmp_path_factory.mktemp("whole")
+    a_folder(path)
+    folder = Folder(str(path))
+    folder.refresh()
+    return folder
+
+
+def test_an_address_goes_into_a_url_and_back() -> None:
+    address = Address("search", {"run": ("a b", "c&d"), "density": ("0",), "trial": ("t-1",)})
+    assert parse("/search", address.search) == address
+    assert address.with_choice("run", []).search == "?density=0&trial=t-1"
+    assert parse("/", "?unknown=1&trial=x&trial=y") == Address("", {"trial": ("y",)})
+    assert parse(None, None).search == ""
+
+
+def test_filters_keep_the_rows_that_have_one_of_the_values_of_each(whole: Folder) -> None:
+    found = options(whole.results)
+    assert {"bigbird", "dense"} <= {option.value for option in found["pattern"]}
+    assert [option.label for option in found["density"]] == sorted(
+        (option.label for option in found["density"]), key=lambda label: float(label.strip("≤> %"))
+    )
+    kept = filtered(whole.results, parse("/search", "?pattern=bigbird&pattern=random&run=run-1")).trials
+    assert {trial.record.pattern for trial in kept} == {"bigbird", "random"}
+    assert {trial.record.run_id for trial in kept} == {"run-1"}
+    assert filtered(whole.results, parse("/search", "?pattern=nobody")).trials == ()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_page_shows_what_is_there(whole: Folder, page: str) -> None:
+    answer, view = shown(whole, page)
+    assert view.page.figures, f"{page} draws nothing"
+    assert len(components(answer.top, view.page, dark=True)) >= 1
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_without_rows_says_what_to_run(tmp_path: Path, page: str) -> None:
+    folder = Folder(str(tmp_path / "nothing here"))
+    folder.refresh()
+    assert "python jobs/" in drawn(folder, page)
+    assert "without a reload" in drawn(folder, page)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_half_finished_run_is_shown_as_far_as_it_is(tmp_path: Path, page: str) -> None:
+    unmeasured = lm_record("early", sparse("bigbird"), 2.3, 9.0, forward_backward_ms_p50=None, forward_ms_p50=None)
+    folder = folder_of(tmp_path, lm_failure("broken", sparse("strided"), "WorkerDied"), unmeasured)
+    assert drawn(folder, page)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_rows_of_an_older_schema_are_shown(tmp_path: Path, page: str) -> None:
+    first = {"trial_id", "run_id", "created_at", "status", "spec", "spec_hash", "seed", "task", "variant", "pattern"}
+    first |= {"block_size", "seq_len", "density", "quality_name", "quality_goal", "quality", "forward_backward_ms_p50"}
+    records = [lm_record("d", DENSE, 2.2, 40.0), lm_record("a", sparse("bigbird"), 2.3, 9.0, run_id="run-2")]
+    Store.create(tmp_path)
+    rows = [{name: value for name, value in asdict(record).items() if name in first} for record in records]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "records" / "compacted-old.parquet")
+    folder = Folder(str(tmp_path))
+    folder.refresh()
+    assert not folder.notes
+    assert drawn(folder, page)
+
+
+def test_a_row_that_cannot_be_read_is_named_and_hides_no_other(tmp_path: Path) -> None:
+    odd = replace(lm_record("odd-one", DENSE, 2.0, 9.0), spec='{"task": "byte_lm"}')
+    folder = folder_of(tmp_path, lm_record("good", DENSE, 2.2, 40.0), odd)
+    assert [trial.id for trial in folder.results.trials] == ["good"]
+    assert any("odd-one" in note for note in folder.notes)
+
+
+def test_the_version_grows_with_new_rows_and_only_with_them(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, lm_record("a", DENSE, 2.2, 40.0))
+    before = folder.version
+    assert folder.refresh() == before
+    Store(tmp_path).write_record(lm_record("b", sparse("bigbird"), 2.3, 9.0))
+    assert folder.refresh() == before + 1
+    assert [trial.id for trial in folder.results.trials] == ["a", "b"]
+
+
+def test_the_trial_of_the_address_is_the_one_that_is_shown(whole: Folder) -> None:
+    view = shown(whole, "search", "?trial=bigbird-0.25")[1]
+    parts = search.chosen(view)
+    assert parts is not None
+    told = texts([components(part, view.page, dark=False) for part in parts])
+    assert "bigbird-0.25" in told
+    assert "train loss" in told
+
+
+def test_two_runs_are_compared_by_their_equal_questions(tmp_path: Path) -> None:
+    folder = folder_of(
+        tmp_path,
+        lm_record("a1", sparse("bigbird"), 2.3, 10.0, run_id="A"),
+        lm_record("a2", sparse("strided"), 2.3, 10.0, run_id="A"),
+        lm_record("b1", sparse("bigbird"), 2.3, 20.0, run_id="B", created_at="2026-03-02T00:00:00+00:00"),
+    )
+    told = drawn(folder, "compare")
+    assert "1 trials have the same spec and seed in both. In the middle, B takes 2× the time of A." in told
+    assert "takes 0.5× the time of A" in drawn(folder, "compare", "?a=B&b=A")
+    assert shown(folder, "compare")[0].controls[0].value == "A"
+
+
+def test_no_text_of_a_row_is_ever_html(tmp_path: Path) -> None:
+    fields = {"run_id": HOSTILE, "device_name": HOSTILE, "quality_name": HOSTILE, "backend": HOSTILE}
+    folder = folder_of(
+        tmp_path,
+        lm_record("a", sparse(HOSTILE), 2.3, 9.0, **fields),
+        lm_record("b", sparse("bigbird"), 2.2, 9.5, **fields),
+        lm_failure("c", sparse(HOSTILE), HOSTILE),
+    )
+    for page in PAGES:
+        answer, view = shown(folder, page)
+        made = [components(part, view.page, dark=False) for part in (answer.top, answer.rest) if part]
+        assert not kinds_of(made) & {"Markdown", "Iframe", "Script", "DangerouslySetInnerHTML"}
+        assert page != "search" or HOSTILE in texts(made)
+        assert "<img" not in json.dumps(view.page.figures), "Plotly reads tags in its texts"
+
+
+def test_a_figure_in_the_dark_has_only_dark_twins() -> None:
+    figure = {"layout": {"paper_bgcolor": colour("paper"), "font": {"color": colour("ink")}}}
+    assert themed(figure, False) is figure
+    assert themed(figure, True)["layout"]["font"]["color"] == dark_twins()[colour("ink")]
+
+
+def test_a_thumbnail_is_an_image_without_any_text_of_the_row() -> None:
+    panel = drawing_info(trial_of(lm_record("a", sparse("bigbird"), 2.3, 9.0)).spec).panels[0]
+    assert thumbnail(panel._replace(caption=HOSTILE)) == thumbnail(panel)
+    assert thumbnail(panel).startswith("data:image/svg+xml;base64,")
+
+
+def test_elements_become_components_with_their_attributes() -> None:
+    (made,) = components(element("div", "a <b>", class_="note", style="min-height:3px"), Page(), dark=False)
+    assert isinstance(made, Component)
+    assert (made.className, made.style, made.children) == ("note", {"minHeight": "3px"}, ["a <b>"])
+
+
+def test_the_app_listens_on_this_machine_alone_unless_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[dict] = []
+    monkeypatch.setattr("dash.Dash.run", lambda self, **options: asked.append(options))
+    assert main([str(tmp_path)]) == 0
+    assert main([str(tmp_path), "--host", "0.0.0.0", "--port", "9000"]) == 0
+    assert asked == [{"host": "127.0.0.1", "port": 8050}, {"host": "0.0.0.0", "port": 9000}]
+    assert "http://127.0.0.1:8050" in capsys.readouterr().out
+
+
+def test_every_answer_forbids_other_sources(tmp_path: Path) -> None:
+    answer = make_app(Folder(str(tmp_path))).server.test_client().get("/search?run=x")
+    assert answer.status_code == 200
+    assert answer.headers["Content-Security-Policy"].startswith("default-src 'self'")

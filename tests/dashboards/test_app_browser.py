@@ -1,0 +1,145 @@
+"""The app in a real browser: every page is clicked, a point, a filter, a new row; a console error fails."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import request
+from werkzeug.serving import make_server
+
+from dashboards.app.folder import Folder
+from dashboards.app.frame import PAGES, make_app
+from tests.dashboards.made import lm_record, sparse
+from tests.dashboards.made_folder import a_folder
+from tests.dashboards.test_browser import BROWSER
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on the PATH"),
+]
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update "
+    "--disable-sync --enable-logging=stderr --window-size=800,1000 --remote-debugging-port=0"
+)
+# Walks through the pages as a reader would, and sends what it saw.
+PROBE = """<script>
+const until = async (holds) => { while (!holds()) await new Promise((done) => setTimeout(done, 40)); };
+const all = (what) => [...document.querySelectorAll(what)];
+const drawn = () => all(".figure").every((figure) => figure.querySelector(".main-svg"));
+const marks = () => all("#top .points path.point").length;
+const told = () => document.querySelector("#chosen h3")?.textContent;
+const page = async (name) => {
+  await until(() => document.getElementById("to-" + name));
+  document.getElementById("to-" + name).click();
+  await until(() => document.querySelector("nav a.here")?.id === "to-" + name && drawn());
+};
+const go = (search) => { history.pushState({}, "", search); dispatchEvent(new PopStateEvent("popstate")); };
+(async () => {
+  const seen = { pages: {} };
+  await until(() => told() && marks() && drawn());
+  for (const name of PAGE_NAMES) {
+    await page(name);
+    const shown = { figures: all(".figure").length, title: document.querySelector("main h2").textContent };
+    shown.overflow = document.documentElement.scrollWidth - innerWidth;
+    seen.pages[name] = shown;
+  }
+  await page("search");
+  await until(() => told() && marks());
+  seen.first = told();
+  seen.marks = marks();
+  const point = document.querySelector("#top .points path.point");
+  point.scrollIntoView({ block: "center" });
+  const box = point.getBoundingClientRect();
+  const at = { clientX: box.x + box.width / 2, clientY: box.y + box.height / 2, bubbles: true };
+  const drag = document.querySelector("#top .nsewdrag");
+  for (const [kind, who] of [["mousemove", drag], ["mousedown", drag], ["mouseup", document]]) {
+    await new Promise((done) => setTimeout(done, 300));
+    who.dispatchEvent(new MouseEvent(kind, at));
+  }
+  await until(() => told() !== seen.first && drawn());
+  seen.clicked = told();
+  seen.address = location.search;
+  seen.spec = document.querySelector("#chosen pre").textContent;
+  seen.details = all("#detail .figure").length;
+  await fetch("/write");
+  await until(() => marks() === seen.marks + 1);
+  go("?pattern=bigbird");
+  await until(() => marks() && marks() < 10 && drawn());
+  seen.filtered = marks();
+  seen.hacked = document.body.dataset.hacked ?? "no";
+  await fetch("/seen", { method: "POST", body: JSON.stringify(seen) });
+})();
+</script>"""
+
+
+class Served:
+    """An app over a folder, its address, and what the probe sent."""
+
+    def __init__(self, folder: Path) -> None:
+        store = a_folder(folder)
+        app = make_app(Folder(str(folder)))
+        names = str(list(PAGES))
+        app.index_string = app.index_string.replace("</body>", PROBE.replace("PAGE_NAMES", names) + "</body>")
+        self.seen: dict[str, Any] = {}
+        self.done = threading.Event()
+
+        @app.server.get("/write")
+        def write() -> str:
+            store.write_record(lm_record("brand-new", sparse("strided", 0.2), 2.3, 12.0))
+            return "written"
+
+        @app.server.post("/seen")
+        def seen() -> str:
+            self.seen = request.get_json(force=True)
+            self.done.set()
+            return "thanks"
+
+        self._server = make_server("127.0.0.1", 0, app.server, threaded=True)
+        self.address = f"http://127.0.0.1:{self._server.port}/"
+        self._thread = threading.Thread(target=self._server.serve_forever)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    made = Served(tmp_path / "results")
+    yield made
+    made.close()
+
+
+def test_every_page_is_drawn_and_what_is_clicked_is_shown(served: Served, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        browser = subprocess.Popen(
+            [str(BROWSER), *FLAGS.split(), f"--user-data-dir={tmp_path / 'profile'}", served.address],
+            stdout=subprocess.DEVNULL,
+            stderr=file,
+        )
+        finished = served.done.wait(60)
+        browser.terminate()
+        browser.wait(20)
+    assert finished, f"the walk did not come to its end:\n{log.read_text()[-3000:]}"
+    seen = served.seen
+    assert list(seen["pages"]) == list(PAGES)
+    for name, page in seen["pages"].items():
+        assert page["figures"] >= 1, f"{name} draws nothing"
+        assert page["overflow"] <= 0, f"{name} is {page['overflow']} pixels too wide at 800"
+    assert seen["clicked"] != seen["first"]
+    assert "trial=" in seen["address"]
+    assert seen["spec"].startswith("create_block_sparse_attention(**{")
+    assert seen["details"] >= 3
+    assert 1 <= seen["filtered"] < seen["marks"]
+    assert seen["hacked"] == "no"
+    assert "CONSOLE" not in log.read_text(), log.read_text()
