@@ -7,6 +7,7 @@ kernel, while the others wait.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from raybsa.timing import forward_backward_call, forward_call, peak_bytes, quant
 PARAMS = {"world_size": 1, "partition": "balanced"}
 STEPS = ("forward", "forward_backward", "single_forward", "single_forward_backward")
 _WARMUP = 3
+_CROWDING_MS = 100.0
 _CALIBRATION = "timing"  # the ledger's word for what only the measurement sends
 
 
@@ -143,24 +145,43 @@ def measure_link(communicator: Communicator, *, repeats: int = 9) -> list[tuple[
 
 
 def measure_crowding(spec: TrialSpec, communicator: Communicator, *, repeats: int = 7) -> float:
-    """How many times slower the kernel is where all ranks run it at once than where rank 0 does alone; no ring."""
+    """How many times slower the kernel is where all ranks run it at once than where rank 0 does alone; no ring.
+
+    One measurement is as many calls as take rank 0 some 100 ms, so that it is the kernel's pace and not how ranks come
+    out of a barrier. Together is as slow as the slowest rank.
+    """
     layout, backend = ring_layout(spec, communicator.device), spec.layer(0).backend
     inputs = synthetic_qkv(spec, communicator.device)
 
     def single(q: Tensor, k: Tensor, v: Tensor) -> Any:
         return block_sparse_attention(q, k, v, layout, backend=backend)
 
-    call = forward_call(single, inputs)
-    times: dict[bool, list[float]] = {False: [], True: []}
-    for _ in range(_WARMUP + repeats):
-        for together in (False, True):
-            if together or communicator.rank == 0:
-                times[together].append(_timed(call, communicator, together=together))
-            communicator.barrier(_CALIBRATION)
-    if communicator.rank:
-        return 1.0
-    alone, crowded = (quantiles_of(times[together][_WARMUP:]).p50 for together in (False, True))
-    return crowded / alone
+    once = forward_call(single, inputs)
+    once_ms = [_timed(once, communicator) for _ in range(_WARMUP)][-1]
+    calls = calls_within(_CROWDING_MS, _from_all(once_ms, communicator)[0])
+
+    def call() -> None:
+        for _ in range(calls):
+            once()
+
+    alone, together = [], []
+    for _ in range(repeats):
+        if communicator.rank == 0:
+            alone.append(_timed(call, communicator, together=False))
+        communicator.barrier(_CALIBRATION)
+        together.append(max(_from_all(_timed(call, communicator), communicator)))
+    return quantiles_of(together).p50 / quantiles_of(alone).p50 if communicator.rank == 0 else 1.0
+
+
+def calls_within(limit_ms: float, call_ms: float) -> int:
+    """How many calls of ``call_ms`` take at least ``limit_ms``."""
+    return max(1, math.ceil(limit_ms / call_ms))
+
+
+def _from_all(number: float, communicator: Communicator) -> list[float]:
+    """Every rank's number, in rank order."""
+    mine = torch.tensor([number], dtype=torch.float64, device=communicator.device)
+    return [float(x) for x in communicator.all_gather(_CALIBRATION, mine)]
 
 
 def _rounds(
@@ -176,8 +197,7 @@ def _rounds(
                 times[name].append(_timed(call, communicator, together=not alone))
             communicator.barrier(_CALIBRATION)
         if len(times["forward"]) == 1:
-            spent = torch.tensor([time.perf_counter() - begin], dtype=torch.float64, device=communicator.device)
-            slowest = max(float(x) for x in communicator.all_gather(_CALIBRATION, spent))
+            slowest = max(_from_all(time.perf_counter() - begin, communicator))
             rounds = max(3, min(repeats, int(budget_s / slowest)))
     return times
 

@@ -1,6 +1,8 @@
 """measure_rings: ring trials on the ranks of this host, one process a rank, from start to joined measurements.
 
-On the CPU ranks are processes of one thread that talk over gloo, on CUDA one process a GPU over NCCL.
+On the CPU ranks are processes of one thread that talk over gloo, each bound to a core, on CUDA one process a GPU over
+NCCL. Bound, because a scheduler that is left to itself often wakes several ranks on one core when a barrier lets them
+go, and leaves them there for some 10 ms while another core has nothing to do.
 """
 
 from __future__ import annotations
@@ -109,6 +111,8 @@ def _rank(
 ) -> None:
     """One process: joins the group, measures the link, then every trial."""
     torch.set_num_threads(1)
+    if device == "cpu":
+        bind_to_core(rank)
     place = torch.device(device, rank) if device == "cuda" else torch.device(device)
     if device == "cuda":
         torch.cuda.set_device(place)
@@ -128,6 +132,12 @@ def _rank(
     finally:
         communicator.close()
         dist.destroy_process_group()
+
+
+def bind_to_core(rank: int) -> None:
+    """This thread, and all that it starts later, stay on one of the process's cores; ranks take them in turn."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})
 
 
 def _joined(spec: TrialSpec, reports: list[RankReport], device: str, calibration: list[Point]) -> Measurement:
