@@ -144,20 +144,25 @@ def measure_link(communicator: Communicator, *, repeats: int = 9) -> list[tuple[
     return found
 
 
-def measure_crowding(spec: TrialSpec, communicator: Communicator, *, repeats: int = 7) -> float:
+def measure_crowding(spec: TrialSpec, communicator: Communicator, devices: int, *, repeats: int = 7) -> float:
     """How many times slower the kernel is where all ranks run it at once than where rank 0 does alone; no ring.
 
-    One measurement is as many calls as take rank 0 some 100 ms, so that it is the kernel's pace and not how ranks come
-    out of a barrier. Together is as slow as the slowest rank.
+    One measurement is as many calls as take rank 0 some 100 ms, so that the ranks' calls do meet; the slowest rank
+    counts. On the CPU it is processor time, which the host's other processes and a scheduler that leaves two ranks on
+    one core do not change, and ranks beyond ``devices`` take turns.
+
+    Args:
+        devices: how many ranks compute at once: cores or GPUs.
     """
     layout, backend = ring_layout(spec, communicator.device), spec.layer(0).backend
     inputs = synthetic_qkv(spec, communicator.device)
+    clock = time.perf_counter if communicator.device.type == "cuda" else time.thread_time
 
     def single(q: Tensor, k: Tensor, v: Tensor) -> Any:
         return block_sparse_attention(q, k, v, layout, backend=backend)
 
     once = forward_call(single, inputs)
-    once_ms = [_timed(once, communicator) for _ in range(_WARMUP)][-1]
+    once_ms = [_timed(once, communicator, clock=clock) for _ in range(_WARMUP)][-1]
     calls = calls_within(_CROWDING_MS, _from_all(once_ms, communicator)[0])
 
     def call() -> None:
@@ -167,10 +172,11 @@ def measure_crowding(spec: TrialSpec, communicator: Communicator, *, repeats: in
     alone, together = [], []
     for _ in range(repeats):
         if communicator.rank == 0:
-            alone.append(_timed(call, communicator, together=False))
+            alone.append(_timed(call, communicator, together=False, clock=clock))
         communicator.barrier(_CALIBRATION)
-        together.append(max(_from_all(_timed(call, communicator), communicator)))
-    return quantiles_of(together).p50 / quantiles_of(alone).p50 if communicator.rank == 0 else 1.0
+        together.append(max(_from_all(_timed(call, communicator, clock=clock), communicator)))
+    pace = quantiles_of(together).p50 / quantiles_of(alone).p50 if communicator.rank == 0 else 1.0
+    return pace * max(1.0, communicator.world_size / devices)
 
 
 def calls_within(limit_ms: float, call_ms: float) -> int:
@@ -202,14 +208,19 @@ def _rounds(
     return times
 
 
-def _timed(call: Callable[[], object], communicator: Communicator, together: bool = True) -> float:
+def _timed(
+    call: Callable[[], object],
+    communicator: Communicator,
+    together: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     if together:
         communicator.barrier(_CALIBRATION)
     _settle(communicator)
-    begin = time.perf_counter()
+    begin = clock()
     call()
     _settle(communicator)
-    return (time.perf_counter() - begin) * 1e3
+    return (clock() - begin) * 1e3
 
 
 def _settle(communicator: Communicator) -> None:

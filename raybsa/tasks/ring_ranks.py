@@ -111,6 +111,7 @@ def _rank(
 ) -> None:
     """One process: joins the group, measures the link, then every trial."""
     torch.set_num_threads(1)
+    devices = _devices(device)
     if device == "cpu":
         bind_to_core(rank)
     place = torch.device(device, rank) if device == "cuda" else torch.device(device)
@@ -124,7 +125,7 @@ def _rank(
     try:
         points: list[Point] = [(LINK, nbytes, 0, ms) for nbytes, ms in measure_link(communicator)]
         with suppress(ValueError):  # a question that cannot be asked says so in its own turn
-            points.append((CROWDING, world_size, 0, measure_crowding(specs[0], communicator)))
+            points.append((CROWDING, world_size, 0, measure_crowding(specs[0], communicator, devices)))
         if rank == 0:
             reports.put(points)
         for spec in specs:
@@ -138,6 +139,11 @@ def bind_to_core(rank: int) -> None:
     """This thread, and all that it starts later, stay on one of the process's cores; ranks take them in turn."""
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
+
+
+def _devices(device: str) -> int:
+    """GPUs of this host, or cores of this process."""
+    return torch.cuda.device_count() if device == "cuda" else len(os.sched_getaffinity(0))
 
 
 def _joined(spec: TrialSpec, reports: list[RankReport], device: str, calibration: list[Point]) -> Measurement:
@@ -162,7 +168,7 @@ def _joined(spec: TrialSpec, reports: list[RankReport], device: str, calibration
         wire_forward_bytes=sum(report.forward_bytes for report in reports),
         needed_forward_bytes=plan.bytes_needed(*sizes),
         world_size=len(reports),
-        devices=torch.cuda.device_count() if device == "cuda" else len(os.sched_getaffinity(0)),
+        devices=_devices(device),
         partition=ring_params(spec)[1],
         imbalance=plan.imbalance,
         single_forward_ms_p50=quantiles_of(first.times_ms["single_forward"]).p50,

@@ -74,7 +74,7 @@ def test_ranks_are_as_crowded_as_the_slowest_over_many_calls_of_a_short_kernel(m
     def kernel(*_: object, **__: object) -> None:
         made[ranks.rank] += 1
 
-    def timed(call: Callable[[], object], communicator: Communicator, together: bool = True) -> float:
+    def timed(call: Callable[[], object], communicator: Communicator, together: bool = True, **_: object) -> float:
         """10 ms a call alone; together 10 ms on rank 0 and 13 on rank 1."""
         before = made[communicator.rank]
         call()
@@ -82,12 +82,15 @@ def test_ranks_are_as_crowded_as_the_slowest_over_many_calls_of_a_short_kernel(m
 
     def measured(communicator: Communicator) -> float:
         ranks.rank = communicator.rank
-        return measure_crowding(SPEC, communicator, repeats=2)
+        return measure_crowding(SPEC, communicator, devices, repeats=2)
 
     monkeypatch.setattr(ring, "block_sparse_attention", kernel)
     monkeypatch.setattr(ring, "_timed", timed)
+    devices = 2
     assert run_ranks(2, measured) == [1.3, 1.0]
     assert made == {0: 3 + 2 * 2 * 10, 1: 3 + 2 * 10}, "10 calls make 100 ms"
+    devices = 1
+    assert run_ranks(2, measured)[0] == 2.6, "two ranks on one core also take turns"
     assert [calls_within(100.0, ms) for ms in (13.0, 50.0, 99.0, 100.0, 2000.0)] == [8, 2, 2, 1, 1]
 
 
