@@ -8,10 +8,11 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import ray
+from ray._private import worker as ray_worker
 
 from raybsa.cluster.resources import Share
 
@@ -19,11 +20,14 @@ _ANSWER_SECONDS = 10.0
 
 
 @contextmanager
-def cluster(address: str | None, *, num_cpus: int | None = None) -> Iterator[None]:
+def cluster(address: str | None, *, num_cpus: int | None = None, deaths: bool = True) -> Iterator[None]:
     """A connection to the cluster at ``address`` (or RAY_ADDRESS, else one of our own), closed however the job ends.
 
-    ``num_cpus``: what a cluster of our own may hand out; None is what the machine has.
     SIGTERM, which ``ray job stop`` sends, ends the job as Ctrl-C does: in order.
+
+    Args:
+        num_cpus: what a cluster of our own may hand out; None is what the machine has.
+        deaths: whether Ray may print a paragraph on each worker that dies; who kills them on purpose has no use for it.
 
     Raises:
         ConnectionError: nothing answers at the address.
@@ -40,9 +44,21 @@ def cluster(address: str | None, *, num_cpus: int | None = None) -> Iterator[Non
     )
     exit_on_sigterm()
     try:
-        yield
+        with nullcontext() if deaths else without_rays_messages():
+            yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def without_rays_messages() -> Iterator[None]:
+    """What the raylet reports to this driver is not printed meanwhile. ``log_to_driver=False`` is only about what
+    workers print; for the reports Ray has this switch alone, which its own debugger uses."""
+    before, ray_worker._worker_logs_enabled = ray_worker._worker_logs_enabled, False
+    try:
+        yield
+    finally:
+        ray_worker._worker_logs_enabled = before
 
 
 def exit_on_sigterm() -> None:
