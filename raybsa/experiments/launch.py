@@ -9,12 +9,11 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import ray
 from ray._private import worker as ray_worker
 
-from raybsa.cluster.resources import Share
+from raybsa.cluster.resources import Share, alive_nodes, fitting
 
 _ANSWER_SECONDS = 10.0
 
@@ -68,15 +67,15 @@ def exit_on_sigterm() -> None:
 
 def worker_share(cpus: int | None) -> Share:
     """``cpus``, and one GPU where the connected cluster has any; None: all CPUs of the largest machine to be had."""
-    gpus = 1 if any(_has(node, "GPU") for node in _nodes()) else 0
+    gpus = 1 if any(_has(node, "GPU") for node in alive_nodes()) else 0
     if cpus is None:
-        cpus = max([1, *(_has(node, "CPU") for node in _nodes() if _has(node, "GPU") >= gpus)])
+        cpus = max([1, *(_has(node, "CPU") for node in alive_nodes() if _has(node, "GPU") >= gpus)])
     return Share(cpus, gpus)
 
 
 def room_for(share: Share) -> int:
     """How many workers the connected cluster can hold at once: none of them lies on two machines."""
-    return sum(min(_has(node, what) // int(amount) for what, amount in share.bundle.items()) for node in _nodes())
+    return fitting(share, alive_nodes())
 
 
 def _require_an_answer(target: str) -> None:
@@ -92,10 +91,5 @@ def _require_an_answer(target: str) -> None:
         ) from error
 
 
-def _nodes() -> list[dict[str, Any]]:
-    """The resources of each machine that is up."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def _has(node: dict[str, Any], what: str) -> int:
+def _has(node: dict[str, float], what: str) -> int:
     return int(node.get(what, 0))
