@@ -19,7 +19,7 @@ import torch.distributed as dist
 from raybsa.cluster.checkpoint import Checkpoint, CheckpointFolder
 from raybsa.cluster.faults import Fault, FaultInjector
 from raybsa.cluster.membership import Seat
-from raybsa.comm import Broken, Cancelled, Communicator, Phase
+from raybsa.comm import Broken, Cancelled, Communicator, Phase, process_group
 from raybsa.spec import TrialSpec, stable_hash
 from raybsa.tasks.sharded import ShardedTraining, send_state
 from raybsa.variants.distributed import DistributedConfig
@@ -232,18 +232,19 @@ class Member:
             if time.monotonic() - begin > self._settings.timeout_s:
                 raise Broken(f"generation {seat.generation} did not meet within {self._settings.timeout_s:g} s")
             time.sleep(ARRIVAL_SLEEP_S)
-        return self._connect(seat, store, timeout)
+        return self._connect(seat, store)
 
-    def _connect(self, seat: Seat, store: Any, timeout: datetime.timedelta) -> Any:
+    def _connect(self, seat: Seat, store: Any) -> Any:
         """Gloo waits up to its timeout for a peer that was lost after it had announced itself; a thread waits with it,
         and is left to itself where the generation is cancelled."""
+        timeout_s = self._settings.timeout_s
         if self._device.type != "cpu":
-            return _process_group(self._device, store, seat, timeout)
+            return process_group(self._device, store, seat.rank, seat.world_size, timeout_s)
         connecting: Future[Any] = Future()
 
         def connect() -> None:
             try:
-                connecting.set_result(_process_group(self._device, store, seat, timeout))
+                connecting.set_result(process_group(self._device, store, seat.rank, seat.world_size, timeout_s))
             except Exception as error:
                 connecting.set_exception(Broken(f"generation {seat.generation} could not connect: {error}"))
 
@@ -257,12 +258,3 @@ class Member:
     def _check_cancelled(self, seat: Seat) -> None:
         if seat.generation in self._cancelled:
             raise Cancelled(f"generation {seat.generation}: {self._cancelled[seat.generation]}")
-
-
-def _process_group(device: torch.device, store: Any, seat: Seat, timeout: datetime.timedelta) -> Any:
-    if device.type == "cpu":
-        return dist.ProcessGroupGloo(store, seat.rank, seat.world_size, timeout)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    dist.init_process_group("nccl", store=store, rank=seat.rank, world_size=seat.world_size, timeout=timeout)
-    return dist.group.WORLD

@@ -1,13 +1,14 @@
 """What one rank of a ring measures: its steps, one process with the whole sequence in turn, bytes, and a timeline.
 
 Every rank runs the same calls in the same order. A step is timed on each rank from a barrier to its own end; the
-slowest rank's time is the step's (``ring_ranks`` joins the reports). The single process is rank 0 alone with the same
+slowest rank's time is the step's (``ring_rank`` joins the reports). The single process is rank 0 alone with the same
 kernel, while the others wait.
 """
 
 from __future__ import annotations
 
 import math
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from raybsa.ring.timeline import Span, Timeline
 from raybsa.spec import TrialSpec
 from raybsa.tasks.params import known_params
 from raybsa.tasks.speed import synthetic_qkv
-from raybsa.timing import forward_backward_call, forward_call, peak_bytes, quantiles_of
+from raybsa.timing import device_name, forward_backward_call, forward_call, peak_bytes, quantiles_of
 
 PARAMS = {"world_size": 1, "partition": "balanced"}
 STEPS = ("forward", "forward_backward", "single_forward", "single_forward_backward")
@@ -38,9 +39,12 @@ _CALIBRATION = "timing"  # the ledger's word for what only the measurement sends
 
 @dataclass
 class RankReport:
-    """What one rank saw. Milliseconds by step and round, rank 0's alone for ``single_*``."""
+    """What one rank saw, and where. Milliseconds by step and round, rank 0's alone for ``single_*``."""
 
     rank: int
+    host: str
+    device_name: str
+    num_threads: int
     times_ms: dict[str, list[float]] = field(default_factory=dict)
     forward_bytes: int = 0
     forward_backward_bytes: int = 0
@@ -55,6 +59,8 @@ def ring_params(spec: TrialSpec) -> tuple[int, str]:
     if spec.task != "ring" or spec.layer(0).pattern is None or spec.num_layers != 1:
         raise ValueError("a ring measures one layer with a pattern, in task 'ring'")
     params = known_params(spec, PARAMS)
+    if params["world_size"] < 1:
+        raise ValueError(f"a ring has at least one rank, got world_size {params['world_size']}")
     return params["world_size"], params["partition"]
 
 
@@ -108,7 +114,7 @@ def measure_rank(
         "single_forward": forward_call(single, whole),
         "single_forward_backward": forward_backward_call(single, whole),
     }
-    report = RankReport(rank)
+    report = RankReport(rank, socket.gethostname(), device_name(device), torch.get_num_threads())
     if rank == 0:
         report.errors = _errors(calls, plan)
     else:
@@ -144,7 +150,7 @@ def measure_link(communicator: Communicator, *, repeats: int = 9) -> list[tuple[
     return found
 
 
-def measure_crowding(spec: TrialSpec, communicator: Communicator, devices: int, *, repeats: int = 7) -> float:
+def measure_crowding(spec: TrialSpec, communicator: Communicator, devices: int, *, repeats: int = 5) -> float:
     """How many times slower the kernel is where all ranks run it at once than where rank 0 does alone; no ring.
 
     One measurement is as many calls as take rank 0 some 100 ms, so that the ranks' calls do meet; the slowest rank

@@ -16,7 +16,8 @@ from raybsa.ring.timeline import from_series
 from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
 from raybsa.tasks import ring
 from raybsa.tasks.ring import calls_within, measure_crowding, ring_params, ring_plan
-from raybsa.tasks.ring_ranks import CROWDING, LINK, bind_to_core, measure_rings
+from raybsa.tasks.ring_rank import CROWDING, LINK, bind_to_core
+from raybsa.tasks.ring_ranks import measure_rings
 from tests.ranks import run_ranks
 
 SPEC = TrialSpec(
