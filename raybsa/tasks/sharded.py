@@ -7,6 +7,7 @@ again, and gives the same bits.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -146,6 +147,13 @@ class ShardedTraining:
     def state(self) -> list[Tensor]:
         """Every tensor that lasts, in one order on all ranks: weights, and the optimizer's moments and counts."""
         return [*(p.data for p in self.model.parameters()), *_moments(self.optimizer)]
+
+    def digest(self) -> str:
+        """A hash of every tensor that lasts: equal where training led to the same bits."""
+        state = hashlib.sha256()
+        for tensor in self.state():
+            state.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return state.hexdigest()[:32]
 
     def _nats(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """This rank's sum over its part of (B, S) windows."""
