@@ -42,11 +42,11 @@ def cluster(address: str | None, *, num_cpus: int | None = None, deaths: bool = 
         namespace="raybsa",
     )
     exit_on_sigterm()
-    try:
-        with nullcontext() if deaths else without_rays_messages():
+    with nullcontext() if deaths else without_rays_messages():  # Ray prints what it has kept when it shuts down
+        try:
             yield
-    finally:
-        ray.shutdown()
+        finally:
+            ray.shutdown()
 
 
 @contextmanager
