@@ -4,10 +4,12 @@
     python jobs/benchmark.py --suite ring --out results/ring        # ring attention on 1, 2 and 4 ranks of this host
     python jobs/benchmark.py --suite gpu --peers --out results/gpu  # our kernels beside other libraries' on one GPU
     python jobs/benchmark.py --pattern bigbird --density 0.1 0.05 --lengths 4096 16384 --out results/bigbird
+    python jobs/benchmark.py --variant distributed --world-size 1 2 --causal --out results/actors  # Ray actors as ranks
     ray job submit --working-dir . -- python jobs/benchmark.py --suite cpu --out /absolute/results
 
-Each row times own and dense attention in turn on one device. Compare speeds on a quiet machine. The suites ``gpu`` and
-``ring`` need no Ray. A ``gpu`` run goes on where an earlier one in the same folder ended.
+Each row times own and dense attention in turn on one device; a row of a ring its steps and those of one rank with the
+whole sequence. Compare speeds on a quiet machine. The suites ``gpu`` and ``ring`` need no Ray. A ``gpu`` run goes on
+where an earlier one in the same folder ended.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 from raybsa import patterns
@@ -29,15 +32,17 @@ from raybsa.experiments.peer_rows import rows_of
 from raybsa.experiments.peer_suite import PeerSuite
 from raybsa.experiments.place import absolute, git_commit
 from raybsa.experiments.recording import Run, record_of, write
-from raybsa.experiments.suites import BASE, SUITES, grid
+from raybsa.experiments.suites import BASE, SUITES, grid, on_ranks
 from raybsa.experiments.table import head_line, line, ring_head_line, ring_line
 from raybsa.results.record import Outcome, Record
 from raybsa.results.store import Store
+from raybsa.ring.partition import STRATEGIES
 from raybsa.spec import PatternSpec, TrialSpec
 from raybsa.tasks.peers import GpuLost
+from raybsa.tasks.ring_rank import Answer
 from raybsa.tasks.ring_ranks import measure_rings
 
-GPU = "gpu"
+GPU, DISTRIBUTED = "gpu", "distributed"
 
 
 def main() -> int:
@@ -49,7 +54,7 @@ def main() -> int:
     store = Store.create(out)
     run = Run.start("benchmark", arguments.git_commit)
     records: list[Record] = []
-    measure = _rings if specs[0].task == "ring" else _speeds
+    measure = _speeds if specs[0].task != "ring" else _rings if arguments.suite else _actors
     try:
         for record in measure(specs, arguments, run, store):
             records.append(record)
@@ -90,6 +95,35 @@ def _rings(specs: list[TrialSpec], arguments: argparse.Namespace, run: Run, stor
     print(f"{len(specs)} measurements on ranks of this host, results in {store.root}", flush=True)
     print(ring_head_line(), flush=True)
     answers = measure_rings(specs, repeats=arguments.repeats, budget_s=arguments.budget or 3.0)
+    yield from _ring_records(answers, run, store)
+
+
+def _actors(specs: list[TrialSpec], arguments: argparse.Namespace, run: Run, store: Store) -> Iterator[Record]:
+    """The ring on Ray actors, one a rank."""
+    from raybsa.cluster.resources import TooFewResources
+    from raybsa.cluster.rings import measure_rings_on_actors
+    from raybsa.experiments.launch import cluster, worker_share
+
+    threads = arguments.threads or 1
+    try:
+        with cluster(arguments.address, num_cpus=threads * max(arguments.world_size)):
+            share = worker_share(threads)
+            print(f"{len(specs)} measurements on actors of {share} each, results in {store.root}", flush=True)
+            print(ring_head_line(), flush=True)
+            answers = measure_rings_on_actors(
+                specs,
+                share,
+                wait_s=arguments.wait,
+                limit_s=arguments.limit,
+                repeats=arguments.repeats,
+                budget_s=arguments.budget or 3.0,
+            )
+            yield from _ring_records(answers, run, store)
+    except TooFewResources as error:
+        sys.exit(f"error: {error}")
+
+
+def _ring_records(answers: Iterable[tuple[TrialSpec, Answer]], run: Run, store: Store) -> Iterator[Record]:
     for number, (spec, answer) in enumerate(answers):
         measured, error = (None, answer) if isinstance(answer, str) else (answer, None)
         outcome = Outcome(spec, measured, error, 0)
@@ -151,7 +185,7 @@ def _specs(arguments: argparse.Namespace) -> list[TrialSpec]:
         seed=arguments.seed,
         task_params=params,
     )
-    return grid(
+    specs = grid(
         base,
         variants=arguments.variant,
         patterns=[_pattern(text) for text in arguments.pattern],
@@ -160,6 +194,11 @@ def _specs(arguments: argparse.Namespace) -> list[TrialSpec]:
         block_size=arguments.block_size,
         backend=arguments.backend,
     )
+    if DISTRIBUTED not in arguments.variant:
+        return specs
+    if arguments.variant != [DISTRIBUTED]:
+        raise ValueError(f"--variant {DISTRIBUTED} is measured alone, got {' '.join(arguments.variant)}")
+    return on_ranks([*product(specs, arguments.partition)], arguments.world_size)
 
 
 def _pattern(text: str) -> PatternSpec:
@@ -174,7 +213,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--suite", choices=[*SUITES, GPU], help="a named set of measurements, instead of the options below"
     )
-    parser.add_argument("--variant", nargs="+", default=["base"], choices=["base", "multihead"])
+    parser.add_argument("--variant", nargs="+", default=["base"], choices=["base", "multihead", DISTRIBUTED])
     parser.add_argument("--pattern", nargs="+", default=["random"], help="names, module:Class or JSON specs")
     parser.add_argument("--density", nargs="+", type=float, default=[0.1])
     parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 8192])
@@ -200,6 +239,9 @@ def _arguments() -> argparse.Namespace:
     gpu.add_argument("--only", default="", metavar="REGEX", help="cells whose name it finds")
     gpu.add_argument("--part", default="1/1", metavar="I/N", help="one of N runs that share the cells")
     gpu.add_argument("--time-budget", type=float, metavar="SECONDS", help="start no cell after this time")
+    ring = parser.add_argument_group(f"variant {DISTRIBUTED}")
+    ring.add_argument("--world-size", nargs="+", type=int, default=[2], help="ranks; each actor has --threads CPUs (1)")
+    ring.add_argument("--partition", nargs="+", default=["balanced"], choices=STRATEGIES)
     parser.add_argument("--git-commit", default=git_commit(Path(__file__).parent), help="recorded with each row")
     return parser.parse_args()
 

@@ -5,8 +5,8 @@
     python jobs/recovery_drill.py --out results/drill --soak 200 # that many faults over one run; what is left behind
 
 For every fault it prints how long it took to be noticed and to train again, the steps lost, and whether the final
-weights are those of the undisturbed run, to the bit. It exits non-zero where they are not, or a fault never struck; a
-soak also where a process, port, thread or file stays, or the driver's memory grows.
+weights are those of the undisturbed run, to the bit; then each kind's median and worst. It exits non-zero where weights
+differ, or a fault never struck; a soak also where a process, port, thread or file stays, or the driver's memory grows.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from raybsa.cluster.faults import FaultKind, FaultPlace
 from raybsa.cluster.resources import TooFewResources
 from raybsa.cluster.training import TrainingFailed
+from raybsa.experiments import drill_summary
 from raybsa.experiments.drill import Drill, Survived, estimate_minutes, timed
 from raybsa.experiments.drill_plan import DEFAULT, KINDS, LEFT_OUT, Pair, groups, steps_for
 from raybsa.experiments.drill_ring import Ring
@@ -40,8 +41,9 @@ def main() -> int:
     except (ValueError, StoreError) as error:
         print(f"jobs/recovery_drill.py: {error}", file=sys.stderr)
         return 2
-    ring = Ring(arguments.world_size, arguments.spares, arguments.heartbeat, arguments.text)
-    with own_temporary_folder(), cluster(arguments.address, num_cpus=ring.world_size + ring.spares + 2):
+    ring = Ring(arguments.world_size, arguments.spares, arguments.heartbeat, arguments.text, arguments.verbose)
+    num_cpus = ring.world_size + ring.spares + 2
+    with own_temporary_folder(), cluster(arguments.address, num_cpus=num_cpus, deaths=arguments.verbose):
         try:
             if arguments.soak:
                 return 0 if _soak(ring, arguments.soak, arguments.seed) else 1
@@ -65,13 +67,14 @@ def _drill(drill: Drill, ring: Ring, arguments: argparse.Namespace) -> bool:
     if arguments.full:
         print("left out: " + "; ".join(f"{kind} ({why})" for kind, why in LEFT_OUT.items()))
     print(HEAD, flush=True)
-    begin, good = time.monotonic(), 0
+    begin, rows = time.monotonic(), list[Survived]()
     for group in grouped:
         for row in drill.survive(group):
-            good += row.good
+            rows.append(row)
             print(_line(row), flush=True)
-    print(f"{good} of {len(pairs)} faults as wanted, in {(time.monotonic() - begin) / 60:.1f} minutes")
-    return good >= len(pairs)
+    print(drill_summary.HEAD, *map(drill_summary.line_of, drill_summary.summaries(rows)), sep="\n")
+    print(f"{drill_summary.verdict(rows)}, in {(time.monotonic() - begin) / 60:.1f} minutes")
+    return all(row.good for row in rows)
 
 
 def _soak(ring: Ring, count: int, seed: int) -> bool:
@@ -83,6 +86,7 @@ def _soak(ring: Ring, count: int, seed: int) -> bool:
         lambda step, recoveries, mib: print(f"step {step}: {recoveries} recoveries, {mib:.0f} MiB", flush=True),
     )
     print(*map(_line, soaked.faults), sep="\n")
+    print(drill_summary.HEAD, *map(drill_summary.line_of, drill_summary.summaries(soaked.faults)), sep="\n")
     good = sum(fault.good for fault in soaked.faults)
     left = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in soaked.left.items()) or "nothing"
     print(
@@ -125,6 +129,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--heartbeat", type=float, default=2.0, help="seconds of silence after which a rank is lost")
     parser.add_argument("--at-once", type=int, default=7, help="faults in one run")
     parser.add_argument("--text", help="file or folder; default: the Python standard library's sources")
+    parser.add_argument("--verbose", action="store_true", help="with what Ray says of each worker that died")
     parser.add_argument("--seed", type=int, default=0, help="which ranks are hit; of a soak also how and where")
     return parser.parse_args()
 

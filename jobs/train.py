@@ -69,7 +69,7 @@ def main() -> int:
         + ", ".join(
             f"{nbytes / 2**20:.1f} MiB of {kind}" for kind, nbytes in sorted(result.sent.items()) if nbytes > 2**20 / 20
         )
-        + f"\nresults: {out}"
+        + f"; {result.overlap.share:.0%} of the gradients' time under way lay within backward\nresults: {out}"
     )
     return 0
 
@@ -98,6 +98,8 @@ def _question(arguments: argparse.Namespace) -> tuple[TrialSpec, MemberSettings,
         DistributedConfig(partition=arguments.partition),
         codec=build(_codec(arguments.codec)).spec,
         warmup_steps=arguments.warmup,
+        bucket_bytes=max(1, round(arguments.bucket_mib * 2**20)),
+        overlap=not arguments.no_overlap,
         num_threads=arguments.cpus,
         checkpoints=f"{out}/checkpoints",
         checkpoint_every=arguments.checkpoint_every,
@@ -133,6 +135,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--codec", default="none", help="how gradients travel: none, fp16, int8, powersgd ... or JSON")
     parser.add_argument("--warmup", type=int, default=0, help="steps at the start whose gradients go uncompressed")
+    parser.add_argument("--bucket-mib", type=float, default=1.0, help="gradients that travel in one message")
+    parser.add_argument("--no-overlap", action="store_true", help="send gradients after backward, not while it runs")
     parser.add_argument("--partition", default="balanced", help="balanced, contiguous, zigzag or striped")
     parser.add_argument("--tokens", type=int, default=512, help="tokens of a sequence")
     parser.add_argument("--steps", type=int, default=200)

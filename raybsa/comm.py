@@ -9,6 +9,7 @@ the host; ``settle`` polls once, where a step ends.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import queue
 import threading
@@ -261,6 +262,20 @@ class Communicator:
     def _check_time(self, waited: float, kind: str) -> None:
         if waited > self.timeout_s:
             raise PeerLost(f"rank {self.rank} waited {waited:.1f} s for {kind}, the limit is {self.timeout_s:g} s")
+
+
+def process_group(device: torch.device, store: Any, rank: int, world_size: int, timeout_s: float) -> Any:
+    """A group for a Communicator, once all ranks have met in ``store``: gloo on the CPU; on CUDA NCCL, where the group
+    is the process's only one and takes the place of one before. None for one rank."""
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if world_size == 1:
+        return None
+    if device.type == "cpu":
+        return dist.ProcessGroupGloo(store, rank, world_size, timeout)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    dist.init_process_group("nccl", store=store, rank=rank, world_size=world_size, timeout=timeout)
+    return dist.group.WORLD
 
 
 class Pending:

@@ -78,6 +78,7 @@ SHARING_A_CLUSTER = (
     "tests/jobs/test_benchmark.py",
     "tests/jobs/test_training_jobs.py",
     "tests/platform/test_cluster.py",
+    "tests/platform/test_rings.py",
     "tests/platform/test_training.py",
 )
 

@@ -19,7 +19,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from raybsa.cluster.resources import Say, Share, TooFewResources, wait_for
+from raybsa.cluster.resources import Say, Share, TooFewResources, await_workers
 from raybsa.results.record import Measurement, Outcome
 from raybsa.spec import TrialSpec
 
@@ -180,7 +180,7 @@ class Coordinator:
         self._actors |= actors
         try:
             signs = [actor.describe.remote() for actor in actors.values()]
-            wait_for(signs, self._share, len(signs), self._wait_s, self._say)
+            await_workers(signs, self._share, self._wait_s, self._say)
             ray.get(signs)
         except BaseException as error:
             for slot in actors:

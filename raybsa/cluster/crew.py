@@ -17,7 +17,7 @@ from ray.exceptions import RayError
 
 from raybsa.cluster.faults import Fault
 from raybsa.cluster.member import Member, MemberSettings, Status
-from raybsa.cluster.resources import Say, Share, wait_for
+from raybsa.cluster.resources import Say, Share, await_workers
 from raybsa.spec import TrialSpec
 
 TICK_S = 0.02
@@ -96,7 +96,7 @@ class Crew:
         """That many workers, all up. Raises TooFewResources, or RayError where one cannot be made."""
         fresh = [self._make() for _ in range(number)]
         made = [self._workers[worker].made for worker in fresh]
-        wait_for(made, self._share, len(made), wait_s, self._say)
+        await_workers(made, self._share, wait_s, self._say)
         for worker in fresh:
             self._greet(worker)
         return fresh

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import os
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -19,9 +19,10 @@ import torch.distributed as dist
 from raybsa.cluster.checkpoint import Checkpoint, CheckpointFolder
 from raybsa.cluster.faults import Fault, FaultInjector
 from raybsa.cluster.membership import Seat
-from raybsa.comm import Broken, Cancelled, Communicator, Phase
+from raybsa.comm import Broken, Cancelled, Communicator, Phase, process_group
+from raybsa.gradients.overlap import Overlap
 from raybsa.spec import TrialSpec, stable_hash
-from raybsa.tasks.sharded import ShardedTraining, send_state
+from raybsa.tasks.sharded import BUCKET_BYTES, ShardedTraining, send_state
 from raybsa.variants.distributed import DistributedConfig
 
 ARRIVAL_SLEEP_S = 0.002
@@ -35,6 +36,8 @@ class MemberSettings:
         config: how ranks share the sequence.
         codec: how gradients travel, the spec of a codec of ``raybsa.gradients``.
         warmup_steps: steps at the start whose gradients travel uncompressed.
+        bucket_bytes: gradients that travel in one message.
+        overlap: send gradients while backward runs, on a second group (gloo); else after it.
         num_threads: CPU threads of PyTorch.
         checkpoints: a folder or URI; None writes none.
         checkpoint_every: steps between two checkpoints.
@@ -46,6 +49,8 @@ class MemberSettings:
     config: DistributedConfig = field(default_factory=DistributedConfig)
     codec: Mapping[str, Any] = field(default_factory=lambda: {"name": "none"})
     warmup_steps: int = 0
+    bucket_bytes: int = BUCKET_BYTES
+    overlap: bool = True
     num_threads: int = 1
     checkpoints: str | None = None
     checkpoint_every: int = 100
@@ -69,14 +74,16 @@ class Status:
 @dataclass(frozen=True)
 class Progress:
     """What a stretch of training led to: the step reached, the loss of each step (nats a token, of all ranks), and
-    what this rank sent in its generation, by kind, in bytes, the norm of the gradients that it has not sent yet, and
-    when it applied each step (of ``time.time``)."""
+    what this rank sent in its generation, by kind, in bytes, the norm of the gradients that it has not sent yet, when
+    it applied each step (of ``time.time``), and how much of its gradients' travel lay within backward since it last
+    told."""
 
     step: int
     losses: tuple[tuple[int, float], ...]
     sent: dict[str, int]
     residual_norm: float
     applied_at: tuple[tuple[int, float], ...] = ()
+    overlap: Overlap = field(default_factory=Overlap)
 
 
 class Member:
@@ -93,12 +100,18 @@ class Member:
         self._settings = settings
         self._device = torch.device(device)
         self._training = ShardedTraining(
-            spec, self._device, settings.config, codec=settings.codec, warmup_steps=settings.warmup_steps
+            spec,
+            self._device,
+            settings.config,
+            codec=settings.codec,
+            warmup_steps=settings.warmup_steps,
+            bucket_bytes=settings.bucket_bytes,
         )
         self._folder = None if settings.checkpoints is None else CheckpointFolder(settings.checkpoints)
         self._generation = 0
         self._cancelled: dict[int, str] = {}
         self._communicator = Communicator(device=self._device)
+        self._gradients: Communicator | None = None
         self._left: list[Communicator] = []
         self._asks: Fault | None = None
         self._applied_at: list[tuple[int, float]] = []
@@ -112,7 +125,8 @@ class Member:
         """Frees this rank from whatever it waits for in ``generation``."""
         self._cancelled[generation] = reason
         if self._generation == generation:
-            self._communicator.cancel(reason)
+            for communicator in self._communicators:
+                communicator.cancel(reason)
 
     # ---- one after the other ---------------------------------------------------------------------------------------
 
@@ -126,14 +140,14 @@ class Member:
         self._generation = seat.generation
         injector = FaultInjector(faults, seat.rank, lambda: self._training.step, self._settings.marks, self._ask)
         injector.begin(Phase.RECOVERY, "", 0)
-        group = self._meet(seat) if seat.world_size > 1 else None
-        observer = injector if faults else None
-        self._communicator = Communicator(
-            group, device=self._device, timeout_s=self._settings.timeout_s, observer=observer
-        )
+        group, second = self._meet(seat) if seat.world_size > 1 else (None, None)
+        options: dict[str, Any] = {"device": self._device, "timeout_s": self._settings.timeout_s}
+        self._communicator = Communicator(group, observer=injector if faults else None, **options)
+        self._gradients = None if second is None else Communicator(second, **options)
         if seat.generation in self._cancelled:
-            self._communicator.cancel(self._cancelled[seat.generation])
-        self._training.bind(self._communicator)
+            for communicator in self._communicators:
+                communicator.cancel(self._cancelled[seat.generation])
+        self._training.bind(self._communicator, self._gradients)
         return self._progress()
 
     def level(self, source: int, needy: Sequence[int]) -> int:
@@ -177,10 +191,7 @@ class Member:
 
     def digest(self) -> str:
         """A hash of every tensor that lasts: equal where training led to the same bits."""
-        state = hashlib.sha256()
-        for tensor in self._training.state():
-            state.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        return state.hexdigest()[:32]
+        return self._training.digest()
 
     def weights(self) -> list[torch.Tensor]:
         """The model's parameters, on the CPU; small models only: they go through Ray's object store."""
@@ -209,17 +220,24 @@ class Member:
         training = self._training
         losses, training.losses = tuple(training.losses), []
         applied_at, self._applied_at = tuple(self._applied_at), []
-        sent = dict(self._communicator.ledger.sent)
-        return Progress(training.step, losses, sent, training.residual_norm(), applied_at)
+        sent = sum((communicator.ledger.sent for communicator in self._communicators), Counter[str]())
+        overlap, training.overlap = training.overlap, Overlap()
+        return Progress(training.step, losses, dict(sent), training.residual_norm(), applied_at, overlap)
+
+    @property
+    def _communicators(self) -> list[Communicator]:
+        """The ring's, and the gradients' where they have one of their own."""
+        return [each for each in (self._communicator, self._gradients) if each is not None]
 
     def _leave(self) -> None:
-        """Lets go of the old group; one with transfers under way is kept till they fail: destroying it waits."""
-        self._communicator.close()
-        self._left = [old for old in (*self._left, self._communicator) if not old.is_idle]
+        """Lets go of the old groups; one with transfers under way is kept till they fail: destroying it waits."""
+        for communicator in self._communicators:
+            communicator.close()
+        self._left = [old for old in (*self._left, *self._communicators) if not old.is_idle]
 
-    def _meet(self, seat: Seat) -> Any:
-        """The group of this generation. Ranks announce themselves first, so that one that is lost on the way leaves the
-        others in a wait that can be cancelled."""
+    def _meet(self, seat: Seat) -> tuple[Any, Any]:
+        """The groups of this generation, the ring's and the gradients'. Ranks announce themselves first, so that one
+        that is lost on the way leaves the others in a wait that can be cancelled."""
         timeout = datetime.timedelta(seconds=self._settings.timeout_s)
         store = dist.PrefixStore(
             f"generation-{seat.generation}/", dist.TCPStore(seat.store_host, seat.store_port, None, False, timeout)
@@ -232,18 +250,22 @@ class Member:
             if time.monotonic() - begin > self._settings.timeout_s:
                 raise Broken(f"generation {seat.generation} did not meet within {self._settings.timeout_s:g} s")
             time.sleep(ARRIVAL_SLEEP_S)
-        return self._connect(seat, store, timeout)
+        return self._connect(seat, store)
 
-    def _connect(self, seat: Seat, store: Any, timeout: datetime.timedelta) -> Any:
+    def _connect(self, seat: Seat, store: Any) -> tuple[Any, Any]:
         """Gloo waits up to its timeout for a peer that was lost after it had announced itself; a thread waits with it,
         and is left to itself where the generation is cancelled."""
+        place = (seat.rank, seat.world_size, self._settings.timeout_s)
         if self._device.type != "cpu":
-            return _process_group(self._device, store, seat, timeout)
-        connecting: Future[Any] = Future()
+            return process_group(self._device, store, *place), None
+        connecting: Future[tuple[Any, Any]] = Future()
 
         def connect() -> None:
             try:
-                connecting.set_result(_process_group(self._device, store, seat, timeout))
+                ring = process_group(self._device, store, *place)
+                apart = dist.PrefixStore("gradients/", store)
+                second = process_group(self._device, apart, *place) if self._settings.overlap else None
+                connecting.set_result((ring, second))
             except Exception as error:
                 connecting.set_exception(Broken(f"generation {seat.generation} could not connect: {error}"))
 
@@ -257,12 +279,3 @@ class Member:
     def _check_cancelled(self, seat: Seat) -> None:
         if seat.generation in self._cancelled:
             raise Cancelled(f"generation {seat.generation}: {self._cancelled[seat.generation]}")
-
-
-def _process_group(device: torch.device, store: Any, seat: Seat, timeout: datetime.timedelta) -> Any:
-    if device.type == "cpu":
-        return dist.ProcessGroupGloo(store, seat.rank, seat.world_size, timeout)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    dist.init_process_group("nccl", store=store, rank=seat.rank, world_size=seat.world_size, timeout=timeout)
-    return dist.group.WORLD

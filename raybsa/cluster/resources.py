@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,8 @@ Say = Callable[[str], None]
 
 
 class TooFewResources(RuntimeError):
-    """The cluster did not give what was wanted in time; the message says what was wanted and what there is."""
+    """The cluster did not give what was wanted in time, or workers were too slow to start; the message says what was
+    wanted, what there is, and which of the two it was."""
 
 
 @dataclass(frozen=True)
@@ -51,29 +52,68 @@ def await_resources(share: Share, count: int, wait_s: float, say: Say = print) -
     """
     group = placement_group([share.bundle] * count)
     try:
-        wait_for([group.ready()], share, count, wait_s, say)
+        _wait_for([group.ready()], lambda waiting: _wanted(share, count), wait_s, say)
     finally:
         remove_placement_group(group)
 
 
-def wait_for(references: list[Any], share: Share, count: int, wait_s: float, say: Say) -> None:
-    """Waits until all ``references`` are there, telling every few seconds what is wanted and what there is.
+def await_workers(signs: Sequence[Any], share: Share, wait_s: float, say: Say) -> None:
+    """Waits until every worker has given its sign, telling every few seconds what is wanted and what there is.
 
     Raises:
-        TooFewResources: they were not within ``wait_s`` seconds.
+        TooFewResources: they had not within ``wait_s`` seconds; the message says whether they lacked resources or were
+            still starting.
     """
+
+    def state(waiting: int) -> str:
+        why = why_not_up(share, len(signs), alive_nodes(), ray.available_resources())
+        return f"{_wanted(share, len(signs))}; {len(signs) - waiting} up, {waiting} not: {why}"
+
+    _wait_for(signs, state, wait_s, say)
+
+
+def why_not_up(share: Share, count: int, nodes: Sequence[Mapping[str, float]], free: Mapping[str, float]) -> str:
+    """What some of ``count`` workers wait for, as far as the resources of the nodes and what is free in all tell.
+
+    Ray gives a waiting worker its share as soon as one is free. So where one is free, or no more is taken than the
+    workers' own shares, all have theirs and start: their processes import what they need, which takes a while.
+    """
+    if fitting(share, nodes) < count:
+        return "the cluster is too small for all"
+    taken = {what: sum(node.get(what, 0) for node in nodes) - free.get(what, 0) for what in share.bundle}
+    one_free = all(free.get(what, 0) >= amount for what, amount in share.bundle.items())
+    if one_free or all(taken[what] == count * amount for what, amount in share.bundle.items()):
+        return "still starting"
+    return "still starting, or waiting for what others hold"
+
+
+def fitting(share: Share, nodes: Iterable[Mapping[str, float]]) -> int:
+    """How many workers such nodes can hold at once: none of them lies on two machines."""
+    return sum(min(int(node.get(what, 0) // amount) for what, amount in share.bundle.items()) for node in nodes)
+
+
+def alive_nodes() -> list[dict[str, float]]:
+    """The resources of each machine of the connected cluster that is up."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _wanted(share: Share, count: int) -> str:
+    there, free = words(ray.cluster_resources()), words(ray.available_resources())
+    return f"{count} worker{'s' * (count > 1)} of {share} wanted, the cluster has {there} ({free} free)"
+
+
+def _wait_for(references: Sequence[Any], state: Callable[[int], str], wait_s: float, say: Say) -> None:
+    """Waits until all ``references`` are there; ``state`` says what is wanted and there when so many are not yet."""
     deadline = time.monotonic() + wait_s
     while True:
         left = max(0.0, deadline - time.monotonic())
-        _, waiting = ray.wait(references, num_returns=len(references), timeout=min(_SAY_EVERY_S, left))
+        _, waiting = ray.wait(list(references), num_returns=len(references), timeout=min(_SAY_EVERY_S, left))
         if not waiting:
             return
-        there, free = words(ray.cluster_resources()), words(ray.available_resources())
-        wanted = f"{count} worker{'s' * (count > 1)} of {share} wanted, the cluster has {there} ({free} free)"
         left = deadline - time.monotonic()
         if left <= 0:
-            raise TooFewResources(f"{wanted}; gave up after {wait_s:g} s")
-        say(f"waiting up to {left:.0f} s: {wanted}")
+            raise TooFewResources(f"{state(len(waiting))}; gave up after {wait_s:g} s")
+        say(f"waiting up to {left:.0f} s: {state(len(waiting))}")
 
 
 def words(resources: Mapping[str, float]) -> str:

@@ -27,6 +27,7 @@ from raybsa.cluster.membership import Membership, Seat
 from raybsa.cluster.nodes import kill_raylet
 from raybsa.cluster.resources import Say, Share
 from raybsa.comm import Broken
+from raybsa.gradients.overlap import Overlap
 from raybsa.spec import TrialSpec
 
 
@@ -69,7 +70,8 @@ class Recovery:
 class TrainingResult:
     """What a training led to: the loss of every step (nats a token), its recoveries, bytes that one rank sent in one
     generation at most, by kind, a digest of the final state (equal on all ranks), bits per held-out byte, the seconds
-    from the first step to the last, recoveries included, and when each step was applied first (of ``time.time``)."""
+    from the first step to the last, recoveries included, when each step was applied first (of ``time.time``), and how
+    much of the gradients' travel lay within backward, over all ranks."""
 
     losses: dict[int, float]
     recoveries: tuple[Recovery, ...]
@@ -79,6 +81,7 @@ class TrainingResult:
     world_size: int
     train_seconds: float
     applied_at: dict[int, float]
+    overlap: Overlap
 
 
 class _Wreck(Exception):
@@ -143,6 +146,7 @@ class TrainingCoordinator:
         self._losses: dict[int, float] = {}
         self._applied_at: dict[int, float] = {}
         self._sent: dict[str, int] = {}
+        self._overlap = Overlap()
         self._recoveries: list[Recovery] = []
         self._store: Any = None
 
@@ -227,7 +231,8 @@ class TrainingCoordinator:
             raise TrainingFailed(f"the ranks ended with different weights: {sorted(digests)}")
         losses, size = dict(sorted(self._losses.items())), self._members.world_size
         at = dict(sorted(self._applied_at.items()))
-        return TrainingResult(losses, self.recoveries, dict(self._sent), digests.pop(), bits, size, seconds, at)
+        sent, digest = dict(self._sent), digests.pop()
+        return TrainingResult(losses, self.recoveries, sent, digest, bits, size, seconds, at, self._overlap)
 
     def _take_if_progress(self, result: Any) -> None:
         if isinstance(result, Progress):
@@ -235,6 +240,7 @@ class TrainingCoordinator:
 
     def _take(self, progress: Progress) -> None:
         self._losses |= dict(progress.losses)
+        self._overlap += progress.overlap
         for step, at in progress.applied_at:
             self._applied_at.setdefault(step, at)
         for kind, nbytes in progress.sent.items():

@@ -32,6 +32,7 @@ class Survived:
         steps_lost: applied steps that were made again.
         filled: how the ring was filled.
         equal: whether the final state is that of the run in peace, to the bit.
+        struck_again: whether the next fault was to strike in the recovery from this one.
     """
 
     fault: Fault
@@ -40,6 +41,7 @@ class Survived:
     steps_lost: int
     filled: str
     equal: bool
+    struck_again: bool = False
 
     @property
     def good(self) -> bool:
@@ -120,11 +122,12 @@ def survived(
     for generation, (fault,) in enumerate(plan, 1):
         recovery = by_generation.get(generation, recovery)
         struck = _struck_at(settings, fault)
+        again = any(following.place is FaultPlace.RECOVERY for (following,) in plan[generation : generation + 1])
         if recovery is None or struck is None:
-            yield Survived(fault, None, None, 0, "-", equal)
+            yield Survived(fault, None, None, 0, "-", equal, again)
             continue
         noticed = None if fault.place is FaultPlace.RECOVERY else recovery.noticed_at - struck
-        yield Survived(fault, noticed, recovery.resumed_in_s, recovery.steps_lost, recovery.filled, equal)
+        yield Survived(fault, noticed, recovery.resumed_in_s, recovery.steps_lost, recovery.filled, equal, again)
 
 
 def _struck_at(settings: MemberSettings, fault: Fault) -> float | None:

@@ -61,7 +61,10 @@ def _drive(
         if text.startswith(("resumed from", "no checkpoint")):
             begun.append(time.time())
 
-    with cluster(address), ring.coordinator(steps, settings, plan, say=hear) as coordinator:
+    with (
+        cluster(address, deaths=ring.verbose),
+        ring.coordinator(steps, settings, plan, say=hear) as coordinator,
+    ):
         result: Any = coordinator.run(evaluate=False, resume=resume, stretch=1)
     temporary = answer.with_suffix(".tmp")
     temporary.write_bytes(pickle.dumps((begun[0] if begun else time.time(), result)))

@@ -14,12 +14,14 @@ from raybsa.experiments.drill_plan import question
 
 @dataclass(frozen=True)
 class Ring:
-    """How a drill trains: ranks, warm spares, seconds of silence after which a rank is lost, and the text."""
+    """How a drill trains: ranks, warm spares, seconds of silence after which a rank is lost, the text, and whether Ray
+    may say of each worker that it died."""
 
     world_size: int = 4
     spares: int = 1
     heartbeat_s: float = 2.0
     text: str | None = None
+    verbose: bool = False
 
     def coordinator(
         self, steps: int, settings: MemberSettings, plan: FaultPlan = (), **more: Any

@@ -22,7 +22,7 @@ from raybsa.ring.rows import FAMILIES, rows_of
 from raybsa.ring.work import Work, work_of
 from raybsa.spec import AttentionSpec, TrialSpec
 from raybsa.tasks.ring import ring_plan
-from raybsa.tasks.ring_ranks import CROWDING, LINK
+from raybsa.tasks.ring_rank import CROWDING, LINK
 
 
 class RingRow:

@@ -8,22 +8,25 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
 
 import ray
+from ray._private import worker as ray_worker
 
-from raybsa.cluster.resources import Share
+from raybsa.cluster.resources import Share, alive_nodes, fitting
 
 _ANSWER_SECONDS = 10.0
 
 
 @contextmanager
-def cluster(address: str | None, *, num_cpus: int | None = None) -> Iterator[None]:
+def cluster(address: str | None, *, num_cpus: int | None = None, deaths: bool = True) -> Iterator[None]:
     """A connection to the cluster at ``address`` (or RAY_ADDRESS, else one of our own), closed however the job ends.
 
-    ``num_cpus``: what a cluster of our own may hand out; None is what the machine has.
     SIGTERM, which ``ray job stop`` sends, ends the job as Ctrl-C does: in order.
+
+    Args:
+        num_cpus: what a cluster of our own may hand out; None is what the machine has.
+        deaths: whether Ray may print a paragraph on each worker that dies; who kills them on purpose has no use for it.
 
     Raises:
         ConnectionError: nothing answers at the address.
@@ -39,10 +42,22 @@ def cluster(address: str | None, *, num_cpus: int | None = None) -> Iterator[Non
         namespace="raybsa",
     )
     exit_on_sigterm()
+    with nullcontext() if deaths else without_rays_messages():  # Ray prints what it has kept when it shuts down
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def without_rays_messages() -> Iterator[None]:
+    """What the raylet reports to this driver is not printed meanwhile. ``log_to_driver=False`` is only about what
+    workers print; for the reports Ray has this switch alone, which its own debugger uses."""
+    before, ray_worker._worker_logs_enabled = ray_worker._worker_logs_enabled, False
     try:
         yield
     finally:
-        ray.shutdown()
+        ray_worker._worker_logs_enabled = before
 
 
 def exit_on_sigterm() -> None:
@@ -52,15 +67,15 @@ def exit_on_sigterm() -> None:
 
 def worker_share(cpus: int | None) -> Share:
     """``cpus``, and one GPU where the connected cluster has any; None: all CPUs of the largest machine to be had."""
-    gpus = 1 if any(_has(node, "GPU") for node in _nodes()) else 0
+    gpus = 1 if any(_has(node, "GPU") for node in alive_nodes()) else 0
     if cpus is None:
-        cpus = max([1, *(_has(node, "CPU") for node in _nodes() if _has(node, "GPU") >= gpus)])
+        cpus = max([1, *(_has(node, "CPU") for node in alive_nodes() if _has(node, "GPU") >= gpus)])
     return Share(cpus, gpus)
 
 
 def room_for(share: Share) -> int:
     """How many workers the connected cluster can hold at once: none of them lies on two machines."""
-    return sum(min(_has(node, what) // int(amount) for what, amount in share.bundle.items()) for node in _nodes())
+    return fitting(share, alive_nodes())
 
 
 def _require_an_answer(target: str) -> None:
@@ -76,10 +91,5 @@ def _require_an_answer(target: str) -> None:
         ) from error
 
 
-def _nodes() -> list[dict[str, Any]]:
-    """The resources of each machine that is up."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def _has(node: dict[str, Any], what: str) -> int:
+def _has(node: dict[str, float], what: str) -> int:
     return int(node.get(what, 0))

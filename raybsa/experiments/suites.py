@@ -100,16 +100,25 @@ def ring_gpu() -> list[TrialSpec]:
 def _rings(
     base: TrialSpec, asked: Sequence[tuple[int, str, float | None, str]], worlds: Sequence[int], *, block_size: int
 ) -> list[TrialSpec]:
-    """Every (tokens, family, density, partition) on every number of ranks; alone, all partitions are one."""
+    """Every (tokens, family, density, partition) on every number of ranks."""
     specs = [
         replace(
-            base,
-            seq_len=length,
-            attention=(AttentionSpec("distributed", PatternSpec(family), density, block_size),),
-            task_params={"world_size": world, "partition": partition if world > 1 else "balanced"},
+            base, seq_len=length, attention=(AttentionSpec("distributed", PatternSpec(family), density, block_size),)
+        )
+        for length, family, density, _ in asked
+    ]
+    partitions = [partition for *_, partition in asked]
+    return on_ranks([*zip(specs, partitions, strict=True)], worlds)
+
+
+def on_ranks(asked: Sequence[tuple[TrialSpec, str]], worlds: Sequence[int]) -> list[TrialSpec]:
+    """Each question with its partition on every number of ranks; alone, all partitions are one."""
+    specs = [
+        replace(
+            spec, task="ring", task_params={"world_size": world, "partition": partition if world > 1 else "balanced"}
         )
         for world in worlds
-        for length, family, density, partition in asked
+        for spec, partition in asked
     ]
     return list(dict.fromkeys(specs))
 

@@ -122,7 +122,8 @@ class GradientExchange:
         self._begin()
 
     def close(self) -> None:
-        """Takes its hooks off the parameters and ends its thread."""
+        """Takes its hooks off the parameters and ends its thread. What is under way is first done, or fails: cancel the
+        communicator where it should not be waited for."""
         for hook in self._hooks:
             hook.remove()
         self._lane.close()

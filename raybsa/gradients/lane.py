@@ -20,7 +20,8 @@ class Lane:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._work = _Work(self._stream)
-        threading.Thread(target=self._work.run, name="raybsa-gradients", daemon=True).start()
+        self._thread = threading.Thread(target=self._work.run, name="raybsa-gradients", daemon=True)
+        self._thread.start()
 
     def submit(self, task: Task) -> None:
         """Returns at once."""
@@ -43,8 +44,9 @@ class Lane:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
     def close(self) -> None:
-        """The thread ends when the task it is at does."""
+        """Returns when the thread has ended, which it does once it has done what it was given."""
         self._work.queue.put((None, None))
+        self._thread.join()
 
 
 class _Work:

@@ -1,12 +1,14 @@
 """What one rank of a ring measures: its steps, one process with the whole sequence in turn, bytes, and a timeline.
 
 Every rank runs the same calls in the same order. A step is timed on each rank from a barrier to its own end; the
-slowest rank's time is the step's (``ring_ranks`` joins the reports). The single process is rank 0 alone with the same
+slowest rank's time is the step's (``ring_rank`` joins the reports). The single process is rank 0 alone with the same
 kernel, while the others wait.
 """
 
 from __future__ import annotations
 
+import math
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,19 +28,23 @@ from raybsa.ring.timeline import Span, Timeline
 from raybsa.spec import TrialSpec
 from raybsa.tasks.params import known_params
 from raybsa.tasks.speed import synthetic_qkv
-from raybsa.timing import forward_backward_call, forward_call, peak_bytes, quantiles_of
+from raybsa.timing import device_name, forward_backward_call, forward_call, peak_bytes, quantiles_of
 
 PARAMS = {"world_size": 1, "partition": "balanced"}
 STEPS = ("forward", "forward_backward", "single_forward", "single_forward_backward")
 _WARMUP = 3
+_CROWDING_MS = 100.0
 _CALIBRATION = "timing"  # the ledger's word for what only the measurement sends
 
 
 @dataclass
 class RankReport:
-    """What one rank saw. Milliseconds by step and round, rank 0's alone for ``single_*``."""
+    """What one rank saw, and where. Milliseconds by step and round, rank 0's alone for ``single_*``."""
 
     rank: int
+    host: str
+    device_name: str
+    num_threads: int
     times_ms: dict[str, list[float]] = field(default_factory=dict)
     forward_bytes: int = 0
     forward_backward_bytes: int = 0
@@ -53,6 +59,8 @@ def ring_params(spec: TrialSpec) -> tuple[int, str]:
     if spec.task != "ring" or spec.layer(0).pattern is None or spec.num_layers != 1:
         raise ValueError("a ring measures one layer with a pattern, in task 'ring'")
     params = known_params(spec, PARAMS)
+    if params["world_size"] < 1:
+        raise ValueError(f"a ring has at least one rank, got world_size {params['world_size']}")
     return params["world_size"], params["partition"]
 
 
@@ -106,7 +114,7 @@ def measure_rank(
         "single_forward": forward_call(single, whole),
         "single_forward_backward": forward_backward_call(single, whole),
     }
-    report = RankReport(rank)
+    report = RankReport(rank, socket.gethostname(), device_name(device), torch.get_num_threads())
     if rank == 0:
         report.errors = _errors(calls, plan)
     else:
@@ -142,25 +150,50 @@ def measure_link(communicator: Communicator, *, repeats: int = 9) -> list[tuple[
     return found
 
 
-def measure_crowding(spec: TrialSpec, communicator: Communicator, *, repeats: int = 7) -> float:
-    """How many times slower the kernel is where all ranks run it at once than where rank 0 does alone; no ring."""
+def measure_crowding(spec: TrialSpec, communicator: Communicator, devices: int, *, repeats: int = 5) -> float:
+    """How many times slower the kernel is where all ranks run it at once than where rank 0 does alone; no ring.
+
+    One measurement is as many calls as take rank 0 some 100 ms, so that the ranks' calls do meet; the slowest rank
+    counts. On the CPU it is processor time, which the host's other processes and a scheduler that leaves two ranks on
+    one core do not change, and ranks beyond ``devices`` take turns.
+
+    Args:
+        devices: how many ranks compute at once: cores or GPUs.
+    """
     layout, backend = ring_layout(spec, communicator.device), spec.layer(0).backend
     inputs = synthetic_qkv(spec, communicator.device)
+    clock = time.perf_counter if communicator.device.type == "cuda" else time.thread_time
 
     def single(q: Tensor, k: Tensor, v: Tensor) -> Any:
         return block_sparse_attention(q, k, v, layout, backend=backend)
 
-    call = forward_call(single, inputs)
-    times: dict[bool, list[float]] = {False: [], True: []}
-    for _ in range(_WARMUP + repeats):
-        for together in (False, True):
-            if together or communicator.rank == 0:
-                times[together].append(_timed(call, communicator, together=together))
-            communicator.barrier(_CALIBRATION)
-    if communicator.rank:
-        return 1.0
-    alone, crowded = (quantiles_of(times[together][_WARMUP:]).p50 for together in (False, True))
-    return crowded / alone
+    once = forward_call(single, inputs)
+    once_ms = [_timed(once, communicator, clock=clock) for _ in range(_WARMUP)][-1]
+    calls = calls_within(_CROWDING_MS, _from_all(once_ms, communicator)[0])
+
+    def call() -> None:
+        for _ in range(calls):
+            once()
+
+    alone, together = [], []
+    for _ in range(repeats):
+        if communicator.rank == 0:
+            alone.append(_timed(call, communicator, together=False, clock=clock))
+        communicator.barrier(_CALIBRATION)
+        together.append(max(_from_all(_timed(call, communicator, clock=clock), communicator)))
+    pace = quantiles_of(together).p50 / quantiles_of(alone).p50 if communicator.rank == 0 else 1.0
+    return pace * max(1.0, communicator.world_size / devices)
+
+
+def calls_within(limit_ms: float, call_ms: float) -> int:
+    """How many calls of ``call_ms`` take at least ``limit_ms``."""
+    return max(1, math.ceil(limit_ms / call_ms))
+
+
+def _from_all(number: float, communicator: Communicator) -> list[float]:
+    """Every rank's number, in rank order."""
+    mine = torch.tensor([number], dtype=torch.float64, device=communicator.device)
+    return [float(x) for x in communicator.all_gather(_CALIBRATION, mine)]
 
 
 def _rounds(
@@ -176,20 +209,24 @@ def _rounds(
                 times[name].append(_timed(call, communicator, together=not alone))
             communicator.barrier(_CALIBRATION)
         if len(times["forward"]) == 1:
-            spent = torch.tensor([time.perf_counter() - begin], dtype=torch.float64, device=communicator.device)
-            slowest = max(float(x) for x in communicator.all_gather(_CALIBRATION, spent))
+            slowest = max(_from_all(time.perf_counter() - begin, communicator))
             rounds = max(3, min(repeats, int(budget_s / slowest)))
     return times
 
 
-def _timed(call: Callable[[], object], communicator: Communicator, together: bool = True) -> float:
+def _timed(
+    call: Callable[[], object],
+    communicator: Communicator,
+    together: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     if together:
         communicator.barrier(_CALIBRATION)
     _settle(communicator)
-    begin = time.perf_counter()
+    begin = clock()
     call()
     _settle(communicator)
-    return (time.perf_counter() - begin) * 1e3
+    return (clock() - begin) * 1e3
 
 
 def _settle(communicator: Communicator) -> None:

@@ -1,34 +1,26 @@
 """measure_rings: ring trials on the ranks of this host, one process a rank, from start to joined measurements.
 
-On the CPU ranks are processes of one thread that talk over gloo, on CUDA one process a GPU over NCCL.
+On the CPU ranks are processes of one thread, on CUDA one process a GPU.
 """
 
 from __future__ import annotations
 
-import datetime
 import os
-import platform
 import queue
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from raybsa.comm import Communicator
-from raybsa.results.record import Measurement
-from raybsa.ring.timeline import Point, Span, as_points
+from raybsa.ring.timeline import Point
 from raybsa.spec import TrialSpec
-from raybsa.tasks.ring import RankReport, measure_crowding, measure_link, measure_rank, ring_params, ring_plan
-from raybsa.timing import DeviceLock, Quantiles, device_name, quantiles_of
-
-LINK = "link_ms"  # the series of timed messages: step is the bytes
-CROWDING = "crowding"  # how many times slower a kernel is where step of them run at once
-_TIMEOUT_S = 300.0
-Answer = Measurement | str  # a string says what went wrong
+from raybsa.tasks.ring import ring_params
+from raybsa.tasks.ring_rank import Answer, RingRank, devices_of, joined
+from raybsa.timing import DeviceLock
 
 
 def measure_rings(
@@ -63,8 +55,8 @@ def _group(specs: list[TrialSpec], world_size: int, device: str, repeats: int, b
         try:
             calibration: list[Point] = _next(reports, ranks, 1)[0]
             for spec in specs:
-                found = sorted(_next(reports, ranks, world_size), key=lambda report: report.rank)
-                yield _joined(spec, found, device, calibration)
+                found = _next(reports, ranks, world_size)
+                yield joined(spec, found, device, devices_of(device), calibration)
                 done += 1
         except (RuntimeError, mp.ProcessRaisedException, mp.ProcessExitedException) as error:
             for _ in specs[done:]:
@@ -108,69 +100,13 @@ def _rank(
     reports: Any,
 ) -> None:
     """One process: joins the group, measures the link, then every trial."""
-    torch.set_num_threads(1)
     place = torch.device(device, rank) if device == "cuda" else torch.device(device)
-    if device == "cuda":
-        torch.cuda.set_device(place)
-    limit = datetime.timedelta(seconds=_TIMEOUT_S)
-    shared = dist.FileStore(store, world_size)
-    backend = "nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, store=shared, rank=rank, world_size=world_size, timeout=limit)
-    communicator = Communicator(dist.group.WORLD, device=place, timeout_s=_TIMEOUT_S)
+    ring_rank = RingRank(rank, world_size, dist.FileStore(store, world_size), place)
     try:
-        points: list[Point] = [(LINK, nbytes, 0, ms) for nbytes, ms in measure_link(communicator)]
-        with suppress(ValueError):  # a question that cannot be asked says so in its own turn
-            points.append((CROWDING, world_size, 0, measure_crowding(specs[0], communicator)))
+        points = ring_rank.calibrate(specs[0])
         if rank == 0:
             reports.put(points)
         for spec in specs:
-            reports.put(measure_rank(spec, communicator, repeats=repeats, budget_s=budget_s))
+            reports.put(ring_rank.measure(spec, repeats=repeats, budget_s=budget_s))
     finally:
-        communicator.close()
-        dist.destroy_process_group()
-
-
-def _joined(spec: TrialSpec, reports: list[RankReport], device: str, calibration: list[Point]) -> Measurement:
-    """One measurement from all ranks': the slowest rank's time of each round, all bytes, the fullest rank's memory."""
-    plan, first = ring_plan(spec), reports[0]
-    itemsize = getattr(torch, spec.dtype).itemsize
-    sizes = (spec.num_kv_heads or spec.num_heads, spec.head_dim, itemsize, spec.batch)
-    forward, both = (_slowest(reports, name) for name in ("forward", "forward_backward"))
-    begun = min(report.begun_s for report in reports) if device == "cpu" else None
-    spans = [_moved(span, 0.0 if begun is None else r.begun_s - begun) for r in reports for span in r.spans]
-    assert first.errors is not None
-    return Measurement(
-        density=plan.layout.density,
-        forward_ms_p20=forward.p20,
-        forward_ms_p50=forward.p50,
-        forward_ms_p80=forward.p80,
-        forward_backward_ms_p20=both.p20,
-        forward_backward_ms_p50=both.p50,
-        forward_backward_ms_p80=both.p80,
-        peak_bytes=max(report.peak_bytes for report in reports),
-        wire_bytes=sum(report.forward_backward_bytes for report in reports),
-        wire_forward_bytes=sum(report.forward_bytes for report in reports),
-        needed_forward_bytes=plan.bytes_needed(*sizes),
-        world_size=len(reports),
-        devices=torch.cuda.device_count() if device == "cuda" else len(os.sched_getaffinity(0)),
-        partition=ring_params(spec)[1],
-        imbalance=plan.imbalance,
-        single_forward_ms_p50=quantiles_of(first.times_ms["single_forward"]).p50,
-        single_forward_backward_ms_p50=quantiles_of(first.times_ms["single_forward_backward"]).p50,
-        error_forward=first.errors[0],
-        error_gradient=first.errors[1],
-        device=device,
-        device_name=device_name(torch.device(device)),
-        num_threads=1,
-        torch_version=torch.__version__,
-        python_version=platform.python_version(),
-        rank_curves=(*as_points(spans), *calibration),
-    )
-
-
-def _slowest(reports: list[RankReport], name: str) -> Quantiles:
-    return quantiles_of([max(times) for times in zip(*(report.times_ms[name] for report in reports), strict=True)])
-
-
-def _moved(span: Span, seconds: float) -> Span:
-    return span._replace(begin_s=span.begin_s + seconds, end_s=span.end_s + seconds)
+        ring_rank.close()

@@ -7,7 +7,9 @@ again, and gives the same bits.
 
 from __future__ import annotations
 
+import hashlib
 import math
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -18,6 +20,7 @@ from raybsa.comm import Communicator, Phase
 from raybsa.gradients.catalog import build
 from raybsa.gradients.codec import Codec
 from raybsa.gradients.exchange import GradientExchange
+from raybsa.gradients.overlap import Overlap, OverlapMeter
 from raybsa.ring.sequence import ShardedSequence
 from raybsa.spec import TrialSpec
 from raybsa.tasks.byte_lm import ByteText
@@ -25,6 +28,8 @@ from raybsa.tasks.model import Transformer
 from raybsa.tasks.training import cross_entropy, descend, learning_rates, make_optimizer, prepare
 from raybsa.variants.distributed import DistributedConfig, share_partition
 from raybsa.variants.selector import selector_loss, set_schedules
+
+BUCKET_BYTES = 2**20  # as DDP's first; a small model has several, so that some go while backward runs
 
 
 class ShardedTraining:
@@ -36,9 +41,11 @@ class ShardedTraining:
         config: how ranks share the sequence.
         codec: how gradients travel: a codec of ``raybsa.gradients``, its spec or its name.
         warmup_steps: steps at the start whose gradients travel uncompressed.
+        bucket_bytes: gradients that travel in one message.
 
     Attributes:
         step: steps applied so far.
+        overlap: how much of the gradients' travel lay within backward, since it was last taken.
         losses: (step, nats a token) of the steps applied since the list was last taken, over all ranks.
 
     Raises:
@@ -53,6 +60,7 @@ class ShardedTraining:
         *,
         codec: Codec | Mapping[str, Any] | str = "none",
         warmup_steps: int = 0,
+        bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         variants = {layer.variant for layer in spec.attention}
         if spec.task != "byte_lm" or variants != {"distributed"}:
@@ -68,19 +76,28 @@ class ShardedTraining:
         self.losses: list[tuple[int, float]] = []
         self._prepared_loss: float | None = None
         self._codec, self._warmup_steps = build(codec), warmup_steps
+        self._bucket_bytes, self.overlap, self._meter = bucket_bytes, Overlap(), OverlapMeter()
+        self._gradients: Communicator | None = None
         self._exchange: GradientExchange | None = None
         self._remembered: dict[int, dict[str, Any]] = {}  # what the codec keeps, as of that many applied steps
         _fill_in_state(self.optimizer)
         self.bind(Communicator(device=device))
 
-    def bind(self, communicator: Communicator) -> None:
-        """Gives the rank its group, again after each rebuild; a step that was prepared before is forgotten."""
+    def bind(self, communicator: Communicator, gradients: Communicator | None = None) -> None:
+        """Gives the rank its group, again after each rebuild; a step that was prepared before is forgotten.
+
+        Args:
+            gradients: of a second group of the same ranks, on which gradients travel while backward runs; without it
+                they travel after backward, since two threads must not send on the ring's own group.
+        """
         partition = share_partition(self.model, communicator, self.spec.train_len, self.spec.num_heads, self.config)
         self.sequence = ShardedSequence(partition, communicator)
         self._prepared_loss = None
         if self._exchange is not None:
             self._exchange.close()
-        self._exchange = None
+        self._exchange, self._gradients, self._meter = None, gradients, OverlapMeter()
+        if gradients is not None:
+            gradients.observer = self._meter
 
     @property
     def communicator(self) -> Communicator:
@@ -88,6 +105,9 @@ class ShardedTraining:
 
     def prepare(self) -> None:
         """Makes the gradients of the next step, summed over ranks; the same bits on every rank."""
+        if self._exchange is None:
+            self._exchange = self._new_exchange()
+        before = self._exchange.state_dict()
         tokens, targets = self.text.batches(self.step)
         set_schedules(self.model, self.step)
         self.model.train()
@@ -96,8 +116,11 @@ class ShardedTraining:
             nats = self._nats(tokens, targets) / targets.numel()
         with self.communicator.phase(Phase.STEP, "backward"):
             (nats + selector_loss(self.model)).backward()
+        backward_end_s = time.perf_counter()
         with self.communicator.phase(Phase.EXCHANGE, "gradient"):
-            self._exchange_gradients()
+            self._exchange.finish()
+            self._remembered = {self.step: before, self.step + 1: self._exchange.state_dict()}
+            self.overlap += self._meter.take(backward_end_s)
             self._prepared_loss = float(self.communicator.all_reduce("loss", nats.detach().double().view(1)))
 
     def apply(self) -> None:
@@ -125,18 +148,17 @@ class ShardedTraining:
         """Every tensor that lasts, in one order on all ranks: weights, and the optimizer's moments and counts."""
         return [*(p.data for p in self.model.parameters()), *_moments(self.optimizer)]
 
+    def digest(self) -> str:
+        """A hash of every tensor that lasts: equal where training led to the same bits."""
+        state = hashlib.sha256()
+        for tensor in self.state():
+            state.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return state.hexdigest()[:32]
+
     def _nats(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """This rank's sum over its part of (B, S) windows."""
         logits = self.model(self.sequence.shard(tokens), self.sequence)
         return cross_entropy(logits, self.sequence.shard(targets), reduction="sum")
-
-    def _exchange_gradients(self) -> None:
-        """Sends the gradients after backward: on the ring's own group another thread must not send meanwhile."""
-        if self._exchange is None:
-            self._exchange = self._new_exchange()
-        before = self._exchange.state_dict()
-        self._exchange.finish()
-        self._remembered = {self.step: before, self.step + 1: self._exchange.state_dict()}
 
     def _new_exchange(self) -> GradientExchange:
         """The exchange of a new generation. Residuals of the steps that last go on; a newcomer begins without. What all
@@ -144,10 +166,11 @@ class ShardedTraining:
         exchange = GradientExchange(
             self.model.named_parameters(),
             self._codec,
-            self.communicator,
+            self._gradients or self.communicator,
+            bucket_bytes=self._bucket_bytes,
             mean=False,
             warmup_steps=self._warmup_steps,
-            overlap=False,
+            overlap=self._gradients is not None,
         )
         saved = self._remembered.get(self.step, exchange.state_dict())
         states = {name: {**state, "memory": {}} for name, state in saved["states"].items()}

@@ -12,7 +12,7 @@ from raybsa.ring.timeline import Span, as_points
 from raybsa.ring.work import work_of
 from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
 from raybsa.tasks.ring import ring_plan
-from raybsa.tasks.ring_ranks import LINK
+from raybsa.tasks.ring_rank import LINK
 from tests.dashboards.made import record
 
 MACHINE = Hardware(

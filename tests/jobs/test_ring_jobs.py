@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from jobs import benchmark, scaling_forecast
+from raybsa.cluster import rings
+from raybsa.cluster.resources import Share
+from raybsa.experiments import launch
 from raybsa.experiments.suites import SUITES
 from raybsa.results.record import Measurement
 from raybsa.results.store import Store
@@ -55,6 +60,25 @@ def test_every_ring_trial_becomes_a_line_and_a_row_and_a_failure_is_kept(
     assert any("75%" in line and "1.000" in line for line in lines), "two ranks: 12 / (2 x 8)"
     assert any("failed: ValueError: no such luck" in line for line in lines)
     assert (tmp_path / "report.html").exists()
+
+
+def test_the_distributed_variant_asks_actors_for_every_combination(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rings, "measure_rings_on_actors", lambda specs, share, **_: measured(specs))
+    monkeypatch.setattr(launch, "cluster", lambda address, num_cpus: nullcontext())
+    monkeypatch.setattr(launch, "worker_share", Share)
+    shape = ["--lengths", "512", "--density", "0.2", "--world-size", "1", "2", "--partition", "balanced", "zigzag"]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--variant", "distributed", *shape, "--out", str(tmp_path)])
+    assert benchmark.main() == 1, "the last one fails"
+    records = Store(str(tmp_path)).read_records()
+    specs = [TrialSpec.from_dict(json.loads(record.spec)) for record in records]
+    assert [ring_params(spec) for spec in specs] == [(1, "balanced"), (2, "balanced"), (2, "zigzag")]
+    assert {spec.layer(0).variant for spec in specs} == {"distributed"}
+    assert "on actors of 1 CPU and 0 GPU each" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--variant", "base", "distributed", "--out", str(tmp_path)])
+    with pytest.raises(ValueError, match="--variant distributed is measured alone, got base distributed"):
+        benchmark.main()
 
 
 @pytest.mark.parametrize("suite", ["ring", "ring-quick", "ring-gpu"])

@@ -53,6 +53,7 @@ def test_a_drill_says_when_a_fault_was_noticed_and_that_the_weights_are_equal(
     (driver,) = [line for line in done.stdout.splitlines() if line.startswith("driver at exchange")]
     assert driver.split()[-2:] == ["resumed", "equal"]
     assert "2 of 2 faults as wanted" in done.stdout
+    assert "(raylet)" not in done.stdout
     assert len(Store(str(tmp_path / "out")).read_records()) == 3, "the run in peace, the one with a fault, the resumed"
 
 

@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import OutOfMemoryError
 
 from raybsa.cluster.coordinator import Coordinator, WorkerNotMade
-from raybsa.cluster.resources import Share, TooFewResources, await_resources
+from raybsa.cluster.resources import Share, TooFewResources, await_resources, why_not_up
 from raybsa.experiments.recording import Run
 from raybsa.experiments.search import Plan, Pool, search
 from raybsa.experiments.space import SearchSpace
@@ -111,6 +111,30 @@ def test_too_few_resources_are_named_after_a_bounded_wait(monkeypatch):
     assert "waiting up to" in said[0]
     with pytest.raises(TooFewResources, match=r"1 worker of 1 CPU and 1 GPU wanted.*gave up after 0\.5 s"):
         Coordinator(Share(1, 1), wait_s=0.5).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "free", "why"),
+    [
+        ([6], 2, "the cluster is too small for all"),
+        ([3, 3, 3], 9, "the cluster is too small for all"),
+        ([8], 0, "still starting"),
+        ([8, 8], 8, "still starting"),
+        ([16], 4, "still starting"),
+        ([8, 4], 1, "still starting, or waiting for what others hold"),
+    ],
+)
+def test_workers_that_are_slow_to_start_are_told_from_those_that_lack_resources(nodes, free, why):
+    assert why_not_up(Share(4), 2, [{"CPU": cpus} for cpus in nodes], {"CPU": free}) == why
+
+
+def test_a_slow_start_is_not_called_a_lack_of_resources():
+    def make(device, arguments):
+        time.sleep(30.0)
+
+    wanted = r"1 worker of 1 CPU .*the cluster has 6 CPU .*; 0 up, 1 not: still starting; gave up after 1 s"
+    with pytest.raises(TooFewResources, match=wanted):
+        Coordinator(Share(), make=make, wait_s=1.0).__enter__()
 
 
 def test_a_worker_that_cannot_be_made_is_an_error_with_its_reason():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -10,8 +12,10 @@ from raybsa.cluster.faults import FROM_OUTSIDE, Fault, FaultKind, FaultPlace, ma
 from raybsa.cluster.member import MemberSettings
 from raybsa.cluster.training import Recovery
 from raybsa.experiments.census import Census
-from raybsa.experiments.drill import survived
+from raybsa.experiments.drill import Survived, survived
 from raybsa.experiments.drill_plan import EVERY, KINDS, LEFT_OUT, groups, plan_of, soak_plan, steps_for
+from raybsa.experiments.drill_summary import STRUCK_AGAIN, line_of, summaries, verdict
+from raybsa.experiments.launch import without_rays_messages
 from raybsa.experiments.soak import Soaked
 
 
@@ -28,8 +32,6 @@ def test_who_kills_the_driver_has_a_run_of_its_own() -> None:
 
 
 def test_a_plan_strikes_once_a_generation_and_always_after_a_checkpoint() -> None:
-    from random import Random
-
     pairs = [(FaultKind.SIGKILL, place) for place in FaultPlace]
     plan = plan_of(pairs, 4, Random(0))
     assert len(plan) == len(pairs) + 1, "a fault while recovering needs one to recover from"
@@ -62,6 +64,47 @@ def test_a_fault_that_never_struck_is_not_survived(tmp_path: Path) -> None:
     assert not second.good
     (unequal, _) = survived(plan, MemberSettings(marks=str(tmp_path)), [recovery], equal=False)
     assert not unequal.good
+
+
+def test_a_fault_that_only_begins_a_recovery_to_strike_in_is_counted_beside_those_that_were_asked_for(
+    tmp_path: Path,
+) -> None:
+    plan = plan_of([(FaultKind.SIGKILL, FaultPlace.EXCHANGE), (FaultKind.SPARE, FaultPlace.RECOVERY)], 4, Random(0))
+    for (fault,) in plan:
+        mark(str(tmp_path), fault)
+    recoveries = [
+        Recovery(1, ((0, "gone"),), 5.0, 5.5, 5, 0, "spare", 4, filled_at=5.1, formed_at=5.4),
+        Recovery(2, ((0, "gone"),), 8.0, 11.0, 9, 0, "fresh", 4, filled_at=9.0, formed_at=10.0),
+    ]
+    rows = list(survived(plan, MemberSettings(marks=str(tmp_path)), recoveries, equal=True))
+    assert [row.struck_again for row in rows] == [False, True, False]
+    assert verdict(rows) == "2 of 2 faults as wanted (1 of 1 beside them, which began a recovery to strike in)"
+    assert verdict([replace(rows[0], equal=False)]) == "0 of 1 faults as wanted"
+    assert [(found.what, found.faults) for found in summaries(rows)] == [("sigkill", 1), (STRUCK_AGAIN, 1)]
+
+
+def test_each_kind_has_its_median_and_worst_by_how_the_ring_was_filled() -> None:
+    fault = Fault(FaultKind.SIGSTOP, FaultPlace.EXCHANGE, 0, 5)
+    fills = ["spare", "fresh", "shrunk", "fresh"]
+    rows = [Survived(fault, 1.0 + i, 0.1 * (i + 1), 0, filled, True) for i, filled in enumerate(fills)]
+    never = Survived(fault, None, None, 0, "-", True)
+    (summary,) = summaries([*rows, never])
+    assert line_of(summary).split() == ["sigstop", "4", "2.500", "(4.000)", "0.100", "(0.100)", "0.300", "(0.400)"]
+    assert line_of(summary._replace(with_spare=[])).split()[4:] == ["-", "0.300", "(0.400)"]
+
+
+def test_what_ray_says_of_dead_workers_is_only_printed_where_it_is_asked_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from ray._private.worker import print_to_stdstream
+
+    def report(words: str) -> str:
+        print_to_stdstream({"lines": [words], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+        return capsys.readouterr().out
+
+    with without_rays_messages():
+        assert not report("A worker died, for nobody to hear.")
+    assert "A worker died, again." in report("A worker died, again.")
 
 
 NOTHING = Census(*(frozenset() for _ in range(6)))

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import datetime
+import time
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from raybsa.comm import Broken, Communicator, Phase
+from raybsa.gradients.overlap import Overlap, OverlapMeter
+from raybsa.ring.timeline import Span, Timeline
 from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
 from raybsa.tasks.sharded import ShardedTraining, send_state
 from tests.kernels.problems import relative_error
@@ -129,6 +136,103 @@ def test_a_lossy_codec_remembers_across_generations(spec: TrialSpec, codec: dict
     assert all(norm > 0 for _, norm, _ in ranks)
     plain = sum(x.nbytes for x in ranks[0][0]) / 3 * 5  # weights are a third of the state; five steps went out
     assert all(sent < plain / 2 for _, _, sent in ranks)
+
+
+# ---- gradients on a group of their own -----------------------------------------------------------------------------
+
+
+def second_group(store: dist.Store, communicator: Communicator) -> Communicator:
+    """Another group of the same ranks."""
+    place = (communicator.rank, communicator.world_size, datetime.timedelta(seconds=30))
+    return Communicator(dist.ProcessGroupGloo(store, *place), timeout_s=30.0)
+
+
+def until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.001)
+    return condition()
+
+
+@pytest.mark.parametrize("codec", ["none", "int8"])
+def test_gradients_sent_in_backward_lead_to_the_same_bits_also_after_a_backward_that_broke(
+    spec: TrialSpec, codec: str
+) -> None:
+    spec, store = replace(spec, dtype="float32"), dist.HashStore()
+
+    def work(communicator: Communicator) -> list[list[Tensor]]:
+        gradients, ended = second_group(store, communicator), []
+        for second in (gradients, None):
+            training = ShardedTraining(spec, CPU, codec=codec, bucket_bytes=1000)
+            training.bind(communicator, second)
+            train(training, 1)
+            first = next(iter(training.model.parameters()))  # the last that backward reaches
+            handle = first.register_hook(lambda gradient: (_ for _ in ()).throw(Broken("injected")))
+            with pytest.raises(Broken):
+                training.prepare()
+            handle.remove()
+            training.bind(communicator, second)
+            train(training, 2)
+            ended.append(training.state())
+        gradients.close()
+        return ended
+
+    ranks = run_ranks(2, work)
+    wanted = ranks[0][0]
+    assert all(torch.equal(a, b) for ended in ranks for state in ended for a, b in zip(state, wanted, strict=True))
+
+
+def test_gradients_are_under_way_before_backward_ends(spec: TrialSpec) -> None:
+    store = dist.HashStore()
+
+    def work(communicator: Communicator) -> tuple[list[Span], list[Span], float, dict[str, int]]:
+        gradients = second_group(store, communicator)
+        training = ShardedTraining(spec, CPU, bucket_bytes=1000)
+        training.bind(communicator, gradients)
+        ring, sent = Timeline(communicator.rank), Timeline(communicator.rank)
+        communicator.observer, gradients.observer = ring, Both(sent, gradients.observer)
+        first = next(iter(training.model.parameters()))
+        first.register_hook(lambda gradient: None if until(lambda: len(sent.spans()) > 1) else gradient / 0)
+        training.prepare()
+        gradients.close()
+        return ring.spans(0.0), sent.spans(0.0), training.overlap.share, dict(communicator.ledger.sent)
+
+    for ring, sent, share, by_kind in run_ranks(2, work):
+        (backward,) = [span for span in ring if (span.phase, span.kind) == ("step", "backward")]
+        transfers = [span for span in sent if (span.phase, span.kind) == ("transfer", "gradient")]
+        assert len(transfers) > 2, "several buckets"
+        assert backward.begin_s < transfers[0].begin_s < transfers[0].end_s < backward.end_s
+        assert share > 0.0
+        assert "gradient" not in by_kind, "the ring's own group carries none"
+
+
+class Both:
+    """Two observers as one."""
+
+    def __init__(self, *observers: Any) -> None:
+        self._observers = observers
+
+    def begin(self, phase: Phase, kind: str, hop: int) -> None:
+        for observer in self._observers:
+            observer.begin(phase, kind, hop)
+
+    def end(self, phase: Phase, kind: str, hop: int) -> None:
+        for observer in self._observers:
+            observer.end(phase, kind, hop)
+
+
+def test_overlap_is_what_lay_within_backward_of_the_time_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, meter = iter([1.0, 3.0, 4.0, 8.0, 9.0, 10.0]), OverlapMeter()
+    monkeypatch.setattr("raybsa.gradients.overlap.time.perf_counter", lambda: next(clock))
+    for _ in range(3):
+        meter.begin(Phase.TRANSFER, "gradient", 0)
+        meter.begin(Phase.WAIT, "gradient", 0)
+        meter.end(Phase.WAIT, "gradient", 0)
+        meter.end(Phase.TRANSFER, "gradient", 0)
+    found = meter.take(backward_end_s=5.0)
+    assert found == Overlap(2.0 + 1.0 + 0.0, 2.0 + 4.0 + 1.0)
+    assert meter.take(5.0).share == 0.0
+    assert (found + found).share == pytest.approx(3 / 7)
 
 
 def test_other_tasks_and_variants_are_refused(spec: TrialSpec) -> None:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 
+from raybsa.comm import Communicator
 from raybsa.results.record import Measurement, SeriesPoint
 from raybsa.ring.timeline import from_series
 from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
-from raybsa.tasks.ring import ring_params, ring_plan
-from raybsa.tasks.ring_ranks import CROWDING, LINK, measure_rings
+from raybsa.tasks import ring
+from raybsa.tasks.ring import calls_within, measure_crowding, ring_params, ring_plan
+from raybsa.tasks.ring_rank import CROWDING, LINK, bind_to_core
+from raybsa.tasks.ring_ranks import measure_rings
+from tests.ranks import run_ranks
 
 SPEC = TrialSpec(
     "ring",
@@ -58,3 +66,42 @@ def test_a_question_that_is_not_a_rings_is_named_before_anything_starts() -> Non
         list(measure_rings([replace(SPEC, task="speed")], device="cpu"))
     with pytest.raises(ValueError, match="got also \\['ranks'\\]"):
         list(measure_rings([replace(SPEC, task_params={"ranks": 2})], device="cpu"))
+
+
+def test_ranks_are_as_crowded_as_the_slowest_over_many_calls_of_a_short_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = {0: 0, 1: 0}
+    ranks = threading.local()
+
+    def kernel(*_: object, **__: object) -> None:
+        made[ranks.rank] += 1
+
+    def timed(call: Callable[[], object], communicator: Communicator, together: bool = True, **_: object) -> float:
+        """10 ms a call alone; together 10 ms on rank 0 and 13 on rank 1."""
+        before = made[communicator.rank]
+        call()
+        return (made[communicator.rank] - before) * (13.0 if communicator.rank and together else 10.0)
+
+    def measured(communicator: Communicator) -> float:
+        ranks.rank = communicator.rank
+        return measure_crowding(SPEC, communicator, devices, repeats=2)
+
+    monkeypatch.setattr(ring, "block_sparse_attention", kernel)
+    monkeypatch.setattr(ring, "_timed", timed)
+    devices = 2
+    assert run_ranks(2, measured) == [1.3, 1.0]
+    assert made == {0: 3 + 2 * 2 * 10, 1: 3 + 2 * 10}, "10 calls make 100 ms"
+    devices = 1
+    assert run_ranks(2, measured)[0] == 2.6, "two ranks on one core also take turns"
+    assert [calls_within(100.0, ms) for ms in (13.0, 50.0, 99.0, 100.0, 2000.0)] == [8, 2, 2, 1, 1]
+
+
+def test_ranks_take_the_cores_in_turn() -> None:
+    def core_of(rank: int) -> set[int]:
+        bind_to_core(rank)
+        return os.sched_getaffinity(0)
+
+    cores = sorted(os.sched_getaffinity(0))
+    for rank in range(len(cores) + 2):
+        with ThreadPoolExecutor(1) as thread:  # only that thread is bound
+            assert thread.submit(core_of, rank).result() == {cores[rank % len(cores)]}
+    assert sorted(os.sched_getaffinity(0)) == cores
