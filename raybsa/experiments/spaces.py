@@ -108,7 +108,3 @@ def space_of(data: Mapping[str, Any], base: TrialSpec) -> SearchSpace:
     if "families" in data:
         values["families"] = {family: dict(params or {}) for family, params in data["families"].items()}
     return SearchSpace(base, **values)
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
