@@ -24,6 +24,7 @@ import torch
 from dashboards.report import write_report
 from raybsa.cluster.coordinator import Coordinator
 from raybsa.cluster.resources import TooFewResources
+from raybsa.experiments.advantage import advantage
 from raybsa.experiments.algorithms import ALGORITHMS
 from raybsa.experiments.dry_run import dry_run
 from raybsa.experiments.front import read_best, write_front
@@ -34,7 +35,7 @@ from raybsa.experiments.presets import PRESETS, Preset
 from raybsa.experiments.progress import Progress, summary
 from raybsa.experiments.recording import Run
 from raybsa.experiments.search import Found, Plan, Pool, search
-from raybsa.experiments.spaces import SPACES, make_space
+from raybsa.experiments.spaces import PAPERS, SPACES, make_space
 from raybsa.experiments.trial import run_trial
 from raybsa.results.pareto import COSTS, named_objectives
 from raybsa.results.store import Store
@@ -84,6 +85,8 @@ def _conclude(arguments: argparse.Namespace, store: Store, plan: Plan, found: Fo
     print(f"{len(found.all)} trials measured{stopped}, {len(front)} on the Pareto front of {goals}")
     if not found.rejected.startswith("0 "):
         print(f"questions: {found.rejected}")
+    for line in advantage(found.all):
+        print(line)
     print(f"results: {store.root}")
     print(f"front:   {', '.join(front[:1])}{' ...' if len(front) > 1 else ''}")
     if "://" not in store.root:
@@ -121,6 +124,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", required=True, help="results folder or pyarrow.fs URI; absolute in a submitted job")
     parser.add_argument("--preset", choices=PRESETS, default="demo")
     parser.add_argument("--space", help=f"{', '.join(SPACES)}, or a YAML file (the preset's)")
+    parser.add_argument("--papers", action="store_true", help="first ask the papers' BigBird, window and sink + window")
     parser.add_argument("--trials", "--max-trials", type=int, help="how many in all (the preset's number)")
     parser.add_argument("--time-budget", type=_seconds, default=math.inf, help="no trial begins later: 90s, 10m, 2h")
     parser.add_argument("--dry-run", action="store_true", help="list what would run, with predicted costs, and end")
@@ -166,6 +170,8 @@ def _preset(arguments: argparse.Namespace) -> Preset:
         if number is not None and number < 1:
             raise ValueError(f"{option} must be at least 1, got {number}")
     space = make_space(arguments.space, base) if arguments.space else replace(preset.space, base=base)
+    if arguments.papers:
+        space = replace(space, references=(*space.references, *PAPERS))
     return replace(preset, space=space, trials=trials)
 
 

@@ -70,7 +70,7 @@ class Sampled:
         return config
 
     def tell(self, config: Config, values: Values) -> None:
-        distributions = self._space.distributions(config) if "density" in config else {}  # the baseline draws nothing
+        distributions = self._space.distributions(config) if "density" in config else {}  # a fixed point draws nothing
         if values is not None and not all(map(math.isfinite, values)):
             values = None
         bounds = [] if values is None else zip(self._objectives, values, strict=True)
@@ -95,10 +95,11 @@ def _sampled(make: Callable[[int, int], BaseSampler]) -> Callable[..., Algorithm
 
 
 def _grid(space: SearchSpace, objectives: Sequence[Objective], seed: int) -> Algorithm:
-    """All combinations, the baseline first, the others in an order that the seed draws: any part of it is a sample."""
-    baseline, *others = space.grid()
+    """All combinations after the fixed points, in an order that the seed draws: any part of it is a sample."""
+    fixed = space.fixed_points()
+    others = list(space.grid())[len(fixed) :]
     random.Random(seed).shuffle(others)
-    return Listed([baseline, *others])
+    return Listed([*fixed, *others])
 
 
 # name -> (space, objectives, seed) -> Algorithm

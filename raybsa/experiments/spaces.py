@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from raybsa.experiments.space import DEFAULT_FAMILIES, SearchSpace
-from raybsa.spec import TrialSpec
+from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
 
 _WINDOWS: dict[str, dict[str, list[Any]]] = {
     "sliding_window": {},
@@ -19,6 +19,14 @@ _WINDOWS: dict[str, dict[str, list[Any]]] = {
     "chunked": {"shift": [0, 64]},
     "dilated": {"dilation_rates": [[1, 2, 4], [1, 4, 16]]},
 }
+
+# What one would take without a search, from the papers: BigBird's base model (blocks of 64, 3 of them a window, 2
+# global, 3 random), Longformer's window of 512, StreamingLLM's 4 sinks and 1,020 newest tokens.
+PAPERS = (
+    AttentionSpec("base", PatternSpec("bigbird", {"window": 128, "num_globals": 2, "num_random": 3}), None, 64),
+    AttentionSpec("base", PatternSpec("sliding_window", {"window": 512}), None, 64),
+    AttentionSpec("base", PatternSpec("sink_window", {"sink": 4, "window": 1020}), None, 64),
+)
 
 SPACES: dict[str, dict[str, Any]] = {
     # Seconds: three families, so that every path runs.
@@ -101,10 +109,11 @@ def space_of(data: Mapping[str, Any], base: TrialSpec) -> SearchSpace:
     known = {field.name for field in fields(SearchSpace)} - {"base"}
     if not isinstance(data, Mapping) or set(data) - known:
         raise ValueError(f"a space has the keys {sorted(known)}, got {sorted(data) if data else data!r}")
-    lists = {name: value for name, value in data.items() if name != "families"}
+    lists = {name: value for name, value in data.items() if name not in ("families", "references")}
     values: dict[str, Any] = {
         name: tuple(tuple(v) if isinstance(v, list) else v for v in value) for name, value in lists.items()
     }
     if "families" in data:
         values["families"] = {family: dict(params or {}) for family, params in data["families"].items()}
+    values["references"] = tuple(AttentionSpec.from_dict(given) for given in data.get("references", ()))
     return SearchSpace(base, **values)

@@ -2,7 +2,7 @@
 
 Sparse patterns are worse and faster than dense ones; halved together they would all be stopped, and the front would
 lose its fast half. So each stratum of densities has an ASHA of its own (Li et al. 2018, arXiv:1810.05934; Ray Tune's),
-and the dense baseline is alone in its own.
+and the dense baseline and each reference are alone in their own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
 from raybsa.experiments.history import Answered
-from raybsa.experiments.space import Config
+from raybsa.experiments.space import REFERENCE, Config
 from raybsa.results.record import SeriesPoint
 
 STEPS, QUALITY = "trained_steps", "quality_so_far"  # keys of a trial's results
@@ -36,7 +36,7 @@ class StratifiedHalving(FIFOScheduler):
         super().__init__()
         self._steps, self._goal, self._factor = steps, goal, factor
         self._first = max(1, math.ceil(steps / factor**rungs))
-        self._strata: dict[int | None, ASHAScheduler] = {}
+        self._strata: dict[tuple[str, int], ASHAScheduler] = {}
 
     @property
     def rungs(self) -> list[int]:
@@ -92,6 +92,8 @@ class StratifiedHalving(FIFOScheduler):
         return self._strata[key]
 
 
-def stratum(config: Config) -> int | None:
-    """Equal for configurations of about equal density; None for the dense baseline."""
-    return None if "density" not in config else math.floor(_PER_DECADE * math.log10(config["density"]))
+def stratum(config: Config) -> tuple[str, int]:
+    """Equal for configurations of about equal density; of its own for the dense baseline and each reference."""
+    if "density" not in config:
+        return config["family"], config.get(REFERENCE, 0)
+    return "density", math.floor(_PER_DECADE * math.log10(config["density"]))

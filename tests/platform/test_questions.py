@@ -151,7 +151,8 @@ def test_a_trial_is_stopped_for_what_others_of_its_density_reached_only():
     go, stop = TrialScheduler.CONTINUE, TrialScheduler.STOP
     assert dense == [go, stop, stop, stop]
     assert sparse == [go, stop, stop, go], "the sparse are worse than all of the dense, and not stopped for that"
-    assert stratum({"family": "dense"}) is None
+    alone = [{"family": "dense"}, {"family": "reference", "reference": 0}, {"family": "reference", "reference": 1}]
+    assert len({stratum(config) for config in alone} | {stratum({"density": 0.4})}) == 4
 
 
 def test_a_resumed_search_compares_with_what_earlier_trials_reached():
