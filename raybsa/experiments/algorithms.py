@@ -18,6 +18,7 @@ from raybsa.spec import canonical_json
 
 Values = Sequence[float] | None
 _STUCK = 20  # refused configurations in a row
+_CHANCE = 0x6A09E667
 
 
 class Algorithm(Protocol):
@@ -48,12 +49,15 @@ class Sampled:
 
     Args:
         objectives: their goals and bounds are the study's.
+        seed: of chance, which must not draw again what a random sampler of this seed drew.
     """
 
-    def __init__(self, space: SearchSpace, objectives: Sequence[Objective], sampler: BaseSampler) -> None:
+    def __init__(
+        self, space: SearchSpace, objectives: Sequence[Objective], sampler: BaseSampler, seed: int = 0
+    ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._space, self._objectives, self._sampler = space, objectives, sampler
-        self._chance = RandomSampler(seed=0)
+        self._chance = RandomSampler(seed=_CHANCE ^ seed)
         way = {"min": optuna.study.StudyDirection.MINIMIZE, "max": optuna.study.StudyDirection.MAXIMIZE}
         self._study = optuna.create_study(directions=[way[objective.goal] for objective in objectives], sampler=sampler)
         self._first = deque(space.first_points())
@@ -89,7 +93,7 @@ class Sampled:
 
 def _sampled(make: Callable[[int, int], BaseSampler]) -> Callable[..., Algorithm]:
     def algorithm(space: SearchSpace, objectives: Sequence[Objective], seed: int) -> Algorithm:
-        return Sampled(space, objectives, make(seed, 2 * len(space.first_points())))
+        return Sampled(space, objectives, make(seed, 2 * len(space.first_points())), seed)
 
     return algorithm
 

@@ -8,6 +8,7 @@ and the dense baseline and each reference are alone in their own.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -68,14 +69,17 @@ class StratifiedHalving(FIFOScheduler):
 
     def replay(self, earlier: Sequence[Answered], series: Sequence[SeriesPoint]) -> None:
         """Learns what trials of earlier runs had reached at the rungs."""
-        known = {answered.record.trial_id: answered for answered in earlier}
-        for trial_id, answered in known.items():
-            trial = SimpleNamespace(trial_id=trial_id, config=answered.config)
-            points = [p for p in series if p.trial_id == trial_id and p.name == answered.record.quality_name]
+        rungs, reached = set(self.rungs), defaultdict[str, list[SeriesPoint]](list)
+        for point in series:
+            if point.step in rungs:
+                reached[point.trial_id].append(point)
+        for answered in earlier:
+            record = answered.record
+            trial = SimpleNamespace(trial_id=record.trial_id, config=answered.config)
+            points = [point for point in reached[record.trial_id] if point.name == record.quality_name]
             self.on_trial_add(None, trial)
             for point in sorted(points, key=lambda point: point.step):
-                if point.step in self.rungs:
-                    self.on_trial_result(None, trial, {STEPS: point.step, QUALITY: point.value})
+                self.on_trial_result(None, trial, {STEPS: point.step, QUALITY: point.value})
             self.on_trial_remove(None, trial)
 
     def _of(self, trial: Any) -> ASHAScheduler:
