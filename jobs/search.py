@@ -82,7 +82,9 @@ def _conclude(arguments: argparse.Namespace, store: Store, plan: Plan, found: Fo
     pruned = sum(record.status == "pruned" for record in found.all)
     stopped = f" ({pruned} stopped early)" if pruned else ""
     goals = ", ".join(map(str, plan.objectives))
-    print(f"{len(found.all)} trials measured{stopped}, {len(front)} on the Pareto front of {goals}")
+    early = f"; the search ended early: {found.ended}" if found.ended else ""
+    print(f"{len(found.all)} of {plan.trials} trials measured{stopped}{early}")
+    print(f"{len(front)} on the Pareto front of {goals}")
     if not found.rejected.startswith("0 "):
         print(f"questions: {found.rejected}")
     for line in advantage(found.all):
@@ -108,13 +110,14 @@ def _dry_run(arguments: argparse.Namespace, preset: Preset, plan: Plan, out: str
 
 def _again(arguments: argparse.Namespace, out: str) -> int:
     """Asks one question once more, exactly as it was asked."""
-    spec = read_best(arguments.again)
+    spec, before = read_best(arguments.again)
     store = Store.create(out)
     with cluster(arguments.address):
         share = worker_share(arguments.cpus_per_worker)
         with Coordinator(share, wait_s=arguments.wait, trial_s=arguments.limit) as coordinator:
             record = run_trial(spec, coordinator, Run.start("again", arguments.git_commit), store=store)
     print(summary(record))
+    print(f"the search had {', '.join(f'{name} {value:.4g}' for name, value in before.items())}")
     print(f"results: {out}")
     return 0 if record.status == "ok" else 1
 

@@ -243,7 +243,7 @@ def test_a_best_file_loads_into_the_factory_and_names_its_question(tmp_path):
     record = records[1]
     assert "causal=True" in repr(create_block_sparse_attention(**best["attention"]))
     assert best["layers"] == [best["attention"]] * BASE.num_layers
-    assert read_best(paths[0]).digest == best["spec_hash"] == record.spec_hash
+    assert read_best(paths[0]).spec.digest == best["spec_hash"] == record.spec_hash
     assert best["metrics"]["quality"] == record.quality
     assert best["objectives"] == {"quality": record.quality, "latency": record.forward_backward_ms_p50}
     assert f"--again {paths[0]}" in best["command"]
