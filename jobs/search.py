@@ -39,6 +39,7 @@ from raybsa.experiments.spaces import PAPERS, SPACES, make_space
 from raybsa.experiments.trial import run_trial
 from raybsa.results.pareto import COSTS, named_objectives
 from raybsa.results.store import Store
+from raybsa.tasks.captured import question_of
 from raybsa.tasks.goals import QUALITIES
 from raybsa.tasks.text import load_corpus
 
@@ -57,7 +58,8 @@ def main() -> int:
         return _dry_run(arguments, preset, plan, out)
     store = Store.create(out)
     done = len(history(preset.space, store.read_records())) if plan.resume else 0
-    load_corpus(preset.space.base.task_params.get("text"))
+    if preset.space.base.task == "byte_lm":
+        load_corpus(preset.space.base.task_params.get("text"))
     torch.set_num_threads(1)  # the driver only looks at layouts
 
     with cluster(arguments.address):
@@ -137,6 +139,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--early-stopping", action="store_true", help="stop what falls behind others of its density")
     parser.add_argument("--screening", action="store_true", help="do not train what is predicted to be far beaten")
     parser.add_argument("--distance", type=int, help="task recall with pairs so many tokens apart, instead of text")
+    parser.add_argument("--captured", metavar="QKV.PT", help="keep the attention of a model's own q, k, v instead")
     parser.add_argument("--text", help="file or folder to train on (the Python standard library's sources)")
     parser.add_argument(
         "--objectives",
@@ -162,7 +165,9 @@ def _preset(arguments: argparse.Namespace) -> Preset:
     preset = PRESETS[arguments.preset]
     base = preset.space.base
     sizes: dict[str, Any] = {size: value for size in SIZES if (value := getattr(arguments, size)) is not None}
-    if arguments.distance is not None:
+    if arguments.captured is not None:
+        base = question_of(absolute("--captured", arguments.captured), base)
+    elif arguments.distance is not None:
         base = replace(base, task="recall", task_params={"distance": arguments.distance})
     else:
         text = None if arguments.text is None else absolute("--text", arguments.text)

@@ -118,8 +118,8 @@ class TrialSpec:
     """One question: how good and how fast is this attention on this task at this size?
 
     Args:
-        task: ``"byte_lm"``, ``"recall"`` (quality and speed), ``"speed"`` (one attention call, no training),
-            ``"peers"`` (one library's kernels beside others'), ``"compression"`` (a training whose gradients travel
+        task: ``"byte_lm"``, ``"recall"``, ``"captured"`` (quality and speed), ``"speed"`` (one attention call, no
+            training), ``"peers"`` (one library's kernels beside others'), ``"compression"`` (a training whose gradients travel
             by a ``codec``) or ``"ring"`` (attention over ``world_size`` ranks, dealt by a ``partition``: its
             ``task_params``).
         attention: one for all layers, or one a layer.

@@ -12,11 +12,11 @@ import torch
 from raybsa.results.record import Measurement
 from raybsa.spec import TrialSpec
 from raybsa.tasks.attention import layer_density
-from raybsa.tasks.catalog import prepare_training
+from raybsa.tasks.catalog import Judgement, prepare_training
 from raybsa.tasks.exactness import relative_errors
 from raybsa.tasks.params import known_params
 from raybsa.tasks.speed import measure_beside_dense
-from raybsa.tasks.training import Quality, Training
+from raybsa.tasks.training import Quality
 from raybsa.timing import DeviceLock, Quantiles, device_name
 
 
@@ -25,7 +25,7 @@ class _UnderWay:
     """A trial that may be asked for more steps. ``seconds``: of this worker so far."""
 
     spec: TrialSpec
-    training: Training | None
+    training: Judgement | None
     measured: Measurement
     seconds: float
 

@@ -112,7 +112,7 @@ def test_an_inexact_attention_shows_in_the_errors(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"task": "chess"}, r"task must be one of \['byte_lm', 'recall', 'speed'\], got 'chess'"),
+        ({"task": "chess"}, r"task must be one of \['byte_lm', 'captured', 'recall', 'speed'\], got 'chess'"),
         ({"task_params": {"distance": 3}}, r"knows the parameters \['error_len'\], got also \['distance'\]"),
         ({"attention": (AttentionSpec("base", PatternSpec("no_such")),)}, "unknown pattern 'no_such'"),
         ({"attention": (AttentionSpec("best", PatternSpec("random")),)}, "variant must be one of .*, got 'best'"),
