@@ -45,7 +45,7 @@ class Listed:
 
 
 class Sampled:
-    """The space's first points, then what an Optuna sampler draws.
+    """The space's openings, then what an Optuna sampler draws.
 
     Args:
         objectives: their goals and bounds are the study's.
@@ -60,7 +60,7 @@ class Sampled:
         self._chance = RandomSampler(seed=_CHANCE ^ seed)
         way = {"min": optuna.study.StudyDirection.MINIMIZE, "max": optuna.study.StudyDirection.MAXIMIZE}
         self._study = optuna.create_study(directions=[way[objective.goal] for objective in objectives], sampler=sampler)
-        self._first = deque(space.first_points())
+        self._first = deque(space.openings())
         self._open: dict[str, optuna.Trial] = {}
 
     def ask(self, refused: int = 0) -> Config | None:
@@ -93,7 +93,7 @@ class Sampled:
 
 def _sampled(make: Callable[[int, int], BaseSampler]) -> Callable[..., Algorithm]:
     def algorithm(space: SearchSpace, objectives: Sequence[Objective], seed: int) -> Algorithm:
-        return Sampled(space, objectives, make(seed, 2 * len(space.first_points())), seed)
+        return Sampled(space, objectives, make(seed, len(space.openings())), seed)
 
     return algorithm
 

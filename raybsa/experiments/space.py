@@ -114,6 +114,19 @@ class SearchSpace:
             points.append(config)
         return points
 
+    def openings(self) -> list[Config]:
+        """The first points, then these again with each other choice of a family's parameters, one at a time: what was
+        never asked cannot be learned from."""
+        first = self.first_points()
+        others = [
+            point | {name: choice}
+            for point in first
+            for name in point
+            if "." in name
+            for choice in self.choices(name)[1:]
+        ]
+        return first + others
+
     def fixed_points(self) -> list[Config]:
         """What is asked whatever an algorithm thinks of it: the baseline and the references."""
         references = range(len(self.references))

@@ -175,6 +175,14 @@ def test_the_first_points_name_the_baseline_and_every_family_once():
     assert len({SPACE.spec(point).digest for point in points}) == len(points)
 
 
+def test_the_openings_go_on_with_every_other_choice_once():
+    space = SearchSpace(BASE, {"random": {}, "bigbird": {"num_globals": [1, 2], "num_random": [1, 2, 3]}})
+    first, openings = space.first_points(), space.openings()
+    assert openings[: len(first)] == first
+    asked = [space.spec(point).attention[0].pattern.params for point in openings[len(first) :]]
+    assert asked == [{"num_globals": g, "num_random": r} for g, r in ((2, 1), (1, 2), (1, 3))]
+
+
 def test_parameters_come_back_as_they_were_given():
     space = SearchSpace(BASE, {"dilated": {"dilation_rates": [[1, 2, 4]]}, "bigbird": {"num_globals": [2]}})
     params = {dict(space.spec(p).attention[0].pattern.to_dict())["name"]: p for p in space.first_points()[1:]}
