@@ -117,6 +117,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = [Store(folder).read_records() for folder in options.results]
     if missing := [folder for folder, records in zip(options.results, found, strict=True) if not records]:
         raise ValueError(f"results of a search were wanted, found none under {', '.join(missing)}")
+    asked = {(record.task, record.seq_len, record.train_len) for records in found for record in records}
+    if len(asked) > 1:
+        raise ValueError(
+            f"searches of one question were wanted, got (task, seq_len, train_len) {sorted(asked, key=str)}"
+        )
     goal = next((r.quality_goal for records in found for r in records if r.quality_goal), None)
     objectives = named_objectives(options.objectives.split(","), "max" if goal == "max" else "min" if goal else None)
     scale = Scale(found, objectives)

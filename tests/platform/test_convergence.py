@@ -81,5 +81,9 @@ def test_the_command_reads_results_folders_and_refuses_empty_ones(trial, tmp_pat
     store.write_record(trial("a", 3.0, 8.0))
     assert main([str(tmp_path)]) == 0
     assert str(tmp_path)[-20:] in capsys.readouterr().out
+    other = Store.create(tmp_path / "other")
+    other.write_record(trial("a", 3.0, 8.0, seq_len=999))
+    with pytest.raises(ValueError, match="searches of one question were wanted"):
+        main([str(tmp_path), other.root])
     with pytest.raises(ValueError, match=r"results of a search were wanted, found none under .*none"):
         main([str(tmp_path / "none")])
