@@ -138,9 +138,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--algorithm", choices=ALGORITHMS, default="tpe")
     parser.add_argument("--early-stopping", action="store_true", help="stop what falls behind others of its density")
     parser.add_argument("--screening", action="store_true", help="do not train what is predicted to be far beaten")
-    parser.add_argument("--distance", type=int, help="task recall with pairs so many tokens apart, instead of text")
-    parser.add_argument("--captured", metavar="QKV.PT", help="keep the attention of a model's own q, k, v instead")
-    parser.add_argument("--text", help="file or folder to train on (the Python standard library's sources)")
+    task = parser.add_mutually_exclusive_group()
+    task.add_argument("--distance", type=int, help="task recall with pairs so many tokens apart, instead of text")
+    task.add_argument("--captured", metavar="QKV.PT", help="keep the attention of a model's own q, k, v instead")
+    task.add_argument("--text", help="file or folder to train on (the Python standard library's sources)")
     parser.add_argument(
         "--objectives",
         default="quality,latency,memory",

@@ -5,7 +5,7 @@
 
 A line a folder: its trials (and how many of them were stopped early), the first trial that keeps all bounds, seconds
 of workers, what a trial costs beside its own work, and the hypervolume of the front, on one scale for all folders. Then
-how much of the first folder's worker-seconds each other one needs to reach the hypervolume that both come to.
+the worker-seconds that the first folder and each other one needed to the hypervolume that both come to.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def _saving(first: Course, other: Course) -> str:
     assert long is not None
     assert short is not None
     return (
-        f"hypervolume {goal:.4f}: {first.name} after {long:.0f} worker-seconds, "
-        f"{other.name} after {short:.0f}: {long / max(short, 1e-9):.2f} times fewer"
+        f"worker-seconds to a hypervolume of {goal:.4f}: {first.name} {long:.0f}, {other.name} {short:.0f}, "
+        f"ratio {long / max(short, 1e-9):.2f}"
     )
 
 
