@@ -29,7 +29,7 @@ PRESETS = {
     # Two CPU cores, well under two minutes: timed at 3,072 tokens, trained at 512.
     "demo": Preset(
         make_space(
-            "families",
+            "demo",
             TrialSpec(
                 "byte_lm",
                 _DENSE,

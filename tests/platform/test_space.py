@@ -152,7 +152,9 @@ def test_a_file_that_describes_no_space_says_why(tmp_path, text, message):
 
 
 def test_an_unknown_space_names_those_that_there_are():
-    with pytest.raises(ValueError, match="one of quick, families, window-family, long-context, everything or a YAML"):
+    with pytest.raises(
+        ValueError, match="one of quick, demo, families, window-family, long-context, everything or a YAML"
+    ):
         make_space("no-such", BASE)
 
 
