@@ -24,6 +24,7 @@ import torch
 from dashboards.report import write_report
 from raybsa.cluster.coordinator import Coordinator
 from raybsa.cluster.resources import TooFewResources
+from raybsa.experiments.advantage import advantage
 from raybsa.experiments.algorithms import ALGORITHMS
 from raybsa.experiments.dry_run import dry_run
 from raybsa.experiments.front import read_best, write_front
@@ -34,10 +35,11 @@ from raybsa.experiments.presets import PRESETS, Preset
 from raybsa.experiments.progress import Progress, summary
 from raybsa.experiments.recording import Run
 from raybsa.experiments.search import Found, Plan, Pool, search
-from raybsa.experiments.spaces import SPACES, make_space
+from raybsa.experiments.spaces import PAPERS, SPACES, make_space
 from raybsa.experiments.trial import run_trial
 from raybsa.results.pareto import COSTS, named_objectives
 from raybsa.results.store import Store
+from raybsa.tasks.captured import question_of
 from raybsa.tasks.goals import QUALITIES
 from raybsa.tasks.text import load_corpus
 
@@ -56,7 +58,8 @@ def main() -> int:
         return _dry_run(arguments, preset, plan, out)
     store = Store.create(out)
     done = len(history(preset.space, store.read_records())) if plan.resume else 0
-    load_corpus(preset.space.base.task_params.get("text"))
+    if preset.space.base.task == "byte_lm":
+        load_corpus(preset.space.base.task_params.get("text"))
     torch.set_num_threads(1)  # the driver only looks at layouts
 
     with cluster(arguments.address):
@@ -81,9 +84,13 @@ def _conclude(arguments: argparse.Namespace, store: Store, plan: Plan, found: Fo
     pruned = sum(record.status == "pruned" for record in found.all)
     stopped = f" ({pruned} stopped early)" if pruned else ""
     goals = ", ".join(map(str, plan.objectives))
-    print(f"{len(found.all)} trials measured{stopped}, {len(front)} on the Pareto front of {goals}")
+    early = f"; the search ended early: {found.ended}" if found.ended else ""
+    print(f"{len(found.all)} of {plan.trials} trials measured{stopped}{early}")
+    print(f"{len(front)} on the Pareto front of {goals}")
     if not found.rejected.startswith("0 "):
         print(f"questions: {found.rejected}")
+    for line in advantage(found.all):
+        print(line)
     print(f"results: {store.root}")
     print(f"front:   {', '.join(front[:1])}{' ...' if len(front) > 1 else ''}")
     if "://" not in store.root:
@@ -105,13 +112,14 @@ def _dry_run(arguments: argparse.Namespace, preset: Preset, plan: Plan, out: str
 
 def _again(arguments: argparse.Namespace, out: str) -> int:
     """Asks one question once more, exactly as it was asked."""
-    spec = read_best(arguments.again)
+    spec, before = read_best(arguments.again)
     store = Store.create(out)
     with cluster(arguments.address):
         share = worker_share(arguments.cpus_per_worker)
         with Coordinator(share, wait_s=arguments.wait, trial_s=arguments.limit) as coordinator:
             record = run_trial(spec, coordinator, Run.start("again", arguments.git_commit), store=store)
     print(summary(record))
+    print(f"the search had {', '.join(f'{name} {value:.4g}' for name, value in before.items())}")
     print(f"results: {out}")
     return 0 if record.status == "ok" else 1
 
@@ -121,6 +129,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", required=True, help="results folder or pyarrow.fs URI; absolute in a submitted job")
     parser.add_argument("--preset", choices=PRESETS, default="demo")
     parser.add_argument("--space", help=f"{', '.join(SPACES)}, or a YAML file (the preset's)")
+    parser.add_argument("--papers", action="store_true", help="first ask the papers' BigBird, window and sink + window")
     parser.add_argument("--trials", "--max-trials", type=int, help="how many in all (the preset's number)")
     parser.add_argument("--time-budget", type=_seconds, default=math.inf, help="no trial begins later: 90s, 10m, 2h")
     parser.add_argument("--dry-run", action="store_true", help="list what would run, with predicted costs, and end")
@@ -129,8 +138,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--algorithm", choices=ALGORITHMS, default="tpe")
     parser.add_argument("--early-stopping", action="store_true", help="stop what falls behind others of its density")
     parser.add_argument("--screening", action="store_true", help="do not train what is predicted to be far beaten")
-    parser.add_argument("--distance", type=int, help="task recall with pairs so many tokens apart, instead of text")
-    parser.add_argument("--text", help="file or folder to train on (the Python standard library's sources)")
+    task = parser.add_mutually_exclusive_group()
+    task.add_argument("--distance", type=int, help="task recall with pairs so many tokens apart, instead of text")
+    task.add_argument("--captured", metavar="QKV.PT", help="keep the attention of a model's own q, k, v instead")
+    task.add_argument("--text", help="file or folder to train on (the Python standard library's sources)")
     parser.add_argument(
         "--objectives",
         default="quality,latency,memory",
@@ -155,7 +166,9 @@ def _preset(arguments: argparse.Namespace) -> Preset:
     preset = PRESETS[arguments.preset]
     base = preset.space.base
     sizes: dict[str, Any] = {size: value for size in SIZES if (value := getattr(arguments, size)) is not None}
-    if arguments.distance is not None:
+    if arguments.captured is not None:
+        base = question_of(absolute("--captured", arguments.captured), base)
+    elif arguments.distance is not None:
         base = replace(base, task="recall", task_params={"distance": arguments.distance})
     else:
         text = None if arguments.text is None else absolute("--text", arguments.text)
@@ -166,6 +179,8 @@ def _preset(arguments: argparse.Namespace) -> Preset:
         if number is not None and number < 1:
             raise ValueError(f"{option} must be at least 1, got {number}")
     space = make_space(arguments.space, base) if arguments.space else replace(preset.space, base=base)
+    if arguments.papers:
+        space = replace(space, references=(*space.references, *PAPERS))
     return replace(preset, space=space, trials=trials)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from raybsa.cluster.coordinator import Coordinator, WorkerNotMade
 from raybsa.cluster.resources import TooFewResources
+from raybsa.experiments.front import front_objectives
 from raybsa.experiments.launch import cluster, room_for, worker_share
 from raybsa.experiments.place import absolute, git_commit
 from raybsa.experiments.progress import Progress
@@ -57,9 +58,11 @@ def main() -> int:
 
 def _front(arguments: argparse.Namespace) -> tuple[list[Record], list[Objective]]:
     """The points to measure again and what they were measured by."""
-    records = Store(absolute("RESULTS", arguments.results)).read_records()
+    store = Store(absolute("RESULTS", arguments.results))
+    records = store.read_records()
     goal = next((record.quality_goal for record in records if record.quality_goal), None)
-    objectives = named_objectives(arguments.objectives.split(","), "max" if goal == "max" else "min" if goal else None)
+    texts = arguments.objectives.split(",") if arguments.objectives else front_objectives(store)
+    objectives = named_objectives(texts, "max" if goal == "max" else "min" if goal else None)
     front = pareto_front(records, objectives)
     if not front:
         raise ValueError(f"a search with a Pareto front was wanted, found none under {arguments.results!r}")
@@ -97,7 +100,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", metavar="RESULTS", help="folder or pyarrow.fs URI of a search")
     parser.add_argument("--out", required=True, help="folder for the new trials; absolute in a submitted job")
-    parser.add_argument("--objectives", default="quality,latency,memory", help="as the search had them")
+    parser.add_argument("--objectives", help="instead of those of the search")
     parser.add_argument("--seeds", type=int, default=3, help="new trials a point (3)")
     parser.add_argument("--longer", type=float, default=2.0, help="times the training steps of the search (2)")
     parser.add_argument("--address", help="a running Ray cluster (RAY_ADDRESS, else one of our own)")

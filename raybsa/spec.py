@@ -118,10 +118,10 @@ class TrialSpec:
     """One question: how good and how fast is this attention on this task at this size?
 
     Args:
-        task: ``"byte_lm"``, ``"recall"`` (quality and speed), ``"speed"`` (one attention call, no training),
-            ``"peers"`` (one library's kernels beside others'), ``"compression"`` (a training whose gradients travel
-            by a ``codec``) or ``"ring"`` (attention over ``world_size`` ranks, dealt by a ``partition``: its
-            ``task_params``).
+        task: ``"byte_lm"``, ``"recall"``, ``"captured"`` (quality and speed), ``"speed"`` (one attention call, no
+            training), ``"peers"`` (one library's kernels beside others'), ``"compression"`` (a training whose
+            gradients travel by a ``codec``) or ``"ring"`` (attention over ``world_size`` ranks, dealt by a
+            ``partition``: its ``task_params``).
         attention: one for all layers, or one a layer.
         seq_len: tokens at which speed and memory are measured.
         train_len: tokens at which quality is trained and evaluated; may be shorter than ``seq_len``.

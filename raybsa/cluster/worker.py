@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import replace
+import time
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,12 +12,22 @@ import torch
 from raybsa.results.record import Measurement
 from raybsa.spec import TrialSpec
 from raybsa.tasks.attention import layer_density
-from raybsa.tasks.catalog import prepare_training
+from raybsa.tasks.catalog import Judgement, prepare_training
 from raybsa.tasks.exactness import relative_errors
 from raybsa.tasks.params import known_params
 from raybsa.tasks.speed import measure_beside_dense
-from raybsa.tasks.training import Quality, Training
+from raybsa.tasks.training import Quality
 from raybsa.timing import DeviceLock, Quantiles, device_name
+
+
+@dataclass
+class _UnderWay:
+    """A trial that may be asked for more steps. ``seconds``: of this worker so far."""
+
+    spec: TrialSpec
+    training: Judgement | None
+    measured: Measurement
+    seconds: float
 
 
 class Worker:
@@ -38,7 +49,7 @@ class Worker:
             torch.set_num_threads(num_threads)
         self._repeats, self._budget_s = repeats, budget_s
         self._lock = DeviceLock(self.device)
-        self._last: tuple[TrialSpec, Training | None, Measurement] | None = None
+        self._last: _UnderWay | None = None
 
     def describe(self) -> str:
         """The device's name. Also the sign that the worker is up."""
@@ -56,16 +67,19 @@ class Worker:
         Raises:
             ValueError, TypeError, NotImplementedError: the spec asks for what does not exist or fit.
         """
-        if self._last is None or self._last[0] != spec:
+        start = time.perf_counter()
+        if self._last is None or self._last.spec != spec:
             self._last = None  # the old model goes before the new one comes
             training = prepare_training(spec, self.device, self._lock)
-            self._last = (spec, training, self._time(spec, training is None))
-        _, training, measured = self._last
+            self._last = _UnderWay(spec, training, self._time(spec, training is None), 0.0)
+        trial = self._last
         if until is None:
             self._last = None
-        if training is None or until == 0:
-            return measured
-        return _with_quality(measured, training.advance(until))
+        measured = trial.measured
+        if trial.training is not None and until != 0:
+            measured = _with_quality(measured, trial.training.advance(until))
+        trial.seconds += time.perf_counter() - start
+        return replace(measured, worker_seconds=trial.seconds)
 
     def _time(self, spec: TrialSpec, with_errors: bool) -> Measurement:
         with self._lock.shared():

@@ -18,6 +18,7 @@ from raybsa.spec import canonical_json
 
 Values = Sequence[float] | None
 _STUCK = 20  # refused configurations in a row
+_CHANCE = 0x6A09E667
 
 
 class Algorithm(Protocol):
@@ -44,19 +45,22 @@ class Listed:
 
 
 class Sampled:
-    """The space's first points, then what an Optuna sampler draws.
+    """The space's openings, then what an Optuna sampler draws.
 
     Args:
         objectives: their goals and bounds are the study's.
+        seed: of chance, which must not draw again what a random sampler of this seed drew.
     """
 
-    def __init__(self, space: SearchSpace, objectives: Sequence[Objective], sampler: BaseSampler) -> None:
+    def __init__(
+        self, space: SearchSpace, objectives: Sequence[Objective], sampler: BaseSampler, seed: int = 0
+    ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._space, self._objectives, self._sampler = space, objectives, sampler
-        self._chance = RandomSampler(seed=0)
+        self._chance = RandomSampler(seed=_CHANCE ^ seed)
         way = {"min": optuna.study.StudyDirection.MINIMIZE, "max": optuna.study.StudyDirection.MAXIMIZE}
         self._study = optuna.create_study(directions=[way[objective.goal] for objective in objectives], sampler=sampler)
-        self._first = deque(space.first_points())
+        self._first = deque(space.openings())
         self._open: dict[str, optuna.Trial] = {}
 
     def ask(self, refused: int = 0) -> Config | None:
@@ -70,7 +74,7 @@ class Sampled:
         return config
 
     def tell(self, config: Config, values: Values) -> None:
-        distributions = self._space.distributions(config) if "density" in config else {}  # the baseline draws nothing
+        distributions = self._space.distributions(config) if "density" in config else {}  # a fixed point draws nothing
         if values is not None and not all(map(math.isfinite, values)):
             values = None
         bounds = [] if values is None else zip(self._objectives, values, strict=True)
@@ -89,16 +93,17 @@ class Sampled:
 
 def _sampled(make: Callable[[int, int], BaseSampler]) -> Callable[..., Algorithm]:
     def algorithm(space: SearchSpace, objectives: Sequence[Objective], seed: int) -> Algorithm:
-        return Sampled(space, objectives, make(seed, 2 * len(space.first_points())))
+        return Sampled(space, objectives, make(seed, len(space.openings())), seed)
 
     return algorithm
 
 
 def _grid(space: SearchSpace, objectives: Sequence[Objective], seed: int) -> Algorithm:
-    """All combinations, the baseline first, the others in an order that the seed draws: any part of it is a sample."""
-    baseline, *others = space.grid()
+    """All combinations after the fixed points, in an order that the seed draws: any part of it is a sample."""
+    fixed = space.fixed_points()
+    others = list(space.grid())[len(fixed) :]
     random.Random(seed).shuffle(others)
-    return Listed([baseline, *others])
+    return Listed([*fixed, *others])
 
 
 # name -> (space, objectives, seed) -> Algorithm

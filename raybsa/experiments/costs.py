@@ -8,7 +8,7 @@ Until there are rows enough nothing is predicted.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import median
@@ -65,8 +65,10 @@ class CostModel:
             for spec, row in zip(asked, rows, strict=True)
             if row.train_seconds and row.trained_steps
         ]
-        fixed_s = [_measuring_seconds(row) for row in rows]
-        return cls(hardware, float(fixed), float(slope), max(0.0, median(steps or [0.0])), median(fixed_s))
+        others = [row.worker_seconds - (row.train_seconds or 0.0) for row in rows if row.worker_seconds]
+        return cls(
+            hardware, float(fixed), float(slope), max(0.0, median(steps or [0.0])), max(0.0, median(others or [0.0]))
+        )
 
     def predict(self, spec: TrialSpec) -> Measurement:
         """Density, times and memory as a measurement would have them; nothing else is filled."""
@@ -103,17 +105,6 @@ def _training_attention(spec: TrialSpec, hardware: Hardware) -> float:
     sizes = replace(_sizes(spec), batch=spec.task_params.get("train_batch", 8))
     work = _work(spec, spec.train_len)
     return spec.num_layers * sum(float(compute_seconds(work, sizes, hardware, p).sum()) for p in Pass)
-
-
-def _measuring_seconds(record: Record) -> float:
-    """What timing took, roughly: some rounds of own and dense calls, forward alone and with backward."""
-    times: Sequence[float | None] = (
-        record.forward_ms_p50,
-        record.forward_backward_ms_p50,
-        record.dense_forward_ms_p50,
-        record.dense_forward_backward_ms_p50,
-    )
-    return 12e-3 * sum(ms or 0.0 for ms in times)
 
 
 def _layout(spec: TrialSpec, layer: int, length: int) -> BlockLayout:

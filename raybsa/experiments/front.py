@@ -6,7 +6,7 @@ import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 from raybsa.results.pareto import Objective, pareto_front
 from raybsa.results.record import Measured, Record
@@ -51,10 +51,35 @@ def best(record: Record, objectives: Sequence[Objective], path: str) -> dict[str
     }
 
 
-def read_best(path: str) -> TrialSpec:
-    """The question of a ``best.json``. Raises ValueError where the file is none, OSError where it cannot be read."""
-    with open(path, encoding="utf-8") as file:
-        try:
-            return TrialSpec.from_dict(json.load(file)["spec"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"a best.json with the 'spec' of a trial was wanted, got {path!r}: {error!r}") from error
+class Best(NamedTuple):
+    """What a ``best.json`` asks, and what its search measured (objective, as text -> value)."""
+
+    spec: TrialSpec
+    objectives: dict[str, float]
+
+
+def read_best(path: str) -> Best:
+    """A ``best.json`` again. Raises ValueError where the file is none, OSError where it cannot be read."""
+    with open(path, "rb") as file:
+        return _parsed(file.read(), path)
+
+
+def front_objectives(store: Store) -> list[str]:
+    """What the search of a results folder was after, as texts.
+
+    Raises:
+        ValueError: there is no front in it.
+    """
+    name = f"{FOLDER}/01/best.json"
+    try:
+        return list(_parsed(store.read_file(name), name).objectives)
+    except FileNotFoundError as error:
+        raise ValueError(f"a search with a Pareto front was wanted, found none under {store.root!r}") from error
+
+
+def _parsed(text: bytes, path: str) -> Best:
+    try:
+        data = json.loads(text)
+        return Best(TrialSpec.from_dict(data["spec"]), dict(data["objectives"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"a best.json with the 'spec' of a trial was wanted, got {path!r}: {error!r}") from error

@@ -47,7 +47,7 @@ class Questions(Searcher):
         self.rejections = Rejections(space)
         self._under_way: dict[str, Config] = {}
         self._left = trials - len(earlier)
-        self.ended = False  # by the deadline, or since nothing was left to ask
+        self.ended = ""  # why, where it was before all trials were asked
         for config, spec, record in earlier:
             self.rejections.remember(spec)
             if record.status in ("ok", "pruned"):
@@ -64,9 +64,10 @@ class Questions(Searcher):
         """The next configuration to measure; None where the budget or the space has none left."""
         if self._left <= 0:
             return None
-        self.ended = True
         if time.monotonic() >= self._deadline:
+            self.ended = "its time is up"
             return None
+        self.ended = "nothing is left to ask"
         for refused in range(_FUTILE):
             config = self._algorithm.ask(refused)
             if config is None:
@@ -74,7 +75,7 @@ class Questions(Searcher):
             spec = self.rejections.admit(config)
             reason = None if spec is None else self._screen(spec)
             if spec is not None and reason is None:
-                self._left, self.ended = self._left - 1, False
+                self._left, self.ended = self._left - 1, ""
                 return config
             if reason:
                 self.rejections.counts[reason] += 1

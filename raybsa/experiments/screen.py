@@ -48,7 +48,7 @@ class Screen:
         return self._model
 
     def __call__(self, spec: TrialSpec) -> str | None:
-        if self.model is None or spec.attention[0].pattern is None:
+        if self.model is None or spec.attention[0].density is None:  # the baseline and references are asked anyway
             return None
         hopeful = self._hopeful(spec, self.model)
         if hopeful is None:

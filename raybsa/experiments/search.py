@@ -93,12 +93,12 @@ class Plan:
 @dataclass(frozen=True)
 class Found:
     """``records`` of this run in the order in which they ended, ``earlier`` ones, and what was ``rejected``, in words.
-    ``ended``: by the time budget, or since there was nothing left to ask."""
+    ``ended``: why, where that was before all trials were asked; else empty."""
 
     records: list[Record]
     earlier: list[Record]
     rejected: str
-    ended: bool
+    ended: str
 
     @property
     def all(self) -> list[Record]:

@@ -15,6 +15,7 @@ from raybsa.spec import ADAPTIVE, DENSE, AttentionSpec, PatternSpec, TrialSpec, 
 from raybsa.variants.source import layout_source
 
 MIXTURE = "per_head"
+REFERENCE = "reference"
 Config = dict[str, Any]
 
 # Density sets a family's own free parameter; what else shapes it is searched.
@@ -47,6 +48,7 @@ class SearchSpace:
         mixtures: pairs of different families that share the heads of a layer.
         shares: how many of a mixture's heads follow the first of its pair, in (0, 1).
         variants: which of the factory's variants compute it ("adaptive" is one of its own).
+        references: attentions that are asked as they are, after the baseline: what the front has to beat.
 
     Raises:
         ValueError: an unknown family or parameter, or a range that is none.
@@ -59,6 +61,7 @@ class SearchSpace:
     mixtures: tuple[tuple[str, str], ...] = ()
     shares: tuple[float, ...] = (0.25, 0.5, 0.75)
     variants: tuple[str, ...] = ("base",)
+    references: tuple[AttentionSpec, ...] = ()
 
     def __post_init__(self) -> None:
         low, high = self.densities
@@ -75,7 +78,7 @@ class SearchSpace:
         if not all(0 < share < 1 for share in self.shares):
             raise ValueError(f"a share of the heads lies between 0 and 1, got {list(self.shares)}")
         object.__setattr__(self, "densities", (_three_digits(low), _three_digits(high)))
-        for config in self.first_points()[1:]:
+        for config in self.first_points()[1 + len(self.references) :]:
             attention = self.spec(config).layer(0)
             layout_source(
                 attention.pattern,
@@ -100,9 +103,10 @@ class SearchSpace:
         return config
 
     def first_points(self) -> list[Config]:
-        """The baseline, then each family once at the middle density and the first block size: all get a hearing."""
+        """The baseline, the references, then each family once at the middle density and the first block size: all get
+        a hearing."""
         low, high = self.densities
-        points: list[Config] = [{"family": DENSE}]
+        points = self.fixed_points()
         for family in self.families:
             config: Config = {"family": family, "density": _three_digits((low * high) ** 0.5)}
             while name := self._next(config):
@@ -110,8 +114,26 @@ class SearchSpace:
             points.append(config)
         return points
 
+    def openings(self) -> list[Config]:
+        """The first points, then these again with each other choice of a family's parameters, one at a time: what was
+        never asked cannot be learned from."""
+        first = self.first_points()
+        others = [
+            point | {name: choice}
+            for point in first
+            for name in point
+            if "." in name
+            for choice in self.choices(name)[1:]
+        ]
+        return first + others
+
+    def fixed_points(self) -> list[Config]:
+        """What is asked whatever an algorithm thinks of it: the baseline and the references."""
+        references = range(len(self.references))
+        return [{"family": DENSE}, *({"family": REFERENCE, REFERENCE: index} for index in references)]
+
     def grid(self, densities: int = 4) -> Iterator[Config]:
-        """The baseline, then every combination at so many densities, evenly spaced on a logarithmic scale."""
+        """The fixed points, then every combination at so many densities, evenly spaced on a logarithmic scale."""
         steps = list(dict.fromkeys(_three_digits(float(d)) for d in np.geomspace(*self.densities, densities)))
 
         def complete(config: Config) -> Iterator[Config]:
@@ -122,7 +144,7 @@ class SearchSpace:
             for value in steps if name == "density" else self.choices(name):
                 yield from complete(config | {name: value})
 
-        yield {"family": DENSE}
+        yield from self.fixed_points()
         yield from complete({})
 
     def choices(self, name: str) -> list[Any]:
@@ -152,6 +174,8 @@ class SearchSpace:
         """
         if config["family"] == DENSE:
             return replace(self.base, attention=(AttentionSpec(DENSE),))
+        if config["family"] == REFERENCE:
+            return replace(self.base, attention=(self.references[config[REFERENCE]],))
         density = _three_digits(config["density"])  # what is pasted from a report should be readable
         variant = ADAPTIVE if config["family"] == ADAPTIVE else config.get("variant", self.variants[0])
         pattern = self._mixture(config) if config["family"] == MIXTURE else self._pattern(config["family"], config)
@@ -161,8 +185,8 @@ class SearchSpace:
     def config(self, spec: TrialSpec) -> Config | None:
         """The configuration that asks ``spec``; None where it is no question of this space. Undoes ``spec``."""
         attention = spec.attention[0]
-        if attention.pattern is None:
-            return {"family": DENSE} if spec == self.spec({"family": DENSE}) else None
+        if attention.pattern is None or attention in self.references:
+            return next((config for config in self.fixed_points() if self.spec(config) == spec), None)
         config = {"density": attention.density, "block_size": attention.block_size, **self._named(attention.pattern)}
         if len(self.variants) > 1 and attention.variant != ADAPTIVE:
             config["variant"] = attention.variant

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from raybsa.experiments.space import DEFAULT_FAMILIES, SearchSpace
-from raybsa.spec import TrialSpec
+from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
 
 _WINDOWS: dict[str, dict[str, list[Any]]] = {
     "sliding_window": {},
@@ -20,6 +20,14 @@ _WINDOWS: dict[str, dict[str, list[Any]]] = {
     "dilated": {"dilation_rates": [[1, 2, 4], [1, 4, 16]]},
 }
 
+# What one would take without a search, from the papers: BigBird's base model (blocks of 64, 3 of them a window, 2
+# global, 3 random), Longformer's window of 512, StreamingLLM's 4 sinks and 1,020 newest tokens.
+PAPERS = (
+    AttentionSpec("base", PatternSpec("bigbird", {"window": 128, "num_globals": 2, "num_random": 3}), None, 64),
+    AttentionSpec("base", PatternSpec("sliding_window", {"window": 512}), None, 64),
+    AttentionSpec("base", PatternSpec("sink_window", {"sink": 4, "window": 1020}), None, 64),
+)
+
 SPACES: dict[str, dict[str, Any]] = {
     # Seconds: three families, so that every path runs.
     "quick": {
@@ -27,7 +35,22 @@ SPACES: dict[str, dict[str, Any]] = {
         "densities": (0.1, 0.5),
         "block_sizes": (16, 32),
     },
-    # Every family once, as the demo asks.
+    # The demo's: eight rules that look different, so that some of its few trials are left for what they teach.
+    "demo": {
+        "families": {
+            "sliding_window": {},
+            "sink_window": {"sink": [64]},
+            "bigbird": {},
+            "dilated": {"dilation_rates": [[1, 4, 16]]},
+            "power_of_two": {},
+            "strided": {},
+            "vertical_slash": {"columns": [[0, 256]], "offsets": [[0, 128, 256]]},
+            "random": {},
+        },
+        "densities": (0.03, 0.4),
+        "block_sizes": (32, 16, 64),
+    },
+    # Every family, with the parameters that matter most.
     "families": {"families": DEFAULT_FAMILIES, "densities": (0.03, 0.4), "block_sizes": (16, 32, 64)},
     # What sees near tokens and a little more, and heads that differ.
     "window-family": {
@@ -101,14 +124,11 @@ def space_of(data: Mapping[str, Any], base: TrialSpec) -> SearchSpace:
     known = {field.name for field in fields(SearchSpace)} - {"base"}
     if not isinstance(data, Mapping) or set(data) - known:
         raise ValueError(f"a space has the keys {sorted(known)}, got {sorted(data) if data else data!r}")
-    lists = {name: value for name, value in data.items() if name != "families"}
+    lists = {name: value for name, value in data.items() if name not in ("families", "references")}
     values: dict[str, Any] = {
         name: tuple(tuple(v) if isinstance(v, list) else v for v in value) for name, value in lists.items()
     }
     if "families" in data:
         values["families"] = {family: dict(params or {}) for family, params in data["families"].items()}
+    values["references"] = tuple(AttentionSpec.from_dict(given) for given in data.get("references", ()))
     return SearchSpace(base, **values)
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value

@@ -2,12 +2,13 @@
 
 Sparse patterns are worse and faster than dense ones; halved together they would all be stopped, and the front would
 lose its fast half. So each stratum of densities has an ASHA of its own (Li et al. 2018, arXiv:1810.05934; Ray Tune's),
-and the dense baseline is alone in its own.
+and the dense baseline and each reference are alone in their own.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
 from raybsa.experiments.history import Answered
-from raybsa.experiments.space import Config
+from raybsa.experiments.space import REFERENCE, Config
 from raybsa.results.record import SeriesPoint
 
 STEPS, QUALITY = "trained_steps", "quality_so_far"  # keys of a trial's results
@@ -36,7 +37,7 @@ class StratifiedHalving(FIFOScheduler):
         super().__init__()
         self._steps, self._goal, self._factor = steps, goal, factor
         self._first = max(1, math.ceil(steps / factor**rungs))
-        self._strata: dict[int | None, ASHAScheduler] = {}
+        self._strata: dict[tuple[str, int], ASHAScheduler] = {}
 
     @property
     def rungs(self) -> list[int]:
@@ -68,14 +69,17 @@ class StratifiedHalving(FIFOScheduler):
 
     def replay(self, earlier: Sequence[Answered], series: Sequence[SeriesPoint]) -> None:
         """Learns what trials of earlier runs had reached at the rungs."""
-        known = {answered.record.trial_id: answered for answered in earlier}
-        for trial_id, answered in known.items():
-            trial = SimpleNamespace(trial_id=trial_id, config=answered.config)
-            points = [p for p in series if p.trial_id == trial_id and p.name == answered.record.quality_name]
+        rungs, reached = set(self.rungs), defaultdict[str, list[SeriesPoint]](list)
+        for point in series:
+            if point.step in rungs:
+                reached[point.trial_id].append(point)
+        for answered in earlier:
+            record = answered.record
+            trial = SimpleNamespace(trial_id=record.trial_id, config=answered.config)
+            points = [point for point in reached[record.trial_id] if point.name == record.quality_name]
             self.on_trial_add(None, trial)
             for point in sorted(points, key=lambda point: point.step):
-                if point.step in self.rungs:
-                    self.on_trial_result(None, trial, {STEPS: point.step, QUALITY: point.value})
+                self.on_trial_result(None, trial, {STEPS: point.step, QUALITY: point.value})
             self.on_trial_remove(None, trial)
 
     def _of(self, trial: Any) -> ASHAScheduler:
@@ -92,6 +96,8 @@ class StratifiedHalving(FIFOScheduler):
         return self._strata[key]
 
 
-def stratum(config: Config) -> int | None:
-    """Equal for configurations of about equal density; None for the dense baseline."""
-    return None if "density" not in config else math.floor(_PER_DECADE * math.log10(config["density"]))
+def stratum(config: Config) -> tuple[str, int]:
+    """Equal for configurations of about equal density; of its own for the dense baseline and each reference."""
+    if "density" not in config:
+        return config["family"], config.get(REFERENCE, 0)
+    return "density", math.floor(_PER_DECADE * math.log10(config["density"]))

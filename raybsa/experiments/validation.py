@@ -1,15 +1,15 @@
 """Does a front hold? Its points again: other seeds, longer training, and an evaluation on data that no search saw.
 
-A search picks the best of many noisy trials, so the front flatters itself. A point holds where, by the means of its
-new trials, it is still on the front of all points that were measured again, but for the spread of its seeds, and keeps
-its bounds.
+A search picks the best of many noisy trials, so the front flatters itself. A point holds where it is still on the front
+of all points that were measured again, and keeps its bounds by the means of its new trials. Two points are compared
+seed by seed: trials of one seed share their data, their judges and much of their luck.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import mean, pstdev
 
 from raybsa.experiments.history import values_of
@@ -25,7 +25,7 @@ class Verdict:
     """A point of the front and what became of it.
 
     ``before``, ``after`` and ``spread``: by objective, in the search, and the new trials' mean and standard deviation.
-    ``why_not``: why it does not hold; None where it does.
+    ``by_seed``: the new trials' values. ``why_not``: why it does not hold; None where it does.
     """
 
     record: Record
@@ -33,6 +33,7 @@ class Verdict:
     after: list[float]
     spread: list[float]
     why_not: str | None
+    by_seed: dict[int, list[float]] = field(default_factory=dict)
 
 
 def questions(points: Sequence[Record], seeds: int, longer: float) -> list[TrialSpec]:
@@ -63,19 +64,18 @@ def _again(spec: TrialSpec, seed: int, longer: float) -> TrialSpec:
 def _draft(point: Record, answers: Sequence[Record], objectives: Sequence[Objective]) -> Verdict:
     """The means; whether the point keeps its bounds."""
     before = values_of(point, objectives)
-    whole = [record for record in answers if record.status == "ok"]
-    if not whole:
+    by_seed = {record.seed: values_of(record, objectives) for record in answers if record.status == "ok"}
+    if not by_seed:
         return Verdict(point, before, before, [0.0] * len(before), "no new trial of it came to its end")
-    columns = list(zip(*(values_of(record, objectives) for record in whole), strict=True))
-    after = [mean(column) for column in columns]
-    spread = [pstdev(column) for column in columns]
+    columns = list(zip(*by_seed.values(), strict=True))
+    after, spread = [mean(column) for column in columns], [pstdev(column) for column in columns]
     broken = (o.name for o, value in zip(objectives, after, strict=True) if o.excess(value) > 0)
     name = next(broken, None)
-    return Verdict(point, before, after, spread, f"breaks the bound of {name}" if name else None)
+    return Verdict(point, before, after, spread, f"breaks the bound of {name}" if name else None, by_seed)
 
 
 def _judged(draft: Verdict, drafts: Sequence[Verdict], objectives: Sequence[Objective]) -> Verdict:
-    """Whether another point that holds so far beats it beyond the spread."""
+    """Whether another point that holds so far beats it, seed by seed."""
     for other in drafts:
         if other is not draft and other.why_not is None and _beats(other, draft, objectives):
             return replace(draft, why_not=f"beaten by {other.record.trial_id} ({other.record.pattern})")
@@ -83,13 +83,15 @@ def _judged(draft: Verdict, drafts: Sequence[Verdict], objectives: Sequence[Obje
 
 
 def _beats(one: Verdict, other: Verdict, objectives: Sequence[Objective]) -> bool:
-    """At least as good everywhere, and somewhere better by more than both spreads."""
+    """At least as good everywhere on average, and somewhere better by more than that gain spreads over the seeds."""
+    seeds = sorted(set(one.by_seed) & set(other.by_seed))
+    if not seeds:
+        return False
     gains = [
-        (theirs - ours) * (1 if objective.goal == "min" else -1)
-        for objective, ours, theirs in zip(objectives, one.after, other.after, strict=True)
+        [(other.by_seed[seed][i] - one.by_seed[seed][i]) * (1 if objective.goal == "min" else -1) for seed in seeds]
+        for i, objective in enumerate(objectives)
     ]
-    noise = [a + b for a, b in zip(one.spread, other.spread, strict=True)]
-    return min(gains) >= 0 and any(gain > blur for gain, blur in zip(gains, noise, strict=True))
+    return all(mean(gain) >= 0 for gain in gains) and any(mean(gain) > pstdev(gain) for gain in gains)
 
 
 def _spec(record: Record) -> TrialSpec:

@@ -39,7 +39,8 @@ class Objective:
 
     def __str__(self) -> str:
         bounds = [f" {sign} {bound:g}" for sign, bound in ((">=", self.least), ("<=", self.most)) if bound is not None]
-        return f"{self.name}{''.join(bounds)}"
+        turned = ":max" if self.goal == "max" and self.column != "quality" else ""
+        return f"{self.name}{turned}{''.join(bounds)}"
 
 
 LATENCY = Objective("latency", "forward_backward_ms_p50")

@@ -46,6 +46,8 @@ class Asked:
 class Measured:
     """What only the worker can know. Times are milliseconds, sizes bytes; None means not measured.
 
+    ``worker_seconds`` is all that the trial took of its worker, waits for a neighbour that was timing included;
+    ``train_seconds`` is the part that trained.
     ``peak_bytes`` is what forward and backward need beyond their inputs. ``quality_goal`` is ``"min"`` or ``"max"``.
     ``dense_*`` are torch SDPA's on the same shapes, measured in the same run on the same device; the share of the ideal
     speed-up is ``dense / (density * own)``. ``error_*`` are relative errors (max abs difference / max abs reference)
@@ -107,6 +109,7 @@ class Measured:
     num_threads: int | None = None
     torch_version: str = ""
     python_version: str = ""
+    worker_seconds: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

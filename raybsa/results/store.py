@@ -101,6 +101,11 @@ class Store:
         for trial in trials:
             self._put(self._file("series", trial), _to_parquet(SeriesPoint, rows))
 
+    def read_file(self, name: str) -> bytes:
+        """Another file of this folder. Raises FileNotFoundError where there is none."""
+        with self._fs.open_input_file(f"{self._path}/{name}") as source:
+            return source.read()
+
     def write_file(self, name: str, data: bytes) -> str:
         """Writes another file of this folder (``name`` may have folders), whole or not at all; returns its path."""
         path = f"{self._path}/{name}"

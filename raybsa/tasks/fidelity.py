@@ -110,22 +110,35 @@ def fidelities(
         patterns: rules, or "adaptive" with the options of ``BlockSelector``, which is distilled in ``steps`` steps on
             the samples before these; "adaptive" with the method "mean-pool" needs none.
     """
-    last = replace(call, q=call.q[-held_out:], k=call.k[-held_out:], v=call.v[-held_out:])
-    truth = DenseTruth(last, block_size)
+    judged, lesson = part(call, slice(-held_out, None)), part(call, slice(None, -held_out))
+    truth = DenseTruth(judged, block_size)
     for density in densities:
         yield truth.judge(ORACLE, truth.oracle(density))
         for spec in patterns:
-            options = adaptive_options(spec)
-            if options is None:
-                source = FixedPattern(spec, density=density, block_size=block_size, causal=call.causal)
-                yield truth.judge(spec.name, source.select(last.q, last.k)[0])
-                continue
-            selector = selector_for(call, density, block_size, options)
-            if selector.method == "distill":
-                lesson = replace(call, q=call.q[:-held_out], k=call.k[:-held_out], v=call.v[:-held_out])
-                distill(selector, lesson, steps)
-            name = spec.name if selector.method == "distill" else f"{spec.name} ({selector.method})"
-            yield truth.judge(name, selector.eval().select(last.q, last.k)[0])
+            method = (adaptive_options(spec) or {}).get("method", "distill")
+            name = spec.name if method == "distill" else f"{spec.name} ({method})"
+            yield truth.judge(name, chosen_layout(spec, density, block_size, judged, lesson, steps))
+
+
+def part(call: Captured, samples: slice | list[int]) -> Captured:
+    """Some of a call's samples."""
+    return replace(call, q=call.q[samples], k=call.k[samples], v=call.v[samples])
+
+
+def chosen_layout(
+    spec: PatternSpec, density: float | None, block_size: int, judged: Captured, lesson: Captured, steps: int
+) -> BlockLayout:
+    """What a rule keeps of ``judged``; a learned one that must be distilled learns from ``lesson`` in so many steps."""
+    options = adaptive_options(spec)
+    if options is None:
+        source = FixedPattern(spec, density=density, block_size=block_size, causal=judged.causal)
+        return source.select(judged.q, judged.k)[0]
+    if density is None:
+        raise ValueError("a learned pattern keeps a share of the blocks: a density was wanted, got none")
+    selector = selector_for(judged, density, block_size, options)
+    if selector.method == "distill":
+        distill(selector, lesson, steps)
+    return selector.eval().select(judged.q, judged.k)[0]
 
 
 def selector_for(call: Captured, density: float, block_size: int, options: dict) -> BlockSelector:

@@ -9,4 +9,5 @@ Goal = Literal["min", "max"]
 QUALITIES: dict[str, tuple[str, Goal]] = {
     "byte_lm": ("bits_per_byte", "min"),
     "recall": ("recall_accuracy", "max"),
+    "captured": ("attention_mass_recall", "max"),
 }

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from ray.tune.schedulers import TrialScheduler
 
+from raybsa.experiments.advantage import advantage
 from raybsa.experiments.algorithms import ALGORITHMS
 from raybsa.experiments.costs import ENOUGH, CostModel
 from raybsa.experiments.dry_run import dry_run
@@ -19,11 +20,12 @@ from raybsa.experiments.recording import Run, record_of
 from raybsa.experiments.screen import DOMINATED, OUT_OF_BOUNDS, Screen
 from raybsa.experiments.search import Plan
 from raybsa.experiments.space import SearchSpace
+from raybsa.experiments.spaces import PAPERS, space_of
 from raybsa.experiments.strata import QUALITY, STEPS, StratifiedHalving, stratum
 from raybsa.results.pareto import LATENCY, named_objectives, pareto_front, quality_objective
 from raybsa.results.record import Measurement, Outcome, SeriesPoint
 from raybsa.results.store import Store
-from raybsa.spec import AttentionSpec, TrialSpec
+from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
 from raybsa.variants.factory import create_block_sparse_attention
 
 BASE = TrialSpec("byte_lm", (AttentionSpec("dense"),), seq_len=512, train_len=256, train_steps=90)
@@ -79,6 +81,15 @@ def test_every_algorithm_asks_the_baseline_first_then_different_questions(algori
     assert len(set(asked)) == 14
     assert questions.suggest("15") == "FINISHED"
     assert not questions.ended, "its trials are spent, which is no early end"
+
+
+def test_chance_does_not_draw_again_what_a_random_search_of_the_same_seed_drew():
+    sampled = ALGORITHMS["random"](SPACE, GOALS, 5)
+    for _ in SPACE.first_points():
+        sampled.ask()
+    drawn = [sampled.ask() for _ in range(9)]
+    by_chance = [sampled.ask(refused=99) for _ in range(9)]
+    assert not any(config in drawn for config in by_chance)
 
 
 def test_a_small_space_ends_when_all_of_it_was_asked():
@@ -151,7 +162,8 @@ def test_a_trial_is_stopped_for_what_others_of_its_density_reached_only():
     go, stop = TrialScheduler.CONTINUE, TrialScheduler.STOP
     assert dense == [go, stop, stop, stop]
     assert sparse == [go, stop, stop, go], "the sparse are worse than all of the dense, and not stopped for that"
-    assert stratum({"family": "dense"}) is None
+    alone = [{"family": "dense"}, {"family": "reference", "reference": 0}, {"family": "reference", "reference": 1}]
+    assert len({stratum(config) for config in alone} | {stratum({"density": 0.4})}) == 4
 
 
 def test_a_resumed_search_compares_with_what_earlier_trials_reached():
@@ -231,7 +243,7 @@ def test_a_best_file_loads_into_the_factory_and_names_its_question(tmp_path):
     record = records[1]
     assert "causal=True" in repr(create_block_sparse_attention(**best["attention"]))
     assert best["layers"] == [best["attention"]] * BASE.num_layers
-    assert read_best(paths[0]).digest == best["spec_hash"] == record.spec_hash
+    assert read_best(paths[0]).spec.digest == best["spec_hash"] == record.spec_hash
     assert best["metrics"]["quality"] == record.quality
     assert best["objectives"] == {"quality": record.quality, "latency": record.forward_backward_ms_p50}
     assert f"--again {paths[0]}" in best["command"]
@@ -248,6 +260,44 @@ def test_a_file_that_is_no_best_file_is_refused(tmp_path):
     path.write_text("{}")
     with pytest.raises(ValueError, match=r"a best.json with the 'spec' of a trial was wanted"):
         read_best(str(path))
+
+
+def test_references_are_asked_after_the_baseline_and_neither_screened_nor_asked_twice():
+    given = (AttentionSpec("base", PatternSpec("sliding_window", {"window": 64}), None, 16),)
+    space = replace(SPACE, references=given)
+    asked = []
+    for algorithm in ALGORITHMS:
+        questions = Questions(space, ALGORITHMS[algorithm](space, GOALS, 1), GOALS, trials=3, screen=Screen(GOALS))
+        configs = [questions.suggest(str(number)) for number in range(3)]
+        asked.append([space.spec(config).attention[0] for config in configs])
+        questions.on_trial_complete("1", {"quality": 2.0, "latency": 1.0})
+        assert [space.config(space.spec(config)) for config in configs] == configs
+    assert all(attentions[:2] == [AttentionSpec("dense"), *given] for attentions in asked)
+    screen = Screen([quality_objective("min"), replace(LATENCY, most=1e-9)])
+    for record in answers(9):
+        screen.learn(record)
+    assert screen(space.spec({"family": "reference", "reference": 0})) is None
+
+
+def test_references_come_from_a_file_too():
+    data = {"families": {"random": {}}, "references": [PAPERS[0].to_dict()]}
+    assert space_of(data, BASE).references == PAPERS[:1]
+
+
+def test_the_advantage_is_told_among_trials_as_good_as_dense_only():
+    space = replace(SPACE, references=(AttentionSpec("base", PatternSpec("sliding_window", {"window": 64}), None, 16),))
+    fast, faster = ({"family": "random", "density": density, "block_size": 16} for density in (0.2, 0.1))
+    times = {"forward_backward_ms_p50": 8.0, "forward_ms_p50": None}
+    records = [
+        answer(BASE, 0, 2.0),
+        answer(space.spec(space.fixed_points()[1]), 1, 2.0, **times),
+        answer(space.spec(fast), 2, 2.01, **times | {"forward_backward_ms_p50": 2.0}),
+        answer(space.spec(faster), 3, 2.02, **times | {"forward_backward_ms_p50": 1.0}),
+    ]
+    lines = list(advantage(records))
+    assert "random 20.0% (2 ms, 2.0100), best reference sliding_window 100.0% (8 ms, 2.0000): 4.00 times" in lines[0]
+    assert lines[1].endswith("forward latency: no pattern was found")
+    assert not list(advantage(records[:1] + records[2:])), "nothing to compare with"
 
 
 def test_an_unknown_algorithm_is_refused():

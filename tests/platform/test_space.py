@@ -152,7 +152,9 @@ def test_a_file_that_describes_no_space_says_why(tmp_path, text, message):
 
 
 def test_an_unknown_space_names_those_that_there_are():
-    with pytest.raises(ValueError, match="one of quick, families, window-family, long-context, everything or a YAML"):
+    with pytest.raises(
+        ValueError, match="one of quick, demo, families, window-family, long-context, everything or a YAML"
+    ):
         make_space("no-such", BASE)
 
 
@@ -173,6 +175,14 @@ def test_the_first_points_name_the_baseline_and_every_family_once():
     points = SPACE.first_points()
     assert [point["family"] for point in points] == ["dense", *DEFAULT_FAMILIES]
     assert len({SPACE.spec(point).digest for point in points}) == len(points)
+
+
+def test_the_openings_go_on_with_every_other_choice_once():
+    space = SearchSpace(BASE, {"random": {}, "bigbird": {"num_globals": [1, 2], "num_random": [1, 2, 3]}})
+    first, openings = space.first_points(), space.openings()
+    assert openings[: len(first)] == first
+    asked = [space.spec(point).attention[0].pattern.params for point in openings[len(first) :]]
+    assert asked == [{"num_globals": g, "num_random": r} for g, r in ((2, 1), (1, 2), (1, 3))]
 
 
 def test_parameters_come_back_as_they_were_given():

@@ -22,7 +22,7 @@ def point(record):
     def make(family, quality, milliseconds, spec=None, **changes):
         spec = spec or spec_of(family)
         made = record(f"{family}-{spec.seed}", spec=canonical_json(spec.to_dict()), pattern=family, quality=quality)
-        return replace(made, forward_backward_ms_p50=milliseconds, **changes)
+        return replace(made, seed=spec.seed, forward_backward_ms_p50=milliseconds, **changes)
 
     return make
 
@@ -78,3 +78,11 @@ def test_the_records_of_a_question_are_found_by_their_attention(point):
     front = [point("random", 2.0, 5.0)]
     assert json.loads(front[0].spec)["seed"] == 0
     assert verdicts(front, [], GOALS)[0].why_not == "no new trial of it came to its end"
+
+
+def test_points_are_compared_seed_by_seed_since_a_seed_moves_all_of_them_alike(point):
+    front = [point("random", 2.0, 5.0), point("strided", 2.1, 5.0)]
+    qualities = {"random": (2.0, 3.0), "strided": (2.1, 3.1)}
+    found = again(point, front, qualities, {"random": 5.0, "strided": 5.0})
+    reasons = [verdict.why_not for verdict in verdicts(front, found, GOALS)]
+    assert reasons == [None, "beaten by random-0 (random)"], "0.1 worse with either seed, which are 1 apart"
