@@ -20,6 +20,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raybsa.cluster.resources import Say, Share, TooFewResources, await_workers
+from raybsa.cluster.versions import require, versions
 from raybsa.results.record import Measurement, Outcome
 from raybsa.spec import TrialSpec
 
@@ -51,7 +52,8 @@ def make_worker(device: str, arguments: dict[str, Any]) -> Any:
 class _Host:
     """The actor: holds one worker and passes calls through."""
 
-    def __init__(self, make: MakeWorker, device: str, arguments: dict[str, Any]) -> None:
+    def __init__(self, wanted: dict[str, str], make: MakeWorker, device: str, arguments: dict[str, Any]) -> None:
+        require(wanted)
         self._worker = make(device, arguments)
 
     def describe(self) -> str:
@@ -196,7 +198,7 @@ class Coordinator:
                 self._group, placement_group_bundle_index=slot
             )
         host: Any = ray.remote(_Host)
-        return host.options(**options).remote(self._make, self._share.device, self._arguments)
+        return host.options(**options).remote(versions(), self._make, self._share.device, self._arguments)
 
     def _kill(self, slot: int) -> None:
         actor = self._actors.pop(slot, None)

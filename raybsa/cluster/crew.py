@@ -18,6 +18,7 @@ from ray.exceptions import RayError
 from raybsa.cluster.faults import Fault
 from raybsa.cluster.member import Member, MemberSettings, Status
 from raybsa.cluster.resources import Say, Share, await_workers
+from raybsa.cluster.versions import require, versions
 from raybsa.spec import TrialSpec
 
 TICK_S = 0.02
@@ -26,7 +27,8 @@ TICK_S = 0.02
 class MemberActor:
     """The actor: a member, its control methods in a thread group of their own."""
 
-    def __init__(self, spec: TrialSpec, device: str, settings: MemberSettings) -> None:
+    def __init__(self, wanted: dict[str, str], spec: TrialSpec, device: str, settings: MemberSettings) -> None:
+        require(wanted)
         self._member = Member(spec, device, settings)
 
     @ray.method(concurrency_group="control")
@@ -83,7 +85,8 @@ class Crew:
         say: Say,
         strike: Callable[[int, Fault], None],
     ) -> None:
-        self._made_with, self._share, self._say, self._strike = (spec, share.device, settings), share, say, strike
+        self._made_with = (versions(), spec, share.device, settings)
+        self._share, self._say, self._strike = share, say, strike
         self._heartbeat_s = heartbeat_s
         self._numbers = count()
         self._workers: dict[int, _Worker] = {}

@@ -20,6 +20,7 @@ from ray.exceptions import RayError
 
 from raybsa.cluster.crew import cause_of
 from raybsa.cluster.resources import Say, Share, await_workers
+from raybsa.cluster.versions import require, versions
 from raybsa.ring.timeline import Point
 from raybsa.spec import TrialSpec
 from raybsa.tasks.ring import RankReport, ring_params
@@ -30,7 +31,8 @@ from raybsa.timing import DeviceLock
 class RingActor:
     """The actor: one rank, which holds its device's lock while others must not compute there."""
 
-    def __init__(self, device: str, num_threads: int) -> None:
+    def __init__(self, wanted: dict[str, str], device: str, num_threads: int) -> None:
+        require(wanted)
         self._device, self._num_threads = device, num_threads
         self._locks = ExitStack()
         self._rank: RingRank
@@ -115,7 +117,7 @@ class ActorRing:
     def _actor(self) -> Any:
         actor: Any = ray.remote(RingActor)
         options = {"num_cpus": self._share.num_cpus, "num_gpus": self._share.num_gpus}
-        return actor.options(**options).remote(self._share.device, self._share.num_cpus)
+        return actor.options(**options).remote(versions(), self._share.device, self._share.num_cpus)
 
     def _lock(self, hosts: Sequence[str]) -> None:
         """On each machine one rank has the cores alone; each has its GPU. One after the other, so that two rings of

@@ -334,7 +334,7 @@ class TrainingCoordinator:
         """Brings the ring back; returns the step it goes on from."""
         broken, noticed_at, lost = self._members.generation, wreck.noticed_at, dict(wreck.lost)
         reached = max(self._losses, default=-1) + 1
-        for _ in range(self._max_failures):
+        for _ in range(max(1, self._max_failures)):
             filled, filled_at = self._next_membership(wreck), time.time()
             try:
                 steps = self._form()

@@ -147,6 +147,12 @@ def test_a_worker_that_cannot_be_made_is_an_error_with_its_reason():
     assert "no libfoo on this node" in outcome.error
 
 
+def test_a_worker_with_other_versions_than_the_driver_is_not_made(monkeypatch):
+    monkeypatch.setattr("raybsa.cluster.coordinator.versions", lambda: {"torch": "1.0"})
+    with pytest.raises(WorkerNotMade, match=r"VersionMismatch: machine .* has torch .* instead of 1\.0"):
+        Coordinator(Share()).__enter__()
+
+
 def test_a_worker_that_cannot_say_what_it_is_is_an_error_with_its_reason():
     class Mute:
         def describe(self):
