@@ -5,11 +5,12 @@ DEMO_OUT ?= $(CURDIR)/results/demo
 WORKERS ?= 2
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo test test-gpu lint format benchmark clean
+.PHONY: help demo test test-quick test-gpu lint format benchmark clean
 
 help:
 	@echo "make demo        search patterns on real text on a local Ray cluster, then write the report (under 4 minutes)"
 	@echo "make test        run the CPU tests in two processes (make test WORKERS=4: in four)"
+	@echo "make test-quick  the same without the tests that start Ray (a third of the time)"
 	@echo "make test-gpu    run the tests that need a CUDA device"
 	@echo "make lint        ruff and mypy"
 	@echo "make format      let ruff rewrite the code"
@@ -29,6 +30,9 @@ demo: .venv/.ready
 
 test: .venv/.ready
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+test-quick: .venv/.ready
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not gpu and not cluster'
 
 test-gpu: .venv/.ready
 	@$(BIN)/python -m pytest -m gpu
