@@ -182,6 +182,10 @@ def test_gradients_sent_in_backward_lead_to_the_same_bits_also_after_a_backward_
     assert all(torch.equal(a, b) for ended in ranks for state in ended for a, b in zip(state, wanted, strict=True))
 
 
+def transfers_in(spans: list[Span]) -> list[Span]:
+    return [span for span in spans if (span.phase, span.kind) == ("transfer", "gradient")]
+
+
 def test_gradients_are_under_way_before_backward_ends(spec: TrialSpec) -> None:
     store = dist.HashStore()
 
@@ -192,14 +196,14 @@ def test_gradients_are_under_way_before_backward_ends(spec: TrialSpec) -> None:
         ring, sent = Timeline(communicator.rank), Timeline(communicator.rank)
         communicator.observer, gradients.observer = ring, Both(sent, gradients.observer)
         first = next(iter(training.model.parameters()))
-        first.register_hook(lambda gradient: None if until(lambda: len(sent.spans()) > 1) else gradient / 0)
+        first.register_hook(lambda gradient: None if until(lambda: bool(transfers_in(sent.spans()))) else gradient / 0)
         training.prepare()
         gradients.close()
         return ring.spans(0.0), sent.spans(0.0), training.overlap.share, dict(communicator.ledger.sent)
 
     for ring, sent, share, by_kind in run_ranks(2, work):
         (backward,) = [span for span in ring if (span.phase, span.kind) == ("step", "backward")]
-        transfers = [span for span in sent if (span.phase, span.kind) == ("transfer", "gradient")]
+        transfers = transfers_in(sent)
         assert len(transfers) > 2, "several buckets"
         assert backward.begin_s < transfers[0].begin_s < transfers[0].end_s < backward.end_s
         assert share > 0.0
