@@ -76,15 +76,20 @@ def kept_with(layout: BlockLayout) -> dict[tuple[object, ...], Any]:
     return _KEPT.setdefault(layout, {}) if found is None else found
 
 
-def kept_with_rows(layout: BlockLayout) -> dict[tuple[object, ...], Any]:
-    """What was made once from the offsets of the rows alone, whatever the columns are.
+def offsets_decide_rows(layout: BlockLayout) -> bool:
+    """Whether what a row sees of its blocks follows from the offsets of the rows, whatever the columns are: equal
+    blocks of a whole sequence."""
+    return layout.q_block_size == layout.kv_block_size and layout.q_block_ids is layout.kv_block_ids is None
 
-    It lives as long as the tensor of the offsets: layouts that share it, as those of a selection do, share this. Where
-    more than the offsets decides what a row sees (unequal blocks, a part of the sequence) it is ``kept_with``.
+
+def kept_with_rows(layout: BlockLayout) -> dict[tuple[object, ...], Any]:
+    """What was made once from the offsets of the rows alone; ``kept_with`` where they do not decide.
+
+    It lives as long as the tensor of the offsets: layouts that share it, as those of a selection do, share this.
     """
-    sizes = (layout.q_len, layout.kv_len, layout.q_block_size, layout.kv_block_size, layout.causal)
-    if sizes[2] != sizes[3] or layout.q_block_ids is not None or layout.kv_block_ids is not None:
+    if not offsets_decide_rows(layout):
         return kept_with(layout)
+    sizes = (layout.q_len, layout.kv_len, layout.q_block_size, layout.causal)
     found: dict[tuple[object, ...], Any] = _KEPT_WITH_ROWS.setdefault(layout.crow_indices, {}).setdefault(sizes, {})
     return found
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raybsa.kernels.call import AttentionCall, kept_with, kept_with_rows
+from raybsa.kernels.call import AttentionCall, kept_with, kept_with_rows, offsets_decide_rows
 from raybsa.kernels.triton_setup import processors
 from raybsa.layout import BlockLayout
 
@@ -74,8 +74,7 @@ def plan_rows(call: AttentionCall, tile: int) -> Work:
     if key not in plans:
         lists = max(1, layout.num_groups * layout.num_q_blocks * copies)
         bound = _part_blocks(layout.nnz_blocks * copies, lists, layout.kv_block_size, tile, layout.device)
-        from_offsets = plans is not kept_with(layout)
-        offsets, turn = _rows_cut_last(layout) if from_offsets else _row_lists(layout)
+        offsets, turn = _rows_cut_last(layout) if offsets_decide_rows(layout) else _row_lists(layout)
         plans[key] = _cut(offsets, turn, bound, max(1, tile // layout.kv_block_size))
     found = plans[key]
     assert isinstance(found, Work)

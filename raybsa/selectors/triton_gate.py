@@ -13,8 +13,7 @@ from torch import Tensor
 
 from raybsa.kernels.triton_launch import launcher
 from raybsa.selectors.gate import Gate
-
-CHUNK = 4096  # numbers of x at hand at one time
+from raybsa.selectors.triton_pool import chunk_of, first_token, statistics
 
 
 def gated(q: Tensor, k: Tensor, gate: Gate, waves: Tensor, block_size: int, causal: bool) -> tuple[Tensor, Tensor]:
@@ -39,32 +38,13 @@ def _launch(
     blocks, gate_dim, count = triton.cdiv(tokens, block_size), weight.shape[-1], waves.shape[-1]
     out = torch.empty(batch, groups, blocks, gate_dim + 2 * count, dtype=torch.float32, device=x.device)
     padded = triton.next_power_of_2(head_dim)
-    chunk = max(1, min(block_size, CHUNK // padded))
+    chunk = chunk_of(block_size, padded)
     sizes = (block_size, chunk, head_dim, padded, gate_dim, triton.next_power_of_2(gate_dim))
     constants = (*sizes, count, triton.next_power_of_2(count), heads // groups, causal, slopes is not None)
     tensors = (x, weight, waves, slopes, out)
     launch = launcher(gate_kernel, tensors, x.stride(), constants, warps=2)
     launch((blocks, batch * groups), tensors, (groups, tokens, blocks))
     return out
-
-
-@triton.jit
-def _statistics(
-    base, block, tokens, x_t, x_d, BLOCK: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr
-):
-    """Mean and maximum of a block's tokens, 0 for the block before the first."""
-    dim, place = tl.arange(0, DP), tl.arange(0, CHUNK)
-    total = tl.zeros([DP], tl.float32)
-    top = tl.full([DP], float("-inf"), tl.float32)
-    for start in tl.static_range(0, BLOCK, CHUNK):
-        token = block * BLOCK + start + place
-        inside = ((token >= 0) & (token < tokens))[:, None] & (dim < D)[None, :]
-        pointers = base + token.to(tl.int64)[:, None] * x_t + dim[None, :] * x_d
-        values = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
-        total += tl.sum(values, 0)
-        top = tl.maximum(top, tl.max(tl.where(inside, values, float("-inf")), 0))
-    count = tl.minimum(tokens - block * BLOCK, BLOCK)
-    return total / count, tl.where((block >= 0) & (dim < D), top, 0.0)
 
 
 @triton.jit
@@ -111,17 +91,16 @@ def gate_kernel(
         base = x + (flat // groups).to(tl.int64) * x_b + (group * COPIES + copy).to(tl.int64) * x_h
         matrix = weight + (group * COPIES + copy) * STATS * D * G
         if KEYS:
-            mean, top = _statistics(base, block, tokens, x_t, x_d, BLOCK, CHUNK, D, DP)
+            mean, top = statistics(base, block, tokens, x_t, x_d, BLOCK, CHUNK, D, DP)
             found += _product(mean, matrix, D, DP, G, GP) + _product(top, matrix + D * G, D, DP, G, GP)
-            mean, top = _statistics(base, block - 1, tokens, x_t, x_d, BLOCK, CHUNK, D, DP)
+            mean, top = statistics(base, block - 1, tokens, x_t, x_d, BLOCK, CHUNK, D, DP)
             found += _product(mean, matrix + 2 * D * G, D, DP, G, GP)
             found += _product(top, matrix + 3 * D * G, D, DP, G, GP)
         else:
-            mean, top = _statistics(base, block - CAUSAL, tokens, x_t, x_d, BLOCK, CHUNK, D, DP)
+            mean, top = statistics(base, block - CAUSAL, tokens, x_t, x_d, BLOCK, CHUNK, D, DP)
             found += _product(mean, matrix, D, DP, G, GP) + _product(top, matrix + D * G, D, DP, G, GP)
-            dim = tl.arange(0, DP)
-            first = tl.load(base + (block * BLOCK).to(tl.int64) * x_t + dim * x_d, mask=dim < D, other=0.0)
-            found += _product(first.to(tl.float32), matrix + 2 * D * G, D, DP, G, GP)
+            first = first_token(base, block, x_t, x_d, BLOCK, D, DP)
+            found += _product(first, matrix + 2 * D * G, D, DP, G, GP)
     target = out + (flat.to(tl.int64) * blocks + block) * (G + 2 * WAVES)
     tl.store(target + to, found, mask=to < G)
     wave = tl.arange(0, WP)
