@@ -169,10 +169,7 @@ def _consume(
     shared,
     plan,
     results,
-    part_out,
-    part_lse,
-    q_starts,
-    kv_starts,
+    optional,
     Q_BLOCK: gl.constexpr,
     KV_BLOCK: gl.constexpr,
     COLS: gl.constexpr,
@@ -185,6 +182,7 @@ def _consume(
     q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, q_empty, k_empty, v_empty = shared
     items, col_indices, total, groups, q_blocks, parts, item_count, heads = plan
     out, lse, q_tokens, kv_tokens, scale = results
+    part_out, part_lse, q_starts, kv_starts = optional
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLS, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
@@ -365,48 +363,11 @@ def hopper_forward_kernel(
     shared = (q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, q_empty, k_empty, v_empty)
     plan = (items, col_indices, total, groups, q_blocks, parts, item_count, heads)
     results = (out, lse, q_tokens, kv_tokens, scale)
+    optional = (part_out, part_lse, q_starts, kv_starts)
     gl.warp_specialize(
         [
-            (
-                _consume,
-                (
-                    0,
-                    shared,
-                    plan,
-                    results,
-                    part_out,
-                    part_lse,
-                    q_starts,
-                    kv_starts,
-                    Q_BLOCK,
-                    KV_BLOCK,
-                    COLS,
-                    STAGES,
-                    D,
-                    CUTS,
-                    CAUSAL,
-                ),
-            ),
-            (
-                _consume,
-                (
-                    1,
-                    shared,
-                    plan,
-                    results,
-                    part_out,
-                    part_lse,
-                    q_starts,
-                    kv_starts,
-                    Q_BLOCK,
-                    KV_BLOCK,
-                    COLS,
-                    STAGES,
-                    D,
-                    CUTS,
-                    CAUSAL,
-                ),
-            ),
+            (_consume, (0, shared, plan, results, optional, Q_BLOCK, KV_BLOCK, COLS, STAGES, D, CUTS, CAUSAL)),
+            (_consume, (1, shared, plan, results, optional, Q_BLOCK, KV_BLOCK, COLS, STAGES, D, CUTS, CAUSAL)),
             (_produce, (q, k, v, queries_per_kv, shared, plan, Q_BLOCK, KV_BLOCK, COLS, STAGES)),
         ],
         [4, 1],
