@@ -26,6 +26,7 @@ from itertools import product
 from pathlib import Path
 
 from raybsa import patterns
+from raybsa.events import show
 from raybsa.experiments import peer_table
 from raybsa.experiments.peer_cells import cells, parts_of
 from raybsa.experiments.peer_rows import rows_of
@@ -52,6 +53,8 @@ def main() -> int:
     specs = _specs(arguments)
     out = absolute("--out", arguments.out)
     store = Store.create(out)
+    if arguments.verbose:
+        show()
     run = Run.start("benchmark", arguments.git_commit)
     records: list[Record] = []
     measure = _speeds if specs[0].task != "ring" else _rings if arguments.suite else _actors
@@ -76,14 +79,14 @@ def _speeds(specs: list[TrialSpec], arguments: argparse.Namespace, run: Run, sto
     from raybsa.experiments.trial import run_trial
 
     try:
-        with cluster(arguments.address):
+        with cluster(arguments.address, verbose=arguments.verbose):
             share = worker_share(arguments.threads)
             timing = {"repeats": arguments.repeats, "budget_s": arguments.budget or 5.0}
             print(f"{len(specs)} measurements on {share}, results in {store.root}", flush=True)
             print(head_line())
             with Coordinator(share, wait_s=arguments.wait, trial_s=arguments.limit, timing=timing) as coordinator:
                 for number, spec in enumerate(specs):
-                    record = run_trial(spec, coordinator, run, trial_id=f"{run.run_id}-{number:03d}", store=store)
+                    record = run_trial(spec, coordinator, run, trial_id=run.trial_id(number), store=store)
                     print(line(record), flush=True)
                     yield record
     except (TooFewResources, WorkerNotMade) as error:
@@ -106,7 +109,7 @@ def _actors(specs: list[TrialSpec], arguments: argparse.Namespace, run: Run, sto
 
     threads = arguments.threads or 1
     try:
-        with cluster(arguments.address, num_cpus=threads * max(arguments.world_size)):
+        with cluster(arguments.address, num_cpus=threads * max(arguments.world_size), verbose=arguments.verbose):
             share = worker_share(threads)
             print(f"{len(specs)} measurements on actors of {share} each, results in {store.root}", flush=True)
             print(ring_head_line(), flush=True)
@@ -127,7 +130,7 @@ def _ring_records(answers: Iterable[tuple[TrialSpec, Answer]], run: Run, store: 
     for number, (spec, answer) in enumerate(answers):
         measured, error = (None, answer) if isinstance(answer, str) else (answer, None)
         outcome = Outcome(spec, measured, error, 0)
-        record = record_of(outcome, run, f"{run.run_id}-{number:03d}")
+        record = record_of(outcome, run, run.trial_id(number))
         write(store, record, outcome)
         print(ring_line(record), flush=True)
         yield record
@@ -242,6 +245,7 @@ def _arguments() -> argparse.Namespace:
     ring = parser.add_argument_group(f"variant {DISTRIBUTED}")
     ring.add_argument("--world-size", nargs="+", type=int, default=[2], help="ranks; each actor has --threads CPUs (1)")
     ring.add_argument("--partition", nargs="+", default=["balanced"], choices=STRATEGIES)
+    parser.add_argument("--verbose", action="store_true", help="print events too, a line of key=value each")
     parser.add_argument("--git-commit", default=git_commit(Path(__file__).parent), help="recorded with each row")
     return parser.parse_args()
 

@@ -62,7 +62,7 @@ def main() -> int:
         load_corpus(preset.space.base.task_params.get("text"))
     torch.set_num_threads(1)  # the driver only looks at layouts
 
-    with cluster(arguments.address):
+    with cluster(arguments.address, verbose=arguments.verbose):
         pool = _pool(arguments, preset)
         workers = pool.num_workers or "as many as fit"
         print(f"{plan.trials} trials on {workers} worker(s) of {pool.share}, results in {out}", flush=True)
@@ -114,7 +114,7 @@ def _again(arguments: argparse.Namespace, out: str) -> int:
     """Asks one question once more, exactly as it was asked."""
     spec, before = read_best(arguments.again)
     store = Store.create(out)
-    with cluster(arguments.address):
+    with cluster(arguments.address, verbose=arguments.verbose):
         share = worker_share(arguments.cpus_per_worker)
         with Coordinator(share, wait_s=arguments.wait, trial_s=arguments.limit) as coordinator:
             record = run_trial(spec, coordinator, Run.start("again", arguments.git_commit), store=store)
@@ -157,6 +157,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--cpus-per-worker", type=int, default=1)
     parser.add_argument("--wait", type=float, default=60.0, help="seconds to wait for resources")
     parser.add_argument("--limit", type=float, default=1800.0, help="seconds that one trial may take")
+    parser.add_argument("--verbose", action="store_true", help="print events too, a line of key=value each")
     parser.add_argument("--git-commit", default=git_commit(Path(__file__).parent), help="recorded with each trial")
     return parser.parse_args()
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ray.exceptions import RayError
 from raybsa import patterns
 from raybsa.cluster.member import MemberSettings
 from raybsa.cluster.resources import TooFewResources
+from raybsa.cluster.trace import Trace
 from raybsa.cluster.training import TrainingCoordinator, TrainingFailed
 from raybsa.experiments.launch import cluster, worker_share
 from raybsa.experiments.place import absolute, git_commit
@@ -42,7 +44,8 @@ def main() -> int:
         print(f"jobs/train.py: {error}", file=sys.stderr)
         return 2
     run = Run.start("train", arguments.git_commit or git_commit(Path(__file__).parent))
-    with cluster(arguments.address):
+    settings = replace(settings, labels={"run": run.run_id, "trial": run.trial_id(0)})
+    with cluster(arguments.address, verbose=arguments.verbose):
         share = worker_share(arguments.cpus)
         print(f"{arguments.world_size} ranks and {arguments.spares} spares of {share}, results in {out}", flush=True)
         try:
@@ -71,6 +74,8 @@ def main() -> int:
         )
         + f"; {result.overlap.share:.0%} of the gradients' time under way lay within backward\nresults: {out}"
     )
+    if settings.trace:
+        print(f"profile: {settings.trace.folder}, for chrome://tracing or ui.perfetto.dev")
     return 0
 
 
@@ -103,8 +108,18 @@ def _question(arguments: argparse.Namespace) -> tuple[TrialSpec, MemberSettings,
         num_threads=arguments.cpus,
         checkpoints=f"{out}/checkpoints",
         checkpoint_every=arguments.checkpoint_every,
+        verbose=arguments.verbose,
+        trace=_trace(arguments, out),
     )
     return spec, settings, out
+
+
+def _trace(arguments: argparse.Namespace, out: str) -> Trace | None:
+    if arguments.profile is None:
+        return None
+    if not 0 <= arguments.profile < arguments.steps:
+        raise ValueError(f"--profile wants a step of 0 to {arguments.steps - 1}, got {arguments.profile}")
+    return Trace(f"{out}/profile", arguments.profile)
 
 
 def _codec(text: str) -> Any:
@@ -147,6 +162,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16"))
     parser.add_argument("--text", help="file or folder; default: the Python standard library's sources")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--verbose", action="store_true", help="print each rank's events, a line of key=value each")
+    parser.add_argument(
+        "--profile",
+        type=int,
+        nargs="?",
+        const=5,
+        metavar="STEP",
+        help="write Chrome traces of this step to OUT/profile (step 5)",
+    )
     parser.add_argument("--git-commit", default="", help="of the code that runs, where an uploaded copy has no .git")
     return parser.parse_args()
 

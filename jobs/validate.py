@@ -18,10 +18,11 @@ from pathlib import Path
 from raybsa.cluster.coordinator import Coordinator, WorkerNotMade
 from raybsa.cluster.resources import TooFewResources
 from raybsa.experiments.front import front_objectives
+from raybsa.experiments.keeping import keep
 from raybsa.experiments.launch import cluster, room_for, worker_share
 from raybsa.experiments.place import absolute, git_commit
 from raybsa.experiments.progress import Progress
-from raybsa.experiments.recording import Run, record_of, write
+from raybsa.experiments.recording import Run
 from raybsa.experiments.validation import Verdict, questions, verdicts
 from raybsa.results.pareto import Objective, named_objectives, pareto_front
 from raybsa.results.record import Record
@@ -35,7 +36,7 @@ def main() -> int:
     store = Store.create(absolute("--out", arguments.out))
     run = Run.start("validate", arguments.git_commit)
     found: list[Record] = []
-    with cluster(arguments.address):
+    with cluster(arguments.address, verbose=arguments.verbose):
         share = worker_share(arguments.cpus_per_worker)
         workers = arguments.workers or max(1, min(len(specs), room_for(share)))
         print(f"{len(points)} points, {len(specs)} trials on {workers} worker(s) of {share}", flush=True)
@@ -43,8 +44,7 @@ def main() -> int:
         limits = {"wait_s": arguments.wait, "trial_s": arguments.limit}
         with Coordinator(share, num_workers=workers, **limits) as coordinator:
             for number, outcome in enumerate(coordinator.map(specs)):
-                record = record_of(outcome, run, f"{run.run_id}-{number:03d}")
-                write(store, record, outcome)
+                record = keep(store, outcome, run, run.trial_id(number))
                 found.append(record)
                 progress.tell(record)
     judged = verdicts(points, found, objectives)
@@ -108,6 +108,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--cpus-per-worker", type=int, default=1)
     parser.add_argument("--wait", type=float, default=60.0, help="seconds to wait for resources")
     parser.add_argument("--limit", type=float, default=3600.0, help="seconds that one trial may take")
+    parser.add_argument("--verbose", action="store_true", help="print events too, a line of key=value each")
     parser.add_argument("--git-commit", default=git_commit(Path(__file__).parent), help="recorded with each trial")
     return parser.parse_args()
 

@@ -216,7 +216,7 @@ class Communicator:
     def all_reduce(self, kind: str, tensor: Tensor) -> Tensor:
         """The sum over all ranks, in place; the same bits on every rank. Counted as a ring all-reduce sends it."""
         if (group := self.group) is not None:
-            nbytes = 2 * (self.world_size - 1) * tensor.nbytes // self.world_size
+            nbytes = all_reduce_nbytes(tensor.nbytes, self.world_size)
             self._collective(kind, lambda: group.allreduce([tensor]), nbytes, (tensor,))
         return tensor
 
@@ -262,6 +262,11 @@ class Communicator:
     def _check_time(self, waited: float, kind: str) -> None:
         if waited > self.timeout_s:
             raise PeerLost(f"rank {self.rank} waited {waited:.1f} s for {kind}, the limit is {self.timeout_s:g} s")
+
+
+def all_reduce_nbytes(nbytes: int, world_size: int) -> int:
+    """What each rank of a ring sends to all-reduce ``nbytes``."""
+    return 2 * (world_size - 1) * nbytes // world_size
 
 
 def process_group(device: torch.device, store: Any, rank: int, world_size: int, timeout_s: float) -> Any:

@@ -16,6 +16,7 @@ FLOORS = {
     "raybsa.counter": 0,
     "raybsa.own": 0,
     "raybsa.comm": 1,
+    "raybsa.events": 1,
     "raybsa.timing": 1,
     "raybsa.results": 1,
     "raybsa.patterns": 2,

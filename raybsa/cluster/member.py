@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,10 @@ import torch.distributed as dist
 from raybsa.cluster.checkpoint import Checkpoint, CheckpointFolder
 from raybsa.cluster.faults import Fault, FaultInjector
 from raybsa.cluster.membership import Seat
+from raybsa.cluster.metrics import StepMetrics
+from raybsa.cluster.trace import Trace
 from raybsa.comm import Broken, Cancelled, Communicator, Phase, process_group
+from raybsa.events import Events, show
 from raybsa.gradients.overlap import Overlap
 from raybsa.spec import TrialSpec, stable_hash
 from raybsa.tasks.sharded import BUCKET_BYTES, ShardedTraining, send_state
@@ -44,6 +48,9 @@ class MemberSettings:
         timeout_s: the longest that one wait for a peer may take; only the last resort, cancelling comes first.
         marks: a folder for the marks of injected faults.
         run: names the run that writes checkpoints; the TrainingCoordinator sets it.
+        labels: ``run`` and ``trial``, as the rows name them, for logs and metrics.
+        verbose: ranks print their events, one line each.
+        trace: the step to trace; None traces none.
     """
 
     config: DistributedConfig = field(default_factory=DistributedConfig)
@@ -57,6 +64,9 @@ class MemberSettings:
     timeout_s: float = 60.0
     marks: str | None = None
     run: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    verbose: bool = False
+    trace: Trace | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +107,9 @@ class Member:
 
     def __init__(self, spec: TrialSpec, device: str, settings: MemberSettings) -> None:
         torch.set_num_threads(settings.num_threads)
+        if settings.verbose:
+            show()
+        self._events = Events(__name__, **settings.labels)
         self._settings = settings
         self._device = torch.device(device)
         self._training = ShardedTraining(
@@ -113,6 +126,7 @@ class Member:
         self._communicator = Communicator(device=self._device)
         self._gradients: Communicator | None = None
         self._left: list[Communicator] = []
+        self._metrics = self._step_metrics()
         self._asks: Fault | None = None
         self._applied_at: list[tuple[int, float]] = []
 
@@ -124,6 +138,7 @@ class Member:
     def cancel(self, generation: int, reason: str) -> None:
         """Frees this rank from whatever it waits for in ``generation``."""
         self._cancelled[generation] = reason
+        self._events.tell("cancelled", of=generation, reason=reason)
         if self._generation == generation:
             for communicator in self._communicators:
                 communicator.cancel(reason)
@@ -148,6 +163,9 @@ class Member:
             for communicator in self._communicators:
                 communicator.cancel(self._cancelled[seat.generation])
         self._training.bind(self._communicator, self._gradients)
+        self._metrics = self._step_metrics()
+        self._events = self._events.bind(generation=seat.generation, rank=seat.rank)
+        self._events.tell("joined", world_size=seat.world_size, step=self._training.step)
         return self._progress()
 
     def level(self, source: int, needy: Sequence[int]) -> int:
@@ -177,12 +195,11 @@ class Member:
         """
         training = self._training
         while training.step < until:
-            training.prepare()
-            training.apply()
-            self._applied_at.append((training.step - 1, time.time()))
+            self._step()
             if self._is_due(training.step):
                 with self._communicator.phase(Phase.CHECKPOINT):
                     self._save()
+                self._events.tell("checkpoint", step=training.step)
         return self._progress()
 
     def evaluate(self) -> float:
@@ -198,6 +215,25 @@ class Member:
         return [p.detach().cpu() for p in self._training.model.parameters()]
 
     # ---- for ourselves ---------------------------------------------------------------------------------------------
+
+    def _step(self) -> None:
+        training, trace, begin = self._training, self._settings.trace, time.perf_counter()
+        with trace.of(training.step, self._communicator.rank) if trace else nullcontext():
+            training.prepare()
+            training.apply()
+        seconds = time.perf_counter() - begin
+        step, loss = training.losses[-1]
+        self._applied_at.append((step, time.time()))
+        self._metrics.step(seconds, self._sent())
+        self._events.tell("step", step=step, loss=loss, seconds=seconds)
+
+    def _step_metrics(self) -> StepMetrics:
+        nbytes = sum(p.nbytes for p in self._training.model.parameters() if p.requires_grad)
+        place = self._communicator
+        return StepMetrics(self._settings.labels.get("run", ""), place.rank, place.world_size, nbytes)
+
+    def _sent(self) -> Counter[str]:
+        return sum((communicator.ledger.sent for communicator in self._communicators), Counter[str]())
 
     def _ask(self, fault: Fault) -> None:
         self._asks = fault
@@ -220,9 +256,8 @@ class Member:
         training = self._training
         losses, training.losses = tuple(training.losses), []
         applied_at, self._applied_at = tuple(self._applied_at), []
-        sent = sum((communicator.ledger.sent for communicator in self._communicators), Counter[str]())
         overlap, training.overlap = training.overlap, Overlap()
-        return Progress(training.step, losses, dict(sent), training.residual_norm(), applied_at, overlap)
+        return Progress(training.step, losses, dict(self._sent()), training.residual_norm(), applied_at, overlap)
 
     @property
     def _communicators(self) -> list[Communicator]:

@@ -24,9 +24,11 @@ from raybsa.cluster.crew import TICK_S, Crew, cause_of
 from raybsa.cluster.faults import Fault, FaultKind, FaultPlan, mark
 from raybsa.cluster.member import MemberSettings, Progress
 from raybsa.cluster.membership import Membership, Seat
+from raybsa.cluster.metrics import REBUILDS
 from raybsa.cluster.nodes import kill_raylet
 from raybsa.cluster.resources import Say, Share
 from raybsa.comm import Broken
+from raybsa.events import Events
 from raybsa.gradients.overlap import Overlap
 from raybsa.spec import TrialSpec
 
@@ -137,7 +139,8 @@ class TrainingCoordinator:
             )
         settings = replace(settings or MemberSettings(num_threads=share.num_cpus), run=secrets.token_hex(8))
         self._crew = Crew(spec, settings, share, heartbeat_s, say, self._strike)
-        self._marks = settings.marks
+        self._marks, self._run = settings.marks, settings.labels.get("run", "")
+        self._events = Events(__name__, **settings.labels)
         self._spec, self._wanted, self._num_spares, self._min_ranks = spec, world_size, spares, min_ranks
         self._stop_s, self._replace_s, self._wait_s = stop_s, replace_s, wait_s
         self._max_failures = max_failures
@@ -261,6 +264,7 @@ class TrainingCoordinator:
         )
         for progress in stand:
             self._take(progress)
+        self._events.tell("formed", generation=members.generation, world_size=members.world_size)
         return [progress.step for progress in stand]
 
     def _restore(self, steps: Sequence[int], *, any_run: bool) -> list[int]:
@@ -362,10 +366,21 @@ class TrainingCoordinator:
             formed_at=formed_at,
         )
         self._recoveries.append(recovery)
+        REBUILDS.inc(1, {"run": self._run, "filled": filled})
         reasons = "; ".join(f"worker {worker}: {why}" for worker, why in recovery.lost) or filled
         self._say(
             f"generation {self._members.generation} of {size} ranks goes on at step {step} after "
             f"{recovery.resumed_in_s:.2f} s ({reasons})"
+        )
+        self._events.tell(
+            "recovered",
+            generation=self._members.generation,
+            step=step,
+            steps_lost=recovery.steps_lost,
+            seconds=recovery.resumed_in_s,
+            filled=filled,
+            world_size=size,
+            lost=reasons,
         )
         return step
 

@@ -68,7 +68,7 @@ def answer(specs: Sequence[TrialSpec], device: torch.device, run: Run, store: St
             python_version=platform.python_version(),
         )
         outcome = Outcome(spec, measured, None, 0)
-        record = record_of(outcome, run, f"{run.run_id}-{number:03d}")
+        record = record_of(outcome, run, run.trial_id(number))
         write(store, record, outcome)
         yield record
 

@@ -11,15 +11,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import ray
+from ray._private import ray_logging
 from ray._private import worker as ray_worker
 
 from raybsa.cluster.resources import Share, alive_nodes, fitting
+from raybsa.events import show
 
 _ANSWER_SECONDS = 10.0
 
 
 @contextmanager
-def cluster(address: str | None, *, num_cpus: int | None = None, deaths: bool = True) -> Iterator[None]:
+def cluster(
+    address: str | None, *, num_cpus: int | None = None, deaths: bool = True, verbose: bool = False
+) -> Iterator[None]:
     """A connection to the cluster at ``address`` (or RAY_ADDRESS, else one of our own), closed however the job ends.
 
     SIGTERM, which ``ray job stop`` sends, ends the job as Ctrl-C does: in order.
@@ -28,16 +32,21 @@ def cluster(address: str | None, *, num_cpus: int | None = None, deaths: bool = 
         num_cpus: what a cluster of our own may hand out; None is what the machine has.
         deaths: whether Ray may print a paragraph on each worker that dies; who kills them on purpose has no use for it.
 
+        verbose: print the events of this process, and what the workers print, all of it.
+
     Raises:
         ConnectionError: nothing answers at the address.
     """
     target = address or os.environ.get("RAY_ADDRESS", "local")
     _require_an_answer(target)
+    if verbose:
+        show()
+        ray_logging.RAY_DEDUP_LOGS = False  # two ranks' lines of one step would count as the same
     ray.init(
         address=target,
         num_cpus=num_cpus if target == "local" else None,
         include_dashboard=False if target == "local" else None,
-        log_to_driver=False,
+        log_to_driver=verbose,
         logging_level=logging.ERROR,
         namespace="raybsa",
     )

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 
+from raybsa.events import Events
 from raybsa.results.record import Outcome, Record, SeriesPoint
 from raybsa.results.store import Store
 from raybsa.spec import UNTRAINED, canonical_json
@@ -30,6 +31,10 @@ class Run:
     def start(cls, job: str, git_commit: str = "") -> Run:
         return cls(f"{job}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}", job, git_commit)
 
+    def trial_id(self, number: int) -> str:
+        """The name of this run's trial of that number."""
+        return f"{self.run_id}-{number:03d}"
+
 
 def write(store: Store, record: Record, outcome: Outcome) -> None:
     """The curves first: a record that can be read has them."""
@@ -38,6 +43,22 @@ def write(store: Store, record: Record, outcome: Outcome) -> None:
     curves += measured.rank_curves if measured else ()
     store.write_series(SeriesPoint(record.trial_id, *point) for point in curves)
     store.write_record(record)
+    announce(record)
+
+
+def announce(record: Record) -> None:
+    """Tells that a trial has ended."""
+    Events(__name__, run=record.run_id, trial=record.trial_id).tell(
+        "trial",
+        job=record.job,
+        status=record.status,
+        pattern=record.pattern,
+        density=record.density,
+        quality=record.quality,
+        milliseconds=record.forward_backward_ms_p50,
+        seconds=record.worker_seconds,
+        error=record.error,
+    )
 
 
 def record_of(outcome: Outcome, run: Run, trial_id: str) -> Record:

@@ -22,8 +22,9 @@ from raybsa.cluster.coordinator import Coordinator
 from raybsa.cluster.resources import Say, Share, await_resources
 from raybsa.experiments.algorithms import ALGORITHMS
 from raybsa.experiments.history import Answered, history, values_of
+from raybsa.experiments.keeping import keep
 from raybsa.experiments.questions import Questions
-from raybsa.experiments.recording import Run, record_of, write
+from raybsa.experiments.recording import Run
 from raybsa.experiments.screen import Screen
 from raybsa.experiments.space import SearchSpace
 from raybsa.experiments.strata import QUALITY, STEPS, StratifiedHalving
@@ -262,8 +263,7 @@ class _Recorder(tune.Callback):
         self._keep(trials.index(trial), Outcome(self._space.spec(trial.config), None, error, 1))
 
     def _keep(self, index: int, outcome: Outcome) -> None:
-        record = record_of(outcome, self._run, f"{self._run.run_id}-{index:03d}")
-        write(self._store, record, outcome)
+        record = keep(self._store, outcome, self._run, self._run.trial_id(index))
         self.records.append(record)
         for listener in self._tell:
             listener(record)

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from raybsa.cluster.member import MemberSettings
+from raybsa.cluster.metrics import count_trial
 from raybsa.cluster.training import Recovery, TrainingResult
-from raybsa.experiments.recording import Run, record_of
+from raybsa.experiments.recording import Run, announce, record_of
 from raybsa.results.record import Measurement, Outcome, Record, SeriesPoint
 from raybsa.results.store import Store
 from raybsa.spec import TrialSpec
@@ -49,10 +50,12 @@ def write_training(
         torch_version=torch.__version__,
         python_version=platform.python_version(),
     )
-    trial_id = f"{run.run_id}-{number:03d}"
+    trial_id = run.trial_id(number)
     record = record_of(Outcome(spec, measurement, None, len(result.recoveries)), run, trial_id)
     store.write_series([*_steps(trial_id, result), *_recoveries(trial_id, result.recoveries, struck_at or {})])
     store.write_record(record)
+    announce(record)
+    count_trial(record)
     return record
 
 

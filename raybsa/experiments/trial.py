@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from raybsa.cluster.coordinator import Coordinator
-from raybsa.experiments.recording import Run, record_of, write
+from raybsa.experiments.keeping import keep
+from raybsa.experiments.recording import Run, record_of
 from raybsa.results.record import Record
 from raybsa.results.store import Store
 from raybsa.spec import TrialSpec
@@ -20,7 +21,4 @@ def run_trial(
     """
     trial_id = trial_id or f"{run.run_id}-{spec.digest}"
     outcome = coordinator.run(spec)
-    record = record_of(outcome, run, trial_id)
-    if store is not None:
-        write(store, record, outcome)
-    return record
+    return record_of(outcome, run, trial_id) if store is None else keep(store, outcome, run, trial_id)

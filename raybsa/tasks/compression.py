@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from raybsa.comm import Communicator
+from raybsa.comm import Communicator, all_reduce_nbytes
 from raybsa.gradients.catalog import build
 from raybsa.gradients.exchange import GradientExchange
 from raybsa.spec import TrialSpec
@@ -84,7 +84,7 @@ def train_compressed(spec: TrialSpec, group: Any) -> Compressed:
         descend(model, optimizer)
         seconds += time.perf_counter() - begin
         losses.append(float(loss.detach()))
-    whole = _ring_bytes(sum(p.nbytes for p in model.parameters()), world_size) * spec.train_steps
+    whole = all_reduce_nbytes(sum(p.nbytes for p in model.parameters()), world_size) * spec.train_steps
     bits = bits_per_byte(model, *text.held_out(), context, DeviceLock("cpu"))
     if not math.isfinite(bits):
         raise ValueError(f"the training diverged: {bits} bits a byte, last loss {losses[-1]}")
@@ -132,9 +132,4 @@ class Rival:
         sizes = [p.numel() for p in self.model.parameters()]
         numel = self._steps * sum(sizes) - self._hook.total_numel_before_compression
         numel += self._hook.total_numel_after_compression
-        return _ring_bytes(numel * next(self.model.parameters()).itemsize, self._world_size)
-
-
-def _ring_bytes(nbytes: int, world_size: int) -> int:
-    """What one rank sends of a ring all-reduce of ``nbytes``: as the Communicator counts it."""
-    return 2 * (world_size - 1) * nbytes // world_size
+        return all_reduce_nbytes(numel * next(self.model.parameters()).itemsize, self._world_size)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
+import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
+import ray
 
+from raybsa.events import read
 from raybsa.results.store import Store
 
 
@@ -24,7 +30,7 @@ def test_a_training_leaves_a_record_curves_and_a_checkpoint_from_which_it_goes_o
     out = tmp_path / "out"
     shape = ["--tokens", "128", "--heads", "2", "--head-dim", "8", "--layers", "1", "--batch", "2", "--text", text]
     rest = ["--out", str(out), "--steps", "8", "--tell-every", "4", "--checkpoint-every", "4", "--codec", "int8"]
-    first = run_job("train.py", *shape, *rest, "--address", ray_cluster)
+    first = run_job("train.py", *shape, *rest, "--address", ray_cluster, "--verbose", "--profile", "5")
     assert first.returncode == 0, first.stderr
     assert "step 8/8:" in first.stdout
     (record,) = Store(str(out)).read_records()
@@ -32,10 +38,31 @@ def test_a_training_leaves_a_record_curves_and_a_checkpoint_from_which_it_goes_o
     assert record.quality_name == "bits_per_byte"
     assert record.quality is not None
     assert record.wire_bytes > 0
+    assert_observed(first.stderr, record.trial_id)
+    assert {file.name for file in (out / "profile").iterdir()} == {"rank0-step5.json", "rank1-step5.json"}
     losses = [point for point in Store(str(out)).read_series() if point.name == "train_loss"]
     assert [point.step for point in losses] == list(range(8))
     again = run_job("train.py", *shape, *rest, "--resume", "--world-size", "1", RAY_ADDRESS=ray_cluster)
     assert "resumed from the checkpoint of step 8" in again.stdout, again.stdout + again.stderr
+
+
+def assert_observed(lines: str, trial: str) -> None:
+    """Events say which rank made which step of which trial, and the cluster exports every metric of a training."""
+    steps = [pairs for line in lines.splitlines() if (pairs := read(line)).get("event") == "step"]
+    assert sorted((pairs["rank"], pairs["step"]) for pairs in steps) == sorted(product("01", map(str, range(8))))
+    assert {(pairs["trial"], pairs["generation"]) for pairs in steps} == {(trial, "1")}
+    run, _, _ = trial.rpartition("-")
+    wanted = {"step_seconds_bucket", "sent_bytes_total", "compression_ratio", "trials_total"}
+    deadline = time.monotonic() + 30  # Ray gathers them every ten seconds
+    while wanted - (exported := set(re.findall(rf'ray_raybsa_(\w+){{[^}}]*run="{run}"', exposition()))):
+        assert time.monotonic() < deadline, f"metrics {wanted} were wanted of {run}, there are {exported}"
+        time.sleep(0.5)
+
+
+def exposition() -> str:
+    (node,) = ray.nodes()
+    with urlopen(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", timeout=10) as answer:
+        return answer.read().decode()
 
 
 @pytest.mark.cluster

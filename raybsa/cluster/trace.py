@@ -1,0 +1,49 @@
+"""Trace: what one rank's operators, copies and kernels did in one training step, as a file that Chrome can show."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pyarrow import fs
+from torch.profiler import ProfilerActivity, profile
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Which step is traced, and where its files go: ``rank0-step3.json`` and so on, a rank each, for
+    ``chrome://tracing`` or ui.perfetto.dev.
+
+    Args:
+        folder: a local path or a URI of ``pyarrow.fs``.
+        step: counted from 0; the first of a process also pays for what is made once.
+    """
+
+    folder: str
+    step: int
+
+    @contextmanager
+    def of(self, step: int, rank: int) -> Iterator[None]:
+        """Traces what runs inside, where ``step`` is the one."""
+        if step != self.step:
+            yield
+            return
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+        with profile(activities=activities) as traced:
+            yield
+        self._write(f"rank{rank}-step{step}.json", traced)
+
+    def _write(self, name: str, traced: profile) -> None:
+        local = "://" not in self.folder
+        filesystem, path = fs.FileSystem.from_uri(os.path.abspath(self.folder) if local else self.folder)
+        filesystem.create_dir(path, recursive=True)
+        with tempfile.TemporaryDirectory(prefix="raybsa-trace-") as scratch:
+            made = Path(scratch) / name
+            traced.export_chrome_trace(str(made))
+            with filesystem.open_output_stream(f"{path}/{name}") as stream:
+                stream.write(made.read_bytes())
