@@ -98,7 +98,7 @@ def test_ctrl_c_keeps_what_was_measured_and_reports_it(
             return Outcome(spec, measured, None, 0)
 
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "--out", str(tmp_path), "--lengths", "128", "256", "512"])
-    monkeypatch.setattr(launch, "cluster", lambda address: nullcontext())
+    monkeypatch.setattr(launch, "cluster", lambda address, verbose: nullcontext())
     monkeypatch.setattr(launch, "worker_share", lambda cpus: Share())
     monkeypatch.setattr(coordinator, "Coordinator", Interrupted)
     assert job.main() == 130
