@@ -5,7 +5,7 @@ DEMO_OUT ?= $(CURDIR)/results/demo
 WORKERS ?= 2
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo test test-quick test-gpu lint format benchmark clean
+.PHONY: help demo test test-quick test-gpu lint format docs benchmark clean
 
 help:
 	@echo "make demo        search patterns on real text on a local Ray cluster, then write the report (under 4 minutes)"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-gpu    run the tests that need a CUDA device"
 	@echo "make lint        ruff and mypy"
 	@echo "make format      let ruff rewrite the code"
+	@echo "make docs        the API reference from docstrings, in build/api"
 	@echo "make benchmark   the CPU speed table of the README (a quiet machine, please)"
 	@echo "make clean       remove .venv and caches; results stay"
 
@@ -45,6 +46,9 @@ lint: .venv/.ready
 format: .venv/.ready
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+docs: .venv/.ready
+	@$(BIN)/python -W error docs/api.py build/api
 
 benchmark: .venv/.ready
 	@$(BIN)/python jobs/benchmark.py --suite cpu --out $(CURDIR)/results/benchmark

@@ -96,6 +96,7 @@ class BlockLayout:
 
     @property
     def device(self) -> torch.device:
+        """Where its tensors live."""
         return self.col_indices.device
 
     @property
@@ -105,16 +106,19 @@ class BlockLayout:
 
     @property
     def num_q_blocks(self) -> int:
+        """Rows: query blocks, the ragged last one included."""
         return self.crow_indices.shape[1] - 1
 
     @property
     def num_kv_blocks(self) -> int:
+        """Columns: KV blocks, the ragged last one included."""
         if self.kv_block_ids is not None:
             return len(self.kv_block_ids)
         return num_blocks(self.kv_len, self.kv_block_size)
 
     @property
     def nnz_blocks(self) -> int:
+        """Kept blocks, of all groups together."""
         return self.col_indices.shape[0]
 
     @cached_property

@@ -27,6 +27,7 @@ class PatternSpec:
         object.__setattr__(self, "params", json.loads(canonical_json(dict(self.params))))
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data, as JSON has it; ``from_dict`` goes back."""
         return {"name": self.name, "params": json.loads(canonical_json(self.params))}
 
     @classmethod

@@ -65,6 +65,7 @@ class Codec(ABC):
 
     @final
     def check(self, dtype: torch.dtype) -> None:
+        """Raises ValueError where the codec does not take gradients of ``dtype``."""
         if dtype not in self.dtypes:
             takes = ", ".join(short(x) for x in self.dtypes)
             raise ValueError(f"codec {self.name} takes gradients in {takes}, got {short(dtype)}")

@@ -30,6 +30,7 @@ class State:
     memory: dict[str, Tensor] = field(default_factory=dict)
 
     def copy(self) -> State:
+        """A state of its own; tensors are shared, since they are never written to."""
         return replace(self, memory=dict(self.memory))
 
     def norm(self) -> float:
@@ -46,4 +47,5 @@ class State:
         return {"step": self.step, "residual": self.residual, "memory": dict(self.memory)}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Takes what ``state_dict`` gave."""
         self.step, self.residual, self.memory = saved["step"], saved["residual"], dict(saved["memory"])
