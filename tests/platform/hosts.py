@@ -1,15 +1,19 @@
-"""Two hosts on one machine: network namespaces with a link between them that can be cut. Needs root."""
+"""Two hosts on one machine: network namespaces, a link between them that can be cut, and Ray on them. Needs root."""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+import pytest
+
 FIRST, SECOND = "10.77.41.1", "10.77.41.2"
+DOOR, OUTSIDE = "10.77.42.1", "10.77.42.2"
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,10 @@ class TwoHosts:
         """The command that cuts the link, from anywhere on the machine."""
         return ["ip", "-n", self.second, "link", "set", "eth0", "down"]
 
+    def heal(self) -> list[str]:
+        """The command that brings it back."""
+        return ["ip", "-n", self.second, "link", "set", "eth0", "up"]
+
 
 @contextmanager
 def two_hosts() -> Iterator[TwoHosts]:
@@ -51,6 +59,44 @@ def two_hosts() -> Iterator[TwoHosts]:
     finally:
         for name in (hosts.first, hosts.second):
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+@contextmanager
+def outside(hosts: TwoHosts) -> Iterator[str]:
+    """A third host, which reaches only the first, at ``DOOR``; its name."""
+    name = f"raybsa-o-{os.getpid()}"
+    try:
+        _ip("netns", "add", name)
+        _ip("link", "add", "eth1", "netns", hosts.first, "type", "veth", "peer", "name", "eth0", "netns", name)
+        for host, link, address in ((hosts.first, "eth1", DOOR), (name, "eth0", OUTSIDE)):
+            _ip("-n", host, "addr", "add", f"{address}/24", "dev", link)
+            _ip("-n", host, "link", "set", link, "up")
+        yield name
+    finally:
+        subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+@contextmanager
+def ray_node(hosts: TwoHosts, host: str, *options: str, **variables: str) -> Iterator[None]:
+    """A Ray node on one of the hosts, from when it is up till all of its processes are gone."""
+    words = hosts.command(host, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *options)
+    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "GLOO_SOCKET_IFNAME": "eth0"} | variables
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        assert process.stdout is not None
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if "Ray runtime started" in line:
+                break
+        else:
+            pytest.fail(f"the node on {host} did not start: {''.join(said)}")
+        yield
+    finally:
+        hosts.kill_all(host)  # a node that cannot reach the others takes its time to end
+        process.wait(10)
+        assert process.stdout is not None
+        process.stdout.close()
 
 
 def _ip(*words: str) -> None:

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from raybsa.cluster.member import MemberSettings
 from raybsa.cluster.nodes import kill_raylet
 from raybsa.cluster.resources import Share
 from raybsa.cluster.training import TrainingCoordinator
-from tests.platform.hosts import FIRST, SECOND, TwoHosts, two_hosts
+from tests.platform.hosts import FIRST, SECOND, TwoHosts, ray_node, two_hosts
 from tests.platform.test_training import spec
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
@@ -77,33 +76,6 @@ def test_a_spare_on_another_node_stands_in_for_the_rank_of_a_node_that_is_lost(
         kill_raylet(own)
 
 
-@contextmanager
-def ray_node(hosts: TwoHosts, host: str, *options: str) -> Iterator[None]:
-    """A Ray node on one of the hosts, from when it is up till all of its processes are gone."""
-    words = hosts.command(host, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *options)
-    environment = os.environ | {
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "GLOO_SOCKET_IFNAME": "eth0",
-    }
-    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        assert process.stdout is not None
-        said = []
-        for line in process.stdout:
-            said.append(line)
-            if "Ray runtime started" in line:
-                break
-        else:
-            pytest.fail(f"the node on {host} did not start: {''.join(said)}")
-        yield
-    finally:
-        hosts.kill_all(host)  # a node that cannot reach the others takes its time to end
-        process.wait(10)
-        assert process.stdout is not None
-        process.stdout.close()
-
-
 def test_when_the_link_to_a_host_is_cut_the_others_go_on_within_seconds(text: str, tmp_path: Path) -> None:
     try:
         with two_hosts() as hosts:
@@ -124,7 +96,8 @@ def _train_and_cut(hosts: TwoHosts, text: str) -> dict:
     head = ["--head", "--port", "6399", "--node-ip-address", FIRST, "--include-dashboard", "false", *common, "2"]
     second = ["--address", f"{FIRST}:6399", "--node-ip-address", SECOND, *common, "1"]
     program = str(Path(__file__).parent / "lost_host_program.py")
-    with ray_node(hosts, hosts.first, *head), ray_node(hosts, hosts.second, *second):
+    mode = {"RAY_AUTH_MODE": "disabled"}
+    with ray_node(hosts, hosts.first, *head, **mode), ray_node(hosts, hosts.second, *second, **mode):
         command = hosts.command(hosts.first, sys.executable, program, text, *hosts.cut())
         environment = os.environ | ENVIRONMENT
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
