@@ -16,6 +16,7 @@ from dashboards.theme import base_figure, colour, density_colour
 from raybsa.results.record import SeriesPoint
 
 _HEIGHT, _RIGHT = 340, 64
+_TITLES = {"train_loss": "train loss, nats a token"}
 
 
 class Curve(NamedTuple):
@@ -56,7 +57,7 @@ def curves_info(series: Sequence[SeriesPoint], trials: Sequence[Trial], ranks: M
 def curves_plot(info: CurvesInfo) -> go.Figure:
     """Coloured and numbered: the front. Orange: dense. Grey: dominated."""
     figure = base_figure(_HEIGHT, _RIGHT)
-    title = info.name.replace("_", " ")
+    title = _TITLES.get(info.name, info.name.replace("_", " "))
     for curve in info.curves:
         plain = curve.rank is None and not curve.trial.is_dense
         figure.add_trace(

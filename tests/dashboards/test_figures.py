@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from dashboards.figures.curves import curves_info, curves_plot, later_range
+from dashboards.figures.labels import add_end_labels
 from dashboards.figures.pareto import ParetoInfo, pareto_info, pareto_plot, thinned
 from dashboards.figures.pictures import ABOVE, MAX_CELLS, MAX_TOKENS, drawing_info, picture_plot
 from dashboards.figures.scaling import FORWARD, FORWARD_BACKWARD, MEMORY, scaling_info, scaling_plot, split_by_pattern
 from dashboards.frames import Trial, trial_of
-from dashboards.theme import colour, density_colour
+from dashboards.theme import base_figure, colour, density_colour
 from raybsa import patterns
 from raybsa.results.record import Record, SeriesPoint
 from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
@@ -261,3 +262,10 @@ def test_a_crowd_of_dominated_points_is_thinned_and_no_other() -> None:
     many = [p._replace(rank=None) for p in pareto_info(few).points] * 100
     assert 2 <= len(thinned(many)) <= 20
     assert {p.trial.id for p in thinned(many)} <= {p.trial.id for p in many}
+
+
+def test_a_name_that_the_margin_cannot_hold_loses_its_parameters_first() -> None:
+    figure = base_figure(300, right=120)
+    names = ["dense", "bigbird(num_globals=1, window=128) · 20 %", "a name that is long without any"]
+    add_end_labels(figure, [(float(place), name, "#000000") for place, name in enumerate(names)], [0.0, 3.0])
+    assert [label.text for label in figure.layout.annotations] == ["dense", "bigbird · 20 %", "a name that is …"]
