@@ -61,8 +61,8 @@ def _count(results: Results) -> str:
     return ", ".join(told)
 
 
-def density_legend() -> Markup:
-    """What the colours of densities and baselines mean."""
+def density_legend(*, ideal: bool = True) -> Markup:
+    """What the colours of densities and baselines mean; ``ideal``: that of the ideal line too."""
 
     def swatch(text: str, kind: str, style: str | None = None) -> Markup:
         return element("span", element("i", class_=f"swatch {kind}", style=style), text)
@@ -76,6 +76,6 @@ def density_legend() -> Markup:
         *densities,
         swatch("dense baseline (torch SDPA)", "dense"),
         swatch("dominated", "dominated"),
-        swatch("ideal: dense × density", "ideal"),
+        swatch("ideal: dense × density", "ideal") if ideal else None,
         class_="legend",
     )

@@ -21,9 +21,10 @@ def show(view: View) -> Shown:
     if len(runs) < 2:
         command = search_command(view.folder)
         return Shown(section("compare", "Two runs", waiting(f"Two runs are compared, {len(runs)} is here", command)))
-    names = list(runs)
-    b = _asked(view, "b", runs, names[-1])
-    a = _asked(view, "a", runs, _before(runs, b))
+    newest = list(reversed(runs))
+    b = _asked(view, "b", runs, next((name for name in newest if _alike(runs, name)), newest[0]))
+    others = [name for name in newest if name != b]
+    a = _asked(view, "a", runs, (_alike(runs, b) or others)[0])
     offered = [Option(name, _label(name, trials)) for name, trials in runs.items()]
     content = two_runs_section(view.page, *(Results(tuple(runs[name]), view.results.series) for name in (a, b)))
     return Shown(content, None, (Control("a", "A", offered, a), Control("b", "B", offered, b)))
@@ -34,11 +35,12 @@ def _asked(view: View, name: str, runs: dict[str, list[Trial]], otherwise: str) 
     return asked if asked in runs else otherwise
 
 
-def _before(runs: dict[str, list[Trial]], name: str) -> str:
-    """The last other run of the same job, else of any."""
-    others = [other for other in runs if other != name]
-    alike = [other for other in others if runs[other][0].record.job == runs[name][0].record.job]
-    return (alike or others)[-1]
+def _alike(runs: dict[str, list[Trial]], name: str) -> list[str]:
+    """The other runs of the same job and task, newest first."""
+    first = runs[name][0].record
+    kind = (first.job, first.task)
+    others = ((other, trials[0].record) for other, trials in reversed(runs.items()) if other != name)
+    return [other for other, record in others if (record.job, record.task) == kind]
 
 
 def _label(name: str, trials: list[Trial]) -> str:

@@ -31,7 +31,7 @@ def show(view: View) -> Shown:
         if info.front
         else (nothing_timed(view.folder),)
     )
-    top = section("quality", asked(groups[name][0]), density_legend(), *figure)
+    top = section("quality", asked(groups[name][0]), density_legend(ideal=False), *figure)
     rest = (curves_part(view.page, view.results, info), front_table(view.page, info)) if info.front else ()
     return Shown(top, join(*rest, failures_section(view.results)), control)
 
