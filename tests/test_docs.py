@@ -20,7 +20,7 @@ from tests.dashboards.made import DENSE, curve, lm_record
 
 ROOT = Path(__file__).parent.parent
 API = runpy.run_path(str(ROOT / "docs" / "api.py"))
-TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
 
 
 def undocumented(name: str, thing: Any) -> list[str]:
