@@ -74,11 +74,14 @@ def mean_probabilities(u: Tensor, w: Tensor, shape: Shape, temperature: float) -
 
 
 def score_tiles(u: Tensor, w: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Places of rows and their scores (B, Hkv, R, columns), a tile at a time."""
+    """Places of rows and their scores (B, Hkv, R, columns), a tile at a time, in the type of ``u`` whatever autocast
+    says: rounded scores would tie."""
     step = max(1, TILE_SCORES.get(u.device.type, 2**24) // (u.shape[0] * u.shape[1] * w.shape[2]))
     for begin in range(0, u.shape[2], step):
         place = slice(begin, min(begin + step, u.shape[2]))
-        yield place, u[:, :, place] @ w.transpose(-1, -2)
+        with torch.autocast(u.device.type, enabled=False):
+            scores = u[:, :, place] @ w.transpose(-1, -2)
+        yield place, scores
 
 
 def _free(rules: Rules, rows: Tensor, columns: int) -> Tensor:
