@@ -17,8 +17,7 @@ import torch
 
 from raybsa import patterns
 from raybsa.experiments.compare import answer, questions, summary
-from raybsa.experiments.launch import exit_on_sigterm
-from raybsa.experiments.place import absolute, git_commit
+from raybsa.experiments.place import absolute, exit_on_sigterm, git_commit
 from raybsa.experiments.recording import Run
 from raybsa.results.store import Store
 from raybsa.spec import ADAPTIVE, DENSE, AttentionSpec, PatternSpec, TrialSpec

@@ -18,8 +18,7 @@ import time
 from pathlib import Path
 
 from raybsa.cluster.head import local_head
-from raybsa.experiments.launch import exit_on_sigterm
-from raybsa.experiments.place import git_commit
+from raybsa.experiments.place import exit_on_sigterm, git_commit
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -10,9 +10,8 @@ from statistics import fmean
 
 import torch
 
-from raybsa.cluster.coordinator import Outcome
 from raybsa.experiments.recording import Run, record_of, write
-from raybsa.results.record import Measurement, Record
+from raybsa.results.record import Measurement, Outcome, Record
 from raybsa.results.store import Store
 from raybsa.spec import ADAPTIVE, DENSE, AttentionSpec, PatternSpec, TrialSpec
 from raybsa.tasks.attention import layer_density

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -16,6 +14,7 @@ from ray._private import worker as ray_worker
 
 from raybsa.cluster.resources import Share, alive_nodes, fitting
 from raybsa.events import show
+from raybsa.experiments.place import exit_on_sigterm
 
 _ANSWER_SECONDS = 10.0
 
@@ -67,11 +66,6 @@ def without_rays_messages() -> Iterator[None]:
         yield
     finally:
         ray_worker._worker_logs_enabled = before
-
-
-def exit_on_sigterm() -> None:
-    """SIGTERM leaves every ``with`` block in order, where by default it ends the process at once."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def worker_share(cpus: int | None) -> Share:

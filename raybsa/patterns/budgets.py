@@ -33,7 +33,7 @@ def global_budget(grid: Grid, density: float, most_globals: int) -> Tensor:
         lower, upper = _with_globals(grid, kept), _with_globals(grid, kept + 1)
     else:
         lower, upper = _with_globals(grid, kept), allowed
-    return _level(lower, upper, total).repeat(len(grid.heads))
+    return level(lower, upper, total).repeat(len(grid.heads))
 
 
 def global_rows(grid: Grid, num_globals: int) -> Tensor:
@@ -49,10 +49,11 @@ def _with_globals(grid: Grid, num_globals: int) -> Tensor:
     return torch.where(global_rows(grid, num_globals)[rows], allowed, grid.width[rows] + before + after)
 
 
-def _level(lower: Tensor, upper: Tensor, total: int) -> Tensor:
-    """Counts between ``lower`` and ``upper`` that sum to ``total``: equal steps, the odd ones to the first rows."""
+def level(lower: Tensor, upper: Tensor, total: int) -> Tensor:
+    """Counts between ``lower`` and ``upper`` (n,) int64 that sum to ``total``, or as near as these let them: equal
+    steps, the odd ones to the first rows."""
     most = int((upper - lower).max())
-    height = _last_that_fits(lambda level: torch.minimum(upper, lower + level), most, total)
+    height = max(0, _last_that_fits(lambda step: torch.minimum(upper, lower + step), most, total))
     counts = torch.minimum(upper, lower + height)
     room = counts < upper
     return counts + (room & (room.cumsum(0) <= total - counts.sum()))

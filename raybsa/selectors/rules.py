@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from raybsa.layout import check_geometry
+from raybsa.patterns.budgets import level
 from raybsa.patterns.parameters import integer
 from raybsa.patterns.pattern import check_density
 
@@ -31,6 +32,8 @@ class Rules:
         sinks: blocks at the start.
         window: blocks up to this distance, the own one included; 1 is the diagonal alone.
         max_blocks: the most that a row keeps, whatever the density; bounds work and memory to O(N).
+        even: all rows keep the same number, as far as they have candidates, with the density exact in total; else each
+            keeps its share of what it may see, so that a causal sequence's first rows keep least.
 
     Raises:
         ValueError: a number out of range.
@@ -42,6 +45,7 @@ class Rules:
     sinks: int = 0
     window: int = 2
     max_blocks: int | None = None
+    even: bool = False
 
     def __post_init__(self) -> None:
         check_geometry(1, 1, self.block_size, self.block_size)
@@ -84,16 +88,24 @@ class Rules:
         """(R,) int64: blocks that causality lets each row see."""
         return self.diagonal(rows, columns) + 1 if self.causal else torch.full_like(rows, columns)
 
-    def budget(self, rows: Tensor, columns: int, density: float) -> Tensor:
-        """(R,) int64: ``max(1, round(density * allowed))``, but no more than there are candidates or ``max_blocks``."""
+    def budget(self, rows: Tensor, num_rows: int, columns: int, density: float) -> Tensor:
+        """(R,) int64 of ``rows`` among ``num_rows``: ``max(1, round(density * allowed))``, or with ``even`` the same in
+        all rows, of which the first have one more; but no more than there are candidates or ``max_blocks``."""
         check_density(density)
-        wanted = (density * self.allowed(rows, columns).double()).round().long().clamp(min=1)
-        if self.max_blocks is not None:
-            wanted = wanted.clamp(max=self.max_blocks)
+        if not self.even:
+            wanted = (density * self.allowed(rows, columns).double()).round().long().clamp(min=1)
+            return torch.minimum(wanted, self._most(rows, columns))
+        every = torch.arange(num_rows, device=rows.device)
+        total = round(density * int(self.allowed(every, columns).sum()))
+        return level(torch.ones_like(every), self._most(every, columns), total)[rows]
+
+    def _most(self, rows: Tensor, columns: int) -> Tensor:
+        """(R,) int64: the most that each row can keep."""
         if self.segments is None:
-            return wanted
-        step = max(1, 2**22 // columns)
-        return torch.minimum(wanted, torch.cat([self.candidates(r, columns).sum(1) for r in rows.split(step)]))
+            found = self.allowed(rows, columns)
+        else:
+            found = torch.cat([self.candidates(r, columns).sum(1) for r in rows.split(max(1, 2**22 // columns))])
+        return found if self.max_blocks is None else found.clamp(max=self.max_blocks)
 
     def _in_segments(self, i: Tensor, j: Tensor) -> Tensor:
         """(R, columns): the natural blocks of the pattern ``dilated``."""

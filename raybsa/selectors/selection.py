@@ -33,17 +33,14 @@ def best_columns(u: Tensor, w: Tensor, shape: Shape) -> Tensor:
 @torch.no_grad()
 def kept_columns(u: Tensor, w: Tensor, shape: Shape) -> Tensor:
     """(B * Hkv, m) int32: of each row the columns that it keeps, ascending, row after row; as ``best_columns`` has
-    them. On a GPU one kernel, or one a tile."""
+    them. On a GPU a product and one kernel a tile."""
     if not (runs_kernels(u) and shape.rules.segments is None):
         return shape.columns_of(best_columns(u, w, shape))
-    from raybsa.selectors.triton_select import MAX_COLUMNS, MAX_COLUMNS_AT_ONCE, choose, choose_by
+    from raybsa.selectors.triton_select import MAX_COLUMNS, choose
 
     if shape.columns > MAX_COLUMNS:
         return shape.columns_of(best_columns(u, w, shape))
     out = torch.empty(u.shape[0] * u.shape[1], len(shape.row), dtype=torch.int32, device=u.device)
-    if shape.columns <= MAX_COLUMNS_AT_ONCE:
-        choose_by(u.float().contiguous(), w.float().contiguous(), shape, out)
-        return out
     for place, scores in score_tiles(u.float(), w.float()):
         choose(scores.flatten(0, 1), shape, place.start, out)
     return out
@@ -77,11 +74,14 @@ def mean_probabilities(u: Tensor, w: Tensor, shape: Shape, temperature: float) -
 
 
 def score_tiles(u: Tensor, w: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Places of rows and their scores (B, Hkv, R, columns), a tile at a time."""
+    """Places of rows and their scores (B, Hkv, R, columns), a tile at a time, in the type of ``u`` whatever autocast
+    says: rounded scores would tie."""
     step = max(1, TILE_SCORES.get(u.device.type, 2**24) // (u.shape[0] * u.shape[1] * w.shape[2]))
     for begin in range(0, u.shape[2], step):
         place = slice(begin, min(begin + step, u.shape[2]))
-        yield place, u[:, :, place] @ w.transpose(-1, -2)
+        with torch.autocast(u.device.type, enabled=False):
+            scores = u[:, :, place] @ w.transpose(-1, -2)
+        yield place, scores
 
 
 def _free(rules: Rules, rows: Tensor, columns: int) -> Tensor:

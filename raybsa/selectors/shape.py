@@ -59,8 +59,9 @@ class Shape:
     ) -> Shape:
         """The shape at a density; ``rows`` are global numbers of query blocks, None: all of them."""
         size = rules.block_size
-        here = torch.arange(-(-q_len // size)) if rows is None else rows.cpu()
-        counts = rules.budget(here, -(-kv_len // size), density)
+        num_rows = -(-q_len // size)
+        here = torch.arange(num_rows) if rows is None else rows.cpu()
+        counts = rules.budget(here, num_rows, -(-kv_len // size), density)
         begin = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         row = torch.repeat_interleave(torch.arange(len(here)), counts)
         widest = int(counts.max()) if len(counts) else 0

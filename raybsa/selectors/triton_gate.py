@@ -15,6 +15,8 @@ from raybsa.kernels.triton_launch import launcher
 from raybsa.selectors.gate import Gate
 from raybsa.selectors.triton_pool import chunk_of, first_token, statistics
 
+PRODUCTS_A_WARP = 2048  # that a program holds: fewer warps, since sums need no barrier within one
+
 
 def gated(q: Tensor, k: Tensor, gate: Gate, waves: Tensor, block_size: int, causal: bool) -> tuple[Tensor, Tensor]:
     """u (B, Hkv, num_q_blocks, d) and w (B, Hkv, num_kv_blocks, d), float32; block scores are ``u @ w.T``.
@@ -42,17 +44,17 @@ def _launch(
     sizes = (block_size, chunk, head_dim, padded, gate_dim, triton.next_power_of_2(gate_dim))
     constants = (*sizes, count, triton.next_power_of_2(count), heads // groups, causal, slopes is not None)
     tensors = (x, weight, waves, slopes, out)
-    launch = launcher(gate_kernel, tensors, x.stride(), constants, warps=2)
+    warps = max(1, padded * triton.next_power_of_2(gate_dim) // PRODUCTS_A_WARP)
+    launch = launcher(gate_kernel, tensors, x.stride(), constants, warps)
     launch((blocks, batch * groups), tensors, (groups, tokens, blocks))
     return out
 
 
 @triton.jit
-def _product(vector, weight, D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr):
-    """(GP,) of (DP,) and the (D, G) matrix at ``weight``."""
+def _products(vector, weight, D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr):
+    """(DP, GP), to be summed over the first: a vector (DP,) and the (D, G) matrix at ``weight``."""
     dim, to = tl.arange(0, DP)[:, None], tl.arange(0, GP)[None, :]
-    matrix = tl.load(weight + dim * G + to, mask=(dim < D) & (to < G), other=0.0)
-    return tl.sum(vector[:, None] * matrix, 0)
+    return vector[:, None] * tl.load(weight + dim * G + to, mask=(dim < D) & (to < G), other=0.0)
 
 
 @triton.jit(do_not_specialize=["groups", "tokens", "blocks"])
@@ -86,23 +88,20 @@ def gate_kernel(
     group = flat % groups
     STATS: tl.constexpr = 4 if KEYS else 3
     to = tl.arange(0, GP)
-    found = tl.zeros([GP], tl.float32)
+    products = tl.zeros([DP, GP], tl.float32)
     for copy in tl.static_range(COPIES):
         base = x + (flat // groups).to(tl.int64) * x_b + (group * COPIES + copy).to(tl.int64) * x_h
         matrix = weight + (group * COPIES + copy) * STATS * D * G
+        mean, top = statistics(base, block if KEYS else block - CAUSAL, tokens, x_t, x_d, BLOCK, CHUNK, D, DP)
+        products += _products(mean, matrix, D, DP, G, GP) + _products(top, matrix + D * G, D, DP, G, GP)
+        matrix += 2 * D * G
         if KEYS:
-            mean, top = statistics(base, block, tokens, x_t, x_d, BLOCK, CHUNK, D, DP)
-            found += _product(mean, matrix, D, DP, G, GP) + _product(top, matrix + D * G, D, DP, G, GP)
             mean, top = statistics(base, block - 1, tokens, x_t, x_d, BLOCK, CHUNK, D, DP)
-            found += _product(mean, matrix + 2 * D * G, D, DP, G, GP)
-            found += _product(top, matrix + 3 * D * G, D, DP, G, GP)
+            products += _products(mean, matrix, D, DP, G, GP) + _products(top, matrix + D * G, D, DP, G, GP)
         else:
-            mean, top = statistics(base, block - CAUSAL, tokens, x_t, x_d, BLOCK, CHUNK, D, DP)
-            found += _product(mean, matrix, D, DP, G, GP) + _product(top, matrix + D * G, D, DP, G, GP)
-            first = first_token(base, block, x_t, x_d, BLOCK, D, DP)
-            found += _product(first, matrix + 2 * D * G, D, DP, G, GP)
+            products += _products(first_token(base, block, x_t, x_d, BLOCK, D, DP), matrix, D, DP, G, GP)
     target = out + (flat.to(tl.int64) * blocks + block) * (G + 2 * WAVES)
-    tl.store(target + to, found, mask=to < G)
+    tl.store(target + to, tl.sum(products, 0), mask=to < G)
     wave = tl.arange(0, WP)
     some = wave < WAVES
     cos = tl.load(waves + block * 2 * WAVES + wave, mask=some)

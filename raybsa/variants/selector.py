@@ -70,7 +70,7 @@ class BlockSelector(nn.Module):
         causal: keep no block above the diagonal.
         method: as above.
         gate_dim: numbers that the gate compares, at most ``head_dim``.
-        sinks, window, max_blocks: as in ``Rules``.
+        sinks, window, max_blocks, even: as in ``Rules``.
         top_p: keep no more of a row's free blocks than hold this share of the gate's probability, in (0, 1]; rows then
             keep at most their number. Reads sizes back from a GPU. None: no cap.
         warmup, anneal: training steps at density 1, and from there to ``density``.
@@ -102,6 +102,7 @@ class BlockSelector(nn.Module):
         sinks: int = 0,
         window: int = 2,
         max_blocks: int | None = None,
+        even: bool = False,
         top_p: float | None = None,
         warmup: int = 0,
         anneal: int = 0,
@@ -122,7 +123,8 @@ class BlockSelector(nn.Module):
         integer("sample_rows", sample_rows)
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, kv_heads, head_dim
         self.method, self.top_p, self.sample_rows, self.seed = method, top_p, sample_rows, seed
-        self.rules = Rules(block_size, bool(causal), _pairs(segment_lengths, dilation_rates), sinks, window, max_blocks)
+        segments = _pairs(segment_lengths, dilation_rates)
+        self.rules = Rules(block_size, bool(causal), segments, sinks, window, max_blocks, even)
         self.density = Schedule(1.0 if warmup or anneal else check_density(density), density, warmup, anneal)
         self.temperature = Schedule(temperature[0], temperature[1], warmup, anneal)
         learns = method != "mean-pool"

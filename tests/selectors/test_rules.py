@@ -32,15 +32,36 @@ def test_a_rows_budget_is_that_of_fixed_patterns(q_len, kv_len, causal, density)
     grid = Grid(q_len, kv_len, 16, 16, causal, 1, (0,), torch.device("cpu"))
     rules = Rules(16, causal)
     rows = torch.arange(blocks(q_len))
-    assert torch.equal(rules.budget(rows, blocks(kv_len), density), row_budget(grid, density))
+    assert torch.equal(rules.budget(rows, len(rows), blocks(kv_len), density), row_budget(grid, density))
     assert torch.equal(rules.allowed(rows, blocks(kv_len)), grid.allowed)
 
 
 def test_a_budget_never_passes_the_candidates_or_max_blocks():
     rows = torch.arange(16)
-    within = Rules(16, False, ((64, 1),)).budget(rows, 16, 1.0)
+    within = Rules(16, False, ((64, 1),)).budget(rows, 16, 16, 1.0)
     assert within.tolist() == [4] * 16
-    assert Rules(16, False, max_blocks=3).budget(rows, 16, 0.5).tolist() == [3] * 16
+    assert Rules(16, False, max_blocks=3).budget(rows, 16, 16, 0.5).tolist() == [3] * 16
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("segments", [None, ((64, 1),)])
+@pytest.mark.parametrize("max_blocks", [None, 3])
+@pytest.mark.parametrize("density", [0.01, 0.13, 0.5, 1.0])
+def test_an_even_budget_is_exact_in_total_and_the_same_in_all_rows_that_have_the_candidates(
+    causal, segments, max_blocks, density
+):
+    rules = Rules(16, causal, segments, max_blocks=max_blocks, even=True)
+    rows = torch.arange(20)
+    counts = rules.budget(rows, 20, 20, density)
+    most = rules.candidates(rows, 20).sum(1).clamp(max=max_blocks or 20)
+    wanted = round(density * (210 if causal else 400))
+    assert counts.sum() == min(max(wanted, 20), int(most.sum()))
+    assert (counts <= most).all()
+    assert (counts >= 1).all()
+    free = counts[counts < most]
+    assert len(free) == 0 or counts.max() <= free.min() + 1
+    some = torch.tensor([3, 17])
+    assert torch.equal(rules.budget(some, 20, 20, density), counts[some])
 
 
 @pytest.mark.parametrize("causal", [False, True])

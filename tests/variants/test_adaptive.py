@@ -278,6 +278,8 @@ def test_under_autocast_scores_stay_in_float32(dtype):
     with torch.autocast("cpu", dtype):
         out = model(q, k, v)
         loss = model.selector_loss()
+        chosen, _ = model.source.select(q, k)
+    assert torch.equal(chosen.col_indices, model.source.select(q, k)[0].col_indices)
     assert out.dtype == dtype
     assert loss.dtype == torch.float32
     loss.backward()

@@ -26,6 +26,7 @@ def make(method: str, tokens: int, dtype: torch.dtype) -> tuple[BlockSparseAdapt
     return model, [torch.randn(shape).to(dtype) for shape in shapes]
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")  # torch's, once a process
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("tokens", [2048, 2000])
 def test_a_forward_makes_the_host_wait_for_nothing(method, tokens, no_sync):
