@@ -23,14 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--own-patterns", action="store_true", help="import and draw patterns named as module:Class")
     options = parser.parse_args(arguments)
     try:
-        from dashboards.app.frame import make_app, warm_up
+        from dashboards.app.frame import make_app
     except ModuleNotFoundError as error:
         print(f"error: the app needs Dash: pip install 'raybsa[dashboard]' ({error})", file=sys.stderr)
         return 1
     try:
-        folder = Folder(options.results)
-        app = make_app(folder, own_patterns=options.own_patterns)
-        warm_up(folder)
+        app = make_app(Folder(options.results), own_patterns=options.own_patterns, warm=True)
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         print(f"http://{options.host}:{options.port} shows {options.results}; Ctrl-C ends it", flush=True)
         app.run(host=options.host, port=options.port)

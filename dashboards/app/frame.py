@@ -7,6 +7,7 @@ the page follows from the three: nothing else is remembered.
 from __future__ import annotations
 
 import threading
+from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -35,6 +36,7 @@ PAGES: dict[str, ModuleType] = {
     "compare": compare,
 }
 LOOK_MS = 2000  # between two looks at the folder
+_KEPT = 8  # drawings
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data:"
 )
@@ -45,24 +47,61 @@ _DARK = """function(_, before) {
 }"""
 
 
-def make_app(folder: Folder, *, own_patterns: bool = False) -> Dash:
-    """The app over one folder. ``own_patterns`` imports code that rows name; see ``dashboards.report``."""
+def make_app(folder: Folder, *, own_patterns: bool = False, warm: bool = False) -> Dash:
+    """The app over one folder.
+
+    Args:
+        own_patterns: imports code that rows name; see ``dashboards.report``.
+        warm: draws the first view at once.
+    """
     app = Dash(
         "dashboards", title="raybsa", update_title="", suppress_callback_exceptions=True, assets_folder="no assets"
     )
     app.index_string = app.index_string.replace("{%css%}", f"<style>{_style()}</style>{{%css%}}")
     app.layout = _layout(folder)
     app.server.after_request(_guarded)
-    _connect(app, folder, own_patterns)
+    drawings = Drawings(folder, own_patterns)
+    if warm:
+        drawings.warm_up()
+    _connect(app, folder, drawings)
     return app
 
 
-def warm_up(folder: Folder) -> None:
-    """Reads and draws once, so that what is loaded and parsed on the way is there when the first reader comes."""
-    folder.refresh()
-    view = View(Page(), folder.results, folder.root, Address("search"))
-    _made(search.show(view).top, view, False)
-    search.chosen(view)
+class Drawings:
+    """What was drawn lately of a folder: the first view, which is there when a reader comes, and pages gone back to."""
+
+    def __init__(self, folder: Folder, own_patterns: bool) -> None:
+        self._folder, self._own_patterns = folder, own_patterns
+        self._drawing = threading.Lock()  # Plotly looks for half-imported modules when two threads draw their first
+        self.page, self.chosen = lru_cache(_KEPT)(self._page), lru_cache(_KEPT)(self._chosen)
+
+    def warm_up(self) -> None:
+        """Reads the folder and draws its first view, for light and for dark."""
+        version = self._folder.refresh()
+        for dark in (False, True):
+            self.page("search", "", version, dark)
+            self.chosen("search", "", version, dark)
+
+    def _page(self, name: str, query: str, version: int, dark: bool) -> tuple[list, list, list, list]:
+        """The navigation, controls, top and rest of a page, of the folder's rows as of ``version``."""
+        address = _address(f"/{name}", query)
+        results = self._folder.results
+        with self._drawing:
+            view = self._view(address)
+            shown = PAGES[address.page].show(view)
+            parts = [_made(part, view, dark) for part in (shown.top, shown.rest)]
+        return _nav(address), _controls(address, options(results), shown), parts[0], parts[1]
+
+    def _chosen(self, name: str, query: str, version: int, dark: bool) -> tuple[list, list]:
+        """The card and the figures of the trial that the address names, where its page shows one."""
+        address = _address(f"/{name}", query)
+        with self._drawing:
+            view = self._view(address)
+            parts = search.chosen(view) if address.page == "search" else None
+            return (_made(parts[0], view, dark), _made(parts[1], view, dark)) if parts else ([], [])
+
+    def _view(self, address: Address) -> View:
+        return View(Page(self._own_patterns), filtered(self._folder.results, address), self._folder.root, address)
 
 
 def _style() -> str:
@@ -93,8 +132,7 @@ def _layout(folder: Folder) -> Component:
     )
 
 
-def _connect(app: Dash, folder: Folder, own_patterns: bool) -> None:
-    drawing = threading.Lock()  # Plotly looks for half-imported modules when two threads draw their first figure
+def _connect(app: Dash, folder: Folder, drawings: Drawings) -> None:
     app.clientside_callback(_DARK, Output("dark", "data"), Input("look", "n_intervals"), State("dark", "data"))
     where = (Input("address", "pathname"), Input("address", "search"), Input("version", "data"), Input("dark", "data"))
 
@@ -116,22 +154,14 @@ def _connect(app: Dash, folder: Folder, own_patterns: bool) -> None:
         now = [address.page, address.without("trial").search, version, dark]
         if now == drawn or version is None or dark is None:
             return no_update
-        results = folder.results
-        view = View(Page(own_patterns), filtered(results, address), folder.root, address)
-        with drawing:
-            shown = PAGES[address.page].show(view)
-            parts = [_made(part, view, dark) for part in (shown.top, shown.rest)]
-        return _nav(address), _controls(address, options(results), shown), *parts, now
+        return *drawings.page(address.page, address.search, version, dark), now
 
     @app.callback(Output("chosen", "children"), Output("detail", "children"), *where)
     def choose(pathname: str, query: str, version: int | None, dark: bool | None) -> Any:
         address = _address(pathname, query)
         if version is None or dark is None:
             return no_update
-        view = View(Page(own_patterns), filtered(folder.results, address), folder.root, address)
-        with drawing:
-            parts = search.chosen(view) if address.page == "search" else None
-            return [_made(part, view, dark) for part in parts] if parts else ([], [])
+        return drawings.chosen(address.page, address.search, version, dark)
 
     @app.callback(
         Output("address", "search"),
