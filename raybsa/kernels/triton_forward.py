@@ -127,7 +127,7 @@ def _hopper_form(call: AttentionCall) -> Form | None:
     fits = call.q.dtype in (torch.float16, torch.bfloat16) and call.scale > 0
     if not (plain and fits and is_hopper(call.q.device)):
         return None
-    form = Form.of(layout.q_block_size, layout.kv_block_size, head_dim)
+    form = Form.of(layout.q_block_size, layout.kv_block_size, head_dim, layout.kv_tokens)
     return form if form and boxes_for(call, form, call.q) else None
 
 

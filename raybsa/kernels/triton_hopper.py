@@ -3,8 +3,9 @@
 A processor runs one program, which takes every n-th work (an item of the plan, 128 of its queries). Its warps form
 three groups. One issues the loads: queries, then tiles of K and V, and on to the next work while this one is computed.
 Two take 64 queries each, and start the product of the next scores before the softmax of these, so that tensor cores and
-exponentials overlap. For plain calls (no mask, segments, bias or dropout) of 16 bits, head_dim 64 or 128 and blocks of
-128 tokens or more; the result equals ``triton_forward``'s up to rounding.
+exponentials overlap. Blocks of 64 have one such group, and a processor two programs. For plain calls (no mask,
+segments, bias or dropout) of 16 bits and the sizes that ``Form`` knows; the result equals ``triton_forward``'s up to
+rounding.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from raybsa.kernels.triton_tiles import Tile
 
 GROUP_ROWS = gl.constexpr(64)  # queries of one group of warps
 KEPT = gl.constexpr(2)  # works whose queries shared memory holds
-ROOM = 224 << 10  # bytes of shared memory that the programs of a processor share
+CACHED = 25 << 20  # bytes of K and V of a head, half of L2
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Form:
     Args:
         groups: of warps that compute, 64 queries each; with one of them a processor runs two programs.
         cols: keys of a tile.
-        stages: tiles of K and of V that shared memory holds.
+        stages: tiles of K and of V that shared memory holds, beside two works' queries.
     """
 
     groups: int
@@ -57,13 +58,14 @@ class Form:
         return 2 // self.groups
 
     @staticmethod
-    def of(q_block: int, kv_block: int, head_dim: int) -> Form | None:
-        """For these block sizes and 16 bits; None where there is none."""
-        if q_block % GROUP_ROWS.value or kv_block % 64 or head_dim not in (64, 128):
-            return None
-        groups, cols = (2 if q_block % 128 == 0 else 1), (128 if kv_block % 128 == 0 and q_block % 128 == 0 else 64)
-        room = ROOM // (2 // groups) - KEPT.value * groups * GROUP_ROWS.value * head_dim * 2
-        return Form(groups, cols, min(4, room // (2 * cols * head_dim * 2)))
+    def of(q_block: int, kv_block: int, head_dim: int, kv_tokens: int) -> Form | None:
+        """For these sizes and 16 bits; None where there is none, or where the tiled kernel was measured to be faster:
+        one group of warps with head_dim 64, or with more keys than L2 holds."""
+        if q_block % 128 == 0 and kv_block % 128 == 0 and head_dim in (64, 128):
+            return Form(2, 128, 4 if head_dim == 64 else 2)
+        if q_block == kv_block == 64 and head_dim == 128 and 4 * kv_tokens * head_dim <= CACHED:
+            return Form(1, 64, 2)
+        return None
 
 
 class HopperWalk:
