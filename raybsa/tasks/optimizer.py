@@ -13,7 +13,7 @@ import torch
 
 
 class AdamW(torch.optim.AdamW):
-    """The same steps to the bit. Its methods are torch's without what they are wrapped in: not for ``torch.compile``."""
+    """The same steps to the bit; its methods are torch's without their wrappers: not for ``torch.compile``."""
 
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
