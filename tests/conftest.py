@@ -34,7 +34,8 @@ def ray_cluster() -> Iterator[str]:
     import ray
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 6, "num_gpus": 0, "include_dashboard": False})
+    head = {"num_cpus": 6, "num_gpus": 0, "include_dashboard": False, "no_monitor": True}  # no one scales it
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     _connect(cluster.address)
     yield cluster.address
     ray.shutdown()

@@ -37,11 +37,15 @@ def text(tmp_path: Path) -> str:
 
 @pytest.fixture
 def nodes(no_ray: None) -> Iterator[None]:
-    """The driver's node, which offers nothing, and three nodes of one CPU."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": MEMORY})
+    """The driver's node, which offers nothing, and three nodes of one CPU. A node that is lost is missed soon."""
+    soon = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
+    lean = {"object_store_memory": MEMORY, "include_log_monitor": False}
+    head = {"num_cpus": 0, "include_dashboard": False, "no_monitor": True, "_system_config": soon} | lean
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         for _ in range(3):
-            cluster.add_node(num_cpus=1, object_store_memory=MEMORY)
+            cluster.add_node(num_cpus=1, wait=False, **lean)
+        cluster.wait_for_nodes()
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         yield
     finally:
@@ -120,8 +124,10 @@ def test_when_the_link_to_a_host_is_cut_the_others_go_on_within_seconds(text: st
 
 
 def _train_and_cut(hosts: TwoHosts, text: str) -> dict:
-    common = ["--object-store-memory", str(MEMORY), "--disable-usage-stats", "--num-cpus"]
-    head = ["--head", "--port", "6399", "--node-ip-address", FIRST, "--include-dashboard", "false", *common, "2"]
+    common = ["--object-store-memory", str(MEMORY), "--disable-usage-stats", "--include-log-monitor", "false"]
+    common += ["--num-cpus"]
+    head = ["--head", "--port", "6399", "--node-ip-address", FIRST, "--include-dashboard", "false", "--no-monitor"]
+    head += [*common, "2"]
     second = ["--address", f"{FIRST}:6399", "--node-ip-address", SECOND, *common, "1"]
     program = str(Path(__file__).parent / "lost_host_program.py")
     with ray_node(hosts, hosts.first, *head), ray_node(hosts, hosts.second, *second):
