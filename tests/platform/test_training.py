@@ -67,23 +67,27 @@ class Undisturbed(NamedTuple):
     weights: list[Tensor]
 
 
-@pytest.fixture(scope="module")
-def undisturbed(text: str) -> Undisturbed:
-    """Three members in threads of this process: no Ray, so no coordinator that might hide what it does."""
+def in_peace(question: TrialSpec, world_size: int) -> Undisturbed:
+    """Members in threads of this process: no Ray, so no coordinator that might hide what it does."""
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    members = [Member(spec(text), "cpu", MemberSettings()) for _ in range(3)]
+    members = [Member(question, "cpu", MemberSettings()) for _ in range(world_size)]
 
     def work(rank: int) -> Undisturbed:
         member = members[rank]
-        member.join(Seat(1, rank, 3, "127.0.0.1", store.port))
+        member.join(Seat(1, rank, world_size, "127.0.0.1", store.port))
         losses = dict(member.train(STEPS).losses)
         return Undisturbed(losses, member.digest(), member.evaluate(), member.weights())
 
-    with ThreadPoolExecutor(3) as threads:
-        first, *others = threads.map(work, range(3))
+    with ThreadPoolExecutor(world_size) as threads:
+        first, *others = threads.map(work, range(world_size))
     assert list(first.losses) == list(range(STEPS))
-    assert {other.digest for other in others} == {first.digest}
+    assert {other.digest for other in others} <= {first.digest}
     return first
+
+
+@pytest.fixture(scope="module")
+def undisturbed(text: str) -> Undisturbed:
+    return in_peace(spec(text), 3)
 
 
 PLAN = (
@@ -170,32 +174,22 @@ def test_a_training_whose_driver_died_goes_on_from_its_checkpoint(
     assert_same_up_to_rounding(weights, undisturbed.weights)
 
 
-def test_when_all_ranks_die_at_once_it_goes_on_from_the_checkpoint(
-    text: str, undisturbed: Undisturbed, tmp_path: Path
-) -> None:
-    plan = (tuple(Fault(FaultKind.SIGKILL, FaultPlace.BEFORE_FORWARD, rank, 9) for rank in range(2)),)
-    settings = MemberSettings(checkpoints=str(tmp_path), checkpoint_every=6)
-    said: list[str] = []
-    result, weights = train(spec(text), plan, settings=settings, world_size=2, replace_s=60.0, say=said.append)
-    assert [(recovery.step, recovery.steps_lost) for recovery in result.recoveries] == [(6, 2)]
-    assert "resumed from the checkpoint of step 6" in said
-    assert list(result.losses) == list(range(STEPS))
-    assert_same_up_to_rounding(weights, undisturbed.weights)
-
-
-def test_what_an_earlier_run_left_in_the_folder_is_not_where_a_new_one_goes_on(
+def test_when_all_ranks_die_at_once_it_goes_on_from_its_own_checkpoint_and_from_none_that_an_earlier_run_left(
     text: str, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     settings = MemberSettings(checkpoints=str(tmp_path), checkpoint_every=5)
     earlier, _ = train(spec(text), settings=settings, world_size=1)  # leaves the checkpoints of steps 5 and 10
     assert not earlier.recoveries
-    plan = ((Fault(FaultKind.SIGKILL, FaultPlace.BEFORE_FORWARD, 0, 4),),)
-    said: list[str] = []
-    result, weights = train(
-        spec(text), plan, settings=settings, world_size=1, spares=1, replace_s=60.0, say=said.append
+    plan = tuple(
+        tuple(Fault(FaultKind.SIGKILL, FaultPlace.BEFORE_FORWARD, rank, step) for rank in (0, 1)) for step in (4, 9)
     )
-    assert [recovery.step for recovery in result.recoveries] == [0], "nothing of this run was durable yet"
-    assert "no checkpoint of this question was found: the training begins at step 0" in said
+    settings, said = replace(settings, checkpoint_every=6), list[str]()
+    result, weights = train(spec(text), plan, settings=settings, world_size=2, replace_s=60.0, say=said.append)
+    assert [(recovery.step, recovery.steps_lost) for recovery in result.recoveries] == [(0, 4), (6, 2)]
+    found = [line for line in said if "checkpoint" in line]
+    none = "no checkpoint of this question was found: the training begins at step 0"  # nothing of this run was durable
+    assert found == [none, "resumed from the checkpoint of step 6"]
+    assert list(result.losses) == list(range(STEPS))
     assert_same_up_to_rounding(weights, undisturbed.weights)
 
 
