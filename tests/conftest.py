@@ -1,6 +1,7 @@
 """Shared by all tests: one seed, one thread, one Ray cluster, one place that says which devices a test runs on."""
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its kernels then run on the CPU
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background: children would not hear Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
