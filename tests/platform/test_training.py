@@ -91,7 +91,9 @@ def undisturbed(text: str) -> Undisturbed:
 
 
 PLAN = (
+    (Fault(FaultKind.SPARE, FaultPlace.EXCHANGE, 1, 1),),  # both spares are up by now: a dead one must not be taken
     (Fault(FaultKind.EXIT, FaultPlace.FORWARD_HOP, 1, 2, hop=1),),
+    (Fault(FaultKind.TWO_RANKS, FaultPlace.BACKWARD_HOP, 2, 3),),
     (Fault(FaultKind.EXIT, FaultPlace.CHECKPOINT, 0, 4),),  # the others are through with the stretch by then
     (Fault(FaultKind.SIGKILL, FaultPlace.BEFORE_COMMIT, 2, 4),),
     (Fault(FaultKind.SIGSTOP, FaultPlace.EXCHANGE, 0, 5),),
@@ -102,10 +104,6 @@ PLAN = (
         Fault(FaultKind.SIGKILL, FaultPlace.EXCHANGE, 1, 9),
     ),
     (Fault(FaultKind.EXIT, FaultPlace.RECOVERY, 1, -1),),
-)
-FROM_OUTSIDE = (
-    (Fault(FaultKind.TWO_RANKS, FaultPlace.BACKWARD_HOP, 2, 3),),
-    (Fault(FaultKind.SPARE, FaultPlace.EXCHANGE, 1, 7),),
 )
 
 
@@ -119,26 +117,17 @@ def test_after_every_kind_of_fault_the_weights_are_those_of_the_run_without(
     for faults in PLAN:
         for fault in faults:
             assert mark_file(str(marks), fault).exists(), f"{fault} never struck"
-    assert [len(recovery.lost) for recovery in result.recoveries] == [1, 1, 1, 1, 1, 1, 3]
+    assert [len(recovery.lost) for recovery in result.recoveries] == [1, 1, 2, 1, 1, 1, 1, 1, 3]
     for faults, recovery in zip(PLAN, result.recoveries, strict=False):
         committed = faults[0].place is FaultPlace.BEFORE_COMMIT  # the others may have applied the step
         assert recovery.step in (faults[0].step, faults[0].step + committed), recovery
         assert (recovery.steps_lost, recovery.world_size) == (0, 3), recovery
-    assert "no sign of life" in result.recoveries[3].lost[0][1]
-    assert "injected: out of memory" in result.recoveries[4].lost[0][1]
+    assert result.recoveries[0].filled == "spare"
+    assert "no sign of life" in result.recoveries[5].lost[0][1]
+    assert "injected: out of memory" in result.recoveries[6].lost[0][1]
     assert result.digest == undisturbed.digest
     assert result.losses == undisturbed.losses, "what ranks told before another died is not lost"
     assert result.bits_per_byte == undisturbed.bits_per_byte
-
-
-def test_two_ranks_at_once_and_a_spare_that_dies_when_it_is_needed(
-    text: str, undisturbed: Undisturbed, tmp_path: Path
-) -> None:
-    settings = MemberSettings(marks=str(tmp_path))
-    result, _ = train(spec(text), FROM_OUTSIDE, settings=settings, spares=1, replace_s=60.0)
-    assert all(mark_file(str(tmp_path), fault).exists() for (fault,) in FROM_OUTSIDE)
-    assert [(len(recovery.lost), recovery.filled) for recovery in result.recoveries] == [(2, "fresh"), (1, "fresh")]
-    assert result.digest == undisturbed.digest
 
 
 def test_a_ring_shrinks_without_a_stand_in_and_grows_back(text: str, undisturbed: Undisturbed, tmp_path: Path) -> None:
