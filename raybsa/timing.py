@@ -204,9 +204,8 @@ def _timed_cuda(calls: Sequence[Callable[[], object]], repeats: int) -> list[lis
 
 def _peak_bytes_cpu(call: Callable[[], object]) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler else prints two lines at every use
-    activities = [torch.profiler.ProfilerActivity.CPU]
     with tempfile.TemporaryDirectory() as folder:
-        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        with torch.autograd.profiler.profile(profile_memory=True) as profile:  # torch.profiler's imports inductor
             result = call()
         del result
         path = os.path.join(folder, "trace.json")

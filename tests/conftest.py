@@ -1,6 +1,7 @@
 """Shared by all tests: one seed, one thread, one Ray cluster, one place that says which devices a test runs on."""
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its kernels then run on the CPU
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background: children would not hear Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +38,8 @@ def ray_cluster() -> Iterator[str]:
     import ray
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 6, "num_gpus": 0, "include_dashboard": False})
+    head = {"num_cpus": 6, "num_gpus": 0, "include_dashboard": False, "no_monitor": True}  # no one scales it
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     _connect(cluster.address)
     yield cluster.address
     ray.shutdown()

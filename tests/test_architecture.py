@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -139,13 +141,22 @@ def test_the_check_sees_a_circle() -> None:
     assert circles({"raybsa.layout": "import raybsa.spec", "raybsa.spec": "from raybsa import layout"})
 
 
-def test_importing_raybsa_loads_none_of_the_heavy_libraries() -> None:
-    import subprocess
-    import sys
+LOADS = """
+import sys, raybsa
+heavy = ("ray", "pyarrow", "plotly", "optuna", "torch._dynamo", "triton")
+loaded = lambda: print([name for name in heavy if name in sys.modules])
+raybsa.BlockLayout, raybsa.block_sparse_attention, raybsa.create_block_sparse_attention
+loaded()
+from raybsa.cluster.worker import Worker
+from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
+window = AttentionSpec("base", PatternSpec("sliding_window"), density=0.5, block_size=16)
+spec = TrialSpec("recall", (window,), seq_len=64, train_len=32, train_steps=2, num_layers=1, num_heads=2, head_dim=8)
+assert Worker(repeats=1, budget_s=0.0).run(spec).trained_steps == 2
+loaded()
+"""
 
-    program = (
-        "import sys, raybsa; raybsa.BlockLayout; raybsa.block_sparse_attention; raybsa.create_block_sparse_attention;"
-        "print([m for m in ('ray', 'pyarrow', 'plotly', 'optuna', 'torch._dynamo', 'triton') if m in sys.modules])"
-    )
-    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert shown.stdout.strip() == "[]", shown.stdout
+
+def test_importing_raybsa_loads_none_of_the_heavy_libraries_nor_does_a_worker_that_times_and_trains() -> None:
+    """A fresh worker would spend a second and more on ``torch._dynamo``."""
+    shown = subprocess.run([sys.executable, "-c", LOADS], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert shown.stdout.splitlines() == ["[]", "[]"], shown.stdout

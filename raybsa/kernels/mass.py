@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from raybsa.kernels import triton_backend
 from raybsa.kernels.call import AttentionCall, check_call, compute_dtype
 from raybsa.kernels.chunks import plan_chunks
 from raybsa.kernels.gather import BlockTable
@@ -17,15 +18,17 @@ INF = float("inf")
 def block_mass(call: AttentionCall, lse: Tensor) -> Tensor:
     """(nnz,) in the compute dtype: the sum of the weights between the queries and keys of each kept block.
 
-    It is the gradient of ``lse.sum()`` by ``block_bias``, of one product instead of a backward's five. A row of blocks
-    holds as much as it has queries that see something; heads and samples that share a layout are summed. Dropout plays
-    no part.
+    It is the gradient of ``lse.sum()`` by ``block_bias``, of one product instead of a backward's five; on a GPU where
+    the Triton kernels can serve the call, of their dQ kernel. A row of blocks holds as much as it has queries that see
+    something; heads and samples that share a layout are summed. Dropout plays no part.
 
     Args:
         call: what was attended.
         lse: (B, H, Sq) of the whole rows, of which this call may hold a part of the keys; -inf where a row saw nothing.
     """
     check_call(call)
+    if call.q.is_cuda and triton_backend.why_not(call) is None:
+        return triton_backend.mass(call, lse.contiguous())
     with torch.autocast(call.q.device.type, enabled=False):
         plan, dtype, layout = plan_chunks(call), compute_dtype(call.q.dtype), call.layout
         queries, keys = (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -93,6 +94,19 @@ def _gradients(
         grad_q, grad_kv = kept[key]
         of_q, of_bias = grad_q(call, forward, delta, grad_out)
         return of_q, *grad_kv(call, forward, delta, grad_out), of_bias
+
+
+def mass(call: AttentionCall, lse: Tensor) -> Tensor:
+    """(nnz,) as ``block_mass``: the gradient of ``lse.sum()`` by block_bias, for which dQ's kernel is run on a gradient
+    of zeros: with delta -1 a score's gradient is its weight."""
+    bias = lse.new_zeros(call.layout.nnz_blocks) if call.block_bias is None else call.block_bias.detach()
+    call, softmax, nothing = replace(call, block_bias=bias, dropout_p=0.0), Softmax(lse), torch.zeros_like(call.q)
+    with _ready(call.q):
+        from raybsa.kernels.triton_grad_q import GradQ
+
+        _, found = GradQ(call, True, call.q.dtype)(call, softmax, torch.full_like(lse, -1.0), nothing)
+    assert found is not None
+    return found
 
 
 class _Triton(torch.autograd.Function):

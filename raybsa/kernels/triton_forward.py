@@ -22,7 +22,7 @@ from raybsa.kernels.triton_arguments import (
     with_seed,
 )
 from raybsa.kernels.triton_descriptors import boxes_of
-from raybsa.kernels.triton_hopper import TILE_COLS, WORK_ROWS, HopperWalk
+from raybsa.kernels.triton_hopper import Form, HopperWalk, boxes_for
 from raybsa.kernels.triton_launch import Launcher, Tensors, launcher
 from raybsa.kernels.triton_plan import Work, plan_rows
 from raybsa.kernels.triton_scores import (
@@ -63,8 +63,8 @@ class _Forward:
         items, splits = self._work.sizes()
         rows = min(MERGE_ROWS, layout.q_block_size)
         self._merge_grid = (splits * (layout.q_block_size // rows), self._copies)
-        self._empty = not items
-        self._walk = HopperWalk(call, self._work) if _loads_apart(call) else _Walk(call, self._work, tile)
+        self._empty, form = not items, _hopper_form(call)
+        self._walk = HopperWalk(call, self._work, form) if form else _Walk(call, self._work, tile)
         self._merge: Launcher | None = None
 
     def __call__(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -120,16 +120,15 @@ class _Walk:
         return launcher(forward_kernel, tensors, sizes, every_constant, tile.warps, tile.stages, kept + walked)
 
 
-def _loads_apart(call: AttentionCall) -> bool:
-    """Whether ``triton_hopper`` serves the call."""
+def _hopper_form(call: AttentionCall) -> Form | None:
+    """How ``triton_hopper`` serves the call; None where it does not."""
     layout, head_dim = call.layout, call.q.shape[-1]
     plain = call.attn_mask is None and call.segment_ids is None and call.block_bias is None and call.dropout_p == 0.0
-    sizes = layout.q_block_size % WORK_ROWS == 0 and layout.kv_block_size % TILE_COLS == 0
-    fits = call.q.dtype in (torch.float16, torch.bfloat16) and head_dim in (64, 128) and call.scale > 0 and sizes
+    fits = call.q.dtype in (torch.float16, torch.bfloat16) and call.scale > 0
     if not (plain and fits and is_hopper(call.q.device)):
-        return False
-    tile = Tile(64, TILE_COLS, 4, 1, True)
-    return bool(boxes_of(tile, layout.q_block_size, 64, {0: call.q, 1: call.k, 2: call.v}))
+        return None
+    form = Form.of(layout.q_block_size, layout.kv_block_size, head_dim, layout.kv_tokens)
+    return form if form and boxes_for(call, form, call.q) else None
 
 
 @triton.jit(

@@ -3,12 +3,14 @@
 A processor runs one program, which takes every n-th work (an item of the plan, 128 of its queries). Its warps form
 three groups. One issues the loads: queries, then tiles of K and V, and on to the next work while this one is computed.
 Two take 64 queries each, and start the product of the next scores before the softmax of these, so that tensor cores and
-exponentials overlap. For plain calls (no mask, segments, bias or dropout) of 16 bits, head_dim 64 or 128 and blocks of
-128 tokens or more; the result equals ``triton_forward``'s up to rounding.
+exponentials overlap. Blocks of 64 have one such group, and a processor two programs. For plain calls (no mask,
+segments, bias or dropout) of 16 bits and the sizes that ``Form`` knows; the result equals ``triton_forward``'s up to
+rounding.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -25,29 +27,58 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from raybsa.kernels.call import AttentionCall
 from raybsa.kernels.triton_arguments import feature_tensors, numbers
-from raybsa.kernels.triton_descriptors import boxes_of
+from raybsa.kernels.triton_descriptors import Boxes, boxes_of
 from raybsa.kernels.triton_launch import Launcher, Tensors, launcher
 from raybsa.kernels.triton_plan import Work
 from raybsa.kernels.triton_setup import processors
 from raybsa.kernels.triton_tiles import Tile
 
-WORK_ROWS, TILE_COLS = 128, 128  # queries of a work, keys of a tile
-STAGES_OF = {64: 4, 128: 2}  # tiles of K and of V that shared memory holds, by head_dim, beside two works' queries
-REGISTERS = gl.constexpr(240)  # of a thread that computes
 GROUP_ROWS = gl.constexpr(64)  # queries of one group of warps
 KEPT = gl.constexpr(2)  # works whose queries shared memory holds
+CACHED = 25 << 20  # bytes of K and V of a head, half of L2
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a program is cut.
+
+    Args:
+        groups: of warps that compute, 64 queries each; with one of them a processor runs two programs.
+        cols: keys of a tile.
+        stages: tiles of K and of V that shared memory holds, beside two works' queries.
+    """
+
+    groups: int
+    cols: int
+    stages: int
+
+    @property
+    def programs(self) -> int:
+        """A processor's."""
+        return 2 // self.groups
+
+    @staticmethod
+    def of(q_block: int, kv_block: int, head_dim: int, kv_tokens: int) -> Form | None:
+        """For these sizes and 16 bits; None where there is none, or where the tiled kernel was measured to be faster:
+        one group of warps with head_dim 64, or with more keys than L2 holds."""
+        if q_block % 128 == 0 and kv_block % 128 == 0 and head_dim in (64, 128):
+            return Form(2, 128, 4 if head_dim == 64 else 2)
+        if q_block == kv_block == 64 and head_dim == 128 and 4 * kv_tokens * head_dim <= CACHED:
+            return Form(1, 64, 2)
+        return None
 
 
 class HopperWalk:
     """The launch of ``hopper_forward_kernel``."""
 
-    def __init__(self, call: AttentionCall, work: Work) -> None:
+    def __init__(self, call: AttentionCall, work: Work, form: Form) -> None:
         layout, (batch, heads) = call.layout, call.q.shape[:2]
-        works = work.items.shape[0] * (layout.q_block_size // WORK_ROWS)
+        works = work.items.shape[0] * (layout.q_block_size // (form.groups * GROUP_ROWS.value))
         total = works * (batch * heads // layout.num_groups)
         plain = numbers(call)[:5]  # without what serves dropout
         self._numbers = (layout.num_groups, layout.num_q_blocks, work.parts, *plain, works, total)
-        self._programs = (min(processors(call.q.device), total), 1)
+        self._programs = (min(form.programs * processors(call.q.device), total), 1)
+        self._form = form
         self._launch: Launcher | None = None
 
     def __call__(self, call: AttentionCall, tensors: Tensors) -> None:
@@ -57,15 +88,23 @@ class HopperWalk:
         self._launch(self._programs, tensors, self._numbers)
 
     def _launcher(self, call: AttentionCall, tensors: Tensors) -> Launcher:
-        layout, head_dim = call.layout, call.q.shape[-1]
-        tile = Tile(GROUP_ROWS.value, TILE_COLS, 4, STAGES_OF[head_dim], True)
-        kept = boxes_of(tile, layout.q_block_size, tile.rows, {0: call.q, 3: tensors[3]})
-        walked = boxes_of(tile, layout.kv_block_size, tile.cols, {1: call.k, 2: call.v})
+        layout, form = call.layout, self._form
+        boxes = boxes_for(call, form, tensors[3])
         cuts = layout.causal or layout.kv_tokens % layout.kv_block_size != 0
-        sizes = (layout.q_block_size, layout.kv_block_size, tile.cols, head_dim, tile.stages)
+        sizes = (layout.q_block_size, layout.kv_block_size, form.cols, call.q.shape[-1], form.stages, form.groups)
         constants = (*sizes, layout.causal, cuts)
-        boxes = kept + walked
-        return launcher(hopper_forward_kernel, tensors, (), constants, tile.warps, 1, boxes, describe=_descriptor)
+        registers = 128 if form.programs == 2 else None  # of a thread, before the groups trade them
+        return launcher(
+            hopper_forward_kernel, tensors, (), constants, 4, 1, boxes, describe=_descriptor, registers=registers
+        )
+
+
+def boxes_for(call: AttentionCall, form: Form, out: Tensor | None) -> Boxes:
+    """What goes in as descriptors, and its tiles; empty where a tensor's strides or address do not allow it."""
+    layout, tile = call.layout, Tile(GROUP_ROWS.value, form.cols, 4, form.stages, True)
+    kept = boxes_of(tile, layout.q_block_size, tile.rows, {0: call.q, 3: out})
+    walked = boxes_of(tile, layout.kv_block_size, tile.cols, {1: call.k, 2: call.v})
+    return kept + walked if kept and walked else ()
 
 
 def _descriptor(tensor: Tensor, box: tuple[int, ...]) -> Any:
@@ -74,9 +113,9 @@ def _descriptor(tensor: Tensor, box: tuple[int, ...]) -> Any:
 
 
 @gluon.jit
-def _place(items, index, total, groups, q_blocks, parts, item_count, Q_BLOCK: gl.constexpr):
+def _place(items, index, total, groups, q_blocks, parts, item_count, Q_BLOCK: gl.constexpr, GROUPS: gl.constexpr):
     """Of work ``index``: its flat head, query block, first query in it, begin, turn and end, and its part or -1."""
-    TURNS: gl.constexpr = Q_BLOCK // (2 * GROUP_ROWS)
+    TURNS: gl.constexpr = Q_BLOCK // (GROUPS * GROUP_ROWS)
     index = gl.minimum(index, total - 1)
     copy = index // item_count
     number = index % item_count
@@ -85,7 +124,7 @@ def _place(items, index, total, groups, q_blocks, parts, item_count, Q_BLOCK: gl
     end, part = gl.load(item + 3), gl.load(item + 4)
     flat_head = copy * groups + line // q_blocks
     part_row = gl.where(part >= 0, copy * parts + part, -1)
-    return flat_head, line % q_blocks, (number % TURNS) * 2 * GROUP_ROWS, begin, turn, end, part_row
+    return flat_head, line % q_blocks, (number % TURNS) * GROUPS * GROUP_ROWS, begin, turn, end, part_row
 
 
 @gluon.jit
@@ -100,6 +139,7 @@ def _produce(
     KV_BLOCK: gl.constexpr,
     COLS: gl.constexpr,
     STAGES: gl.constexpr,
+    GROUPS: gl.constexpr,
 ):
     """Loads queries and tiles in turn, each when both groups have done with what lay there."""
     q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, q_empty, k_empty, v_empty = shared
@@ -109,18 +149,17 @@ def _produce(
     for index in range(gl.program_id(0), total, gl.num_programs(0)):
         done = index // gl.num_programs(0)
         flat_head, q_block, in_block, begin, _turn, end, _part_row = _place(
-            items, index, total, groups, q_blocks, parts, item_count, Q_BLOCK
+            items, index, total, groups, q_blocks, parts, item_count, Q_BLOCK, GROUPS
         )
         b, h = flat_head // heads, flat_head % heads
         kv_head = h // queries_per_kv
         slot = done % KEPT
         first = q_block * Q_BLOCK + in_block
         mbarrier.wait(q_empty.index(slot), ((done // KEPT) & 1) ^ 1)
-        mbarrier.expect(q_full.index(slot), 2 * q.block_type.nbytes)
-        tma.async_copy_global_to_shared(q, [b, h, first, 0], q_full.index(slot), q_tiles.index(2 * slot))
-        tma.async_copy_global_to_shared(
-            q, [b, h, first + GROUP_ROWS, 0], q_full.index(slot), q_tiles.index(2 * slot + 1)
-        )
+        mbarrier.expect(q_full.index(slot), GROUPS * q.block_type.nbytes)
+        for group in gl.static_range(GROUPS):
+            at = [b, h, first + group * GROUP_ROWS, 0]
+            tma.async_copy_global_to_shared(q, at, q_full.index(slot), q_tiles.index(GROUPS * slot + group))
         for i in range((end - begin) * PER):
             stage = loaded % STAGES
             phase = (loaded // STAGES) & 1
@@ -174,6 +213,7 @@ def _consume(
     KV_BLOCK: gl.constexpr,
     COLS: gl.constexpr,
     STAGES: gl.constexpr,
+    GROUPS: gl.constexpr,
     D: gl.constexpr,
     CUTS: gl.constexpr,
     CAUSAL: gl.constexpr,
@@ -192,18 +232,18 @@ def _consume(
     PER: gl.constexpr = KV_BLOCK // COLS
     used = 0  # tiles of K and V so far
     next_head, next_q_block, next_in_block, next_begin, next_turn, next_end, next_part_row = _place(
-        items, gl.program_id(0), total, groups, q_blocks, parts, item_count, Q_BLOCK
+        items, gl.program_id(0), total, groups, q_blocks, parts, item_count, Q_BLOCK, GROUPS
     )
     for index in range(gl.program_id(0), total, gl.num_programs(0)):
         done = index // gl.num_programs(0)
         flat_head, q_block, in_block, part_row = next_head, next_q_block, next_in_block, next_part_row
         begin, whole, tiles = next_begin, (next_turn - next_begin) * PER, (next_end - next_begin) * PER
         next_head, next_q_block, next_in_block, next_begin, next_turn, next_end, next_part_row = _place(
-            items, index + gl.num_programs(0), total, groups, q_blocks, parts, item_count, Q_BLOCK
+            items, index + gl.num_programs(0), total, groups, q_blocks, parts, item_count, Q_BLOCK, GROUPS
         )
         b, h = flat_head // heads, flat_head % heads
         slot = done % KEPT
-        q_tile = q_tiles.index(2 * slot + group)._reinterpret(q_tiles.dtype, [GROUP_ROWS, D], FLAT)
+        q_tile = q_tiles.index(GROUPS * slot + group)._reinterpret(q_tiles.dtype, [GROUP_ROWS, D], FLAT)
         row = in_block + group * GROUP_ROWS + gl.arange(0, GROUP_ROWS, ROW)
         q_token = q_block * Q_BLOCK + row
         q_position = q_token
@@ -293,7 +333,7 @@ def _consume(
             q_tile.store(acc.to(q_tiles.dtype))
             fence_async_shared()
             first = q_block * Q_BLOCK + in_block + group * GROUP_ROWS
-            tma.async_copy_shared_to_global(out, [b, h, first, 0], q_tiles.index(2 * slot + group))
+            tma.async_copy_shared_to_global(out, [b, h, first, 0], q_tiles.index(GROUPS * slot + group))
             tma.store_wait(0)
         mbarrier.arrive(q_empty.index(slot))
 
@@ -338,11 +378,12 @@ def hopper_forward_kernel(
     COLS: gl.constexpr,
     D: gl.constexpr,
     STAGES: gl.constexpr,
+    GROUPS: gl.constexpr,
     CAUSAL: gl.constexpr,
     CUTS: gl.constexpr,
 ):
     """A program walks every n-th of the works (item and 128 queries within the query block, copy of the group)."""
-    q_tiles = gl.allocate_shared_memory(q.dtype, [2 * KEPT, 1, 1, GROUP_ROWS, D], q.layout)
+    q_tiles = gl.allocate_shared_memory(q.dtype, [GROUPS * KEPT, 1, 1, GROUP_ROWS, D], q.layout)
     k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, COLS, D], k.layout)
     v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, COLS, D], v.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [KEPT, 1], mbarrier.MBarrierLayout())
@@ -353,23 +394,42 @@ def hopper_forward_kernel(
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(KEPT):
         mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(q_empty.index(i), count=2)
+        mbarrier.init(q_empty.index(i), count=GROUPS)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_empty.index(i), count=2)
+        mbarrier.init(k_empty.index(i), count=GROUPS)
+        mbarrier.init(v_empty.index(i), count=GROUPS)
     fence_async_shared()
     shared = (q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, q_empty, k_empty, v_empty)
     plan = (items, col_indices, total, groups, q_blocks, parts, item_count, heads)
     results = (out, lse, q_tokens, kv_tokens, scale)
     optional = (part_out, part_lse, q_starts, kv_starts)
-    gl.warp_specialize(
-        [
-            (_consume, (0, shared, plan, results, optional, Q_BLOCK, KV_BLOCK, COLS, STAGES, D, CUTS, CAUSAL)),
-            (_consume, (1, shared, plan, results, optional, Q_BLOCK, KV_BLOCK, COLS, STAGES, D, CUTS, CAUSAL)),
-            (_produce, (q, k, v, queries_per_kv, shared, plan, Q_BLOCK, KV_BLOCK, COLS, STAGES)),
-        ],
-        [4, 1],
-        [REGISTERS, 24],
-    )
+    if GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (
+                    _consume,
+                    (0, shared, plan, results, optional, Q_BLOCK, KV_BLOCK, COLS, STAGES, GROUPS, D, CUTS, CAUSAL),
+                ),
+                (
+                    _consume,
+                    (1, shared, plan, results, optional, Q_BLOCK, KV_BLOCK, COLS, STAGES, GROUPS, D, CUTS, CAUSAL),
+                ),
+                (_produce, (q, k, v, queries_per_kv, shared, plan, Q_BLOCK, KV_BLOCK, COLS, STAGES, GROUPS)),
+            ],
+            [4, 1],
+            [240, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    _consume,
+                    (0, shared, plan, results, optional, Q_BLOCK, KV_BLOCK, COLS, STAGES, GROUPS, D, CUTS, CAUSAL),
+                ),
+                (_produce, (q, k, v, queries_per_kv, shared, plan, Q_BLOCK, KV_BLOCK, COLS, STAGES, GROUPS)),
+            ],
+            [1],
+            [24],
+        )

@@ -29,6 +29,7 @@ def launcher(
     stages: int = 2,
     boxes: Boxes = (),
     describe: Callable[[Tensor, tuple[int, ...]], Any] | None = None,
+    registers: int | None = None,
 ) -> Launcher:
     """The launcher of ``kernel(*tensors, *sizes, *numbers, *constants)`` for tensors of these types and alignments.
 
@@ -38,15 +39,16 @@ def launcher(
         constants: the kernel's ``tl.constexpr`` arguments, in its order.
         boxes: which of the tensors go in as descriptors, and the tile that each loads.
         describe: makes such a descriptor; None makes Triton's.
+        registers: the most that a thread may have; None leaves it to Triton.
     """
     kinds = tuple([None if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors])
     shapes = tuple([(tensors[at].shape, tensors[at].stride(), box) for at, box in boxes])  # type: ignore[union-attr]
     device = next(t.device for t in tensors if t is not None)
-    key = (kernel.__name__, device, kinds, shapes, sizes, constants, warps, stages)
+    key = (kernel.__name__, device, kinds, shapes, sizes, constants, warps, stages, registers)
     found = _LAUNCHERS.get(key)
     if found is None:
         found = _LAUNCHERS[key] = Launcher(
-            kernel, device.index, sizes, constants, warps, stages, boxes, describe or _descriptor
+            kernel, device.index, sizes, constants, warps, stages, boxes, describe or _descriptor, registers
         )
     return found
 
@@ -64,11 +66,14 @@ class Launcher:
         stages: int,
         boxes: Boxes,
         describe: Callable[[Tensor, tuple[int, ...]], Any],
+        registers: int | None,
     ) -> None:
         names = kernel.arg_names[-len(constants) :]
         self._kernel, self._sizes, self._boxes, self._device = kernel, sizes, boxes, device
         self._describe = describe
         self._options = dict(zip(names, constants, strict=True)) | {"num_warps": warps, "num_stages": stages}
+        if registers is not None:
+            self._options["maxnreg"] = registers
         self._direct: Direct | None = None
         self._may_be_direct = not interpreting()
 

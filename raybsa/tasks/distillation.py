@@ -7,6 +7,7 @@ import math
 import torch
 
 from raybsa.tasks.capture import Captured
+from raybsa.tasks.optimizer import AdamW
 from raybsa.tasks.training import learning_rates
 from raybsa.variants.selector import BlockSelector
 
@@ -30,7 +31,7 @@ def distill(
             f"{len(call.q)} samples"
         )
     scale = 1.0 / math.sqrt(call.q.shape[-1]) if call.scale is None else call.scale
-    optimizer = torch.optim.AdamW(selector.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = AdamW(selector.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     losses = []
     for step, rate in enumerate(learning_rates(steps, learning_rate)):
         optimizer.param_groups[0]["lr"] = rate

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raybsa.tasks.optimizer import AdamW
 from raybsa.timing import DeviceLock
 from raybsa.variants.selector import selector_loss, step_schedules
 
@@ -98,8 +99,8 @@ class Training:
         return (*losses, *((self._name, *point) for point in self._qualities if len(self._qualities) > 1))
 
 
-def make_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.AdamW:
-    return torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+def make_optimizer(model: nn.Module, learning_rate: float) -> AdamW:
+    return AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
 
 
 def train_step(

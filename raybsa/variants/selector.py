@@ -102,7 +102,7 @@ class BlockSelector(nn.Module):
         sinks: int = 0,
         window: int = 2,
         max_blocks: int | None = None,
-        even: bool = False,
+        even: bool = True,
         top_p: float | None = None,
         warmup: int = 0,
         anneal: int = 0,
@@ -336,14 +336,16 @@ class BlockSelector(nn.Module):
         return divergence(scores, entries.mean_of_heads(mass, self.num_heads // self.num_kv_heads), entries, self.rules)
 
     def _sampled_divergence(self, u: Tensor, w: Tensor, call: AttentionCall) -> Tensor:
-        """That of a few rows, drawn anew in each call, over all their candidates."""
-        (batch, heads, q_len, _), kv_len = call.q.shape, call.k.shape[2]
+        """That of a few rows, drawn anew in each call, over all their candidates, which the host counts."""
+        (batch, heads, q_len, _), kv_len, device = call.q.shape, call.k.shape[2], call.q.device
         rows = sampled_rows(u.shape[2], self.sample_rows, self.seed + self.calls)
         self.calls += 1
-        sampled = Shape.make(self.rules, q_len, kv_len, 1.0, call.q.device, rows)
-        entries = Entries.of(sampled.everything(batch * self.num_kv_heads))
-        mass = entries.mean_of_heads(dense_mass(call, sampled.everything(batch * heads)), call.queries_per_kv)
-        scores = entries.scores(u[:, :, sampled.rows], w) / self.temperature.value
+        sampled = Shape.make(self.rules, q_len, kv_len, 1.0, "cpu", rows)
+        of_heads = sampled.everything(batch * heads).to(device)
+        by_kv_head = of_heads if call.queries_per_kv == 1 else sampled.everything(batch * self.num_kv_heads).to(device)
+        entries = Entries.of(by_kv_head)
+        mass = entries.mean_of_heads(dense_mass(call, of_heads), call.queries_per_kv)
+        scores = entries.scores(u[:, :, rows.to(device)], w) / self.temperature.value
         found, weight = divergence(scores, mass, entries, self.rules)
         return found / weight
 

@@ -70,12 +70,12 @@ def test_a_drill_says_when_a_fault_was_noticed_and_that_the_weights_are_equal(
     tmp_path: Path, text: str, ray_cluster: str, run_job: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     done = run_job(
-        "recovery_drill.py", "--out", str(tmp_path / "out"), "--text", text, "--world-size", "2", "--spares", "1",
+        "recovery_drill.py", "--out", str(tmp_path / "out"), "--text", text, "--world-size", "2", "--spares", "0",
         "--fault", "sigkill:backward_hop", "driver:exchange", "--address", ray_cluster,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("sigkill at backward_hop 0")]
-    assert "spare" in line
+    assert "fresh" in line
     assert line.endswith("equal")
     (driver,) = [line for line in done.stdout.splitlines() if line.startswith("driver at exchange")]
     assert driver.split()[-2:] == ["resumed", "equal"]

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from raybsa import BlockLayout, block_sparse_attention
 from raybsa.kernels import triton_arguments, triton_plan, triton_setup, triton_tiles
+from raybsa.kernels.api import run_call
 from raybsa.kernels.call import AttentionCall
+from raybsa.kernels.mass import block_mass
 from raybsa.kernels.merge import merge
-from raybsa.kernels.triton_backend import backward, run
+from raybsa.kernels.triton_backend import backward, mass, run
 from tests.kernels.problems import PROBLEMS, Problem, in_double, outputs_and_gradients, relative_error
 from tests.kernels.test_backends import _dense_in_low_precision
 
@@ -304,6 +306,19 @@ def test_negative_and_zero_scales_equal_the_reference() -> None:
     problem = SMALL[0]
     for scale in (-0.7, 0.0):
         assert_equals_reference(problem, "cpu", scale=scale)
+
+
+@on_both(SMALL[:4], LARGE[:2])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_mass_of_blocks_is_that_of_torch_in_float64(problem: Problem, device: str, with_bias: bool) -> None:
+    layout = problem.layout(device)
+    bias = torch.randn(layout.nnz_blocks, device=device) if with_bias else None
+    q, k, v = problem.inputs(torch.float32, device)
+    ids = (torch.randint(2, (len(q), q.shape[2]), device=device), torch.randint(2, (len(q), k.shape[2]), device=device))
+    call = AttentionCall(q, k, v, layout, 0.25, None, ids, bias, 0.0, 0, False, True)
+    double = replace(call, q=q.double(), k=k.double(), v=v.double(), block_bias=None if bias is None else bias.double())
+    lse = run_call(double, "reference")[1]
+    torch.testing.assert_close(mass(call, lse.float()).double(), block_mass(double, lse), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu

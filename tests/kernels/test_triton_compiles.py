@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent.parent
 CASES = [
     (90, 128, 128, "bfloat16", False, False),
     (90, 128, 128, "bfloat16", False, True),
+    (90, 64, 128, "bfloat16", False, True),
     (90, 32, 80, "float16", True, False),
     (80, 64, 64, "bfloat16", False, False),
 ]

@@ -12,6 +12,8 @@ import time
 
 import ray
 
+from raybsa.cluster.member import Member, MemberSettings
+from raybsa.cluster.membership import Seat
 from raybsa.cluster.resources import Share
 from raybsa.cluster.training import TrainingCoordinator
 from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
@@ -32,15 +34,17 @@ def main(text: str, *cut: str) -> None:
             subprocess.run(cut, check=True)
             cut_at.append(time.time())
 
-    weights, results = [], []
-    for ranks, tell in ((1, lambda step, loss: None), (3, cut_the_link)):
-        with TrainingCoordinator(
-            spec, Share(1), world_size=ranks, wait_s=120.0, replace_s=0.5, tell=tell, say=lambda text: None
-        ) as coordinator:
-            results.append(coordinator.run(stretch=4, evaluate=False))
-            weights.append(coordinator.weights())
+    alone = Member(spec, "cpu", MemberSettings())
+    alone.join(Seat(1, 0, 1, "127.0.0.1", 0))
+    alone.train(spec.train_steps)
+    with TrainingCoordinator(
+        spec, Share(1), world_size=3, wait_s=120.0, replace_s=0.5, tell=cut_the_link, say=lambda text: None
+    ) as coordinator:
+        result = coordinator.run(stretch=4, evaluate=False)
+        weights = coordinator.weights()
     off = max(
-        float((own - wanted).abs().max() / wanted.abs().max()) for own, wanted in zip(*reversed(weights), strict=True)
+        float((own - wanted).abs().max() / wanted.abs().max())
+        for own, wanted in zip(weights, alone.weights(), strict=True)
     )
     recoveries = [
         {
@@ -50,7 +54,7 @@ def main(text: str, *cut: str) -> None:
             "steps_lost": recovery.steps_lost,
             "why": [why for _, why in recovery.lost],
         }
-        for recovery in results[1].recoveries
+        for recovery in result.recoveries
     ]
     print(json.dumps({"recoveries": recoveries, "relative_error": off}))
     ray.shutdown()

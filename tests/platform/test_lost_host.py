@@ -19,7 +19,7 @@ from raybsa.cluster.nodes import kill_raylet
 from raybsa.cluster.resources import Share
 from raybsa.cluster.training import TrainingCoordinator
 from tests.platform.hosts import FIRST, SECOND, TwoHosts, ray_node, two_hosts
-from tests.platform.test_training import spec
+from tests.platform.test_training import in_peace, spec
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 MEMORY = 100 << 20
@@ -36,11 +36,15 @@ def text(tmp_path: Path) -> str:
 
 @pytest.fixture
 def nodes(no_ray: None) -> Iterator[None]:
-    """The driver's node, which offers nothing, and three nodes of one CPU."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": MEMORY})
+    """The driver's node, which offers nothing, and three nodes of one CPU. A node that is lost is missed soon."""
+    soon = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
+    lean = {"object_store_memory": MEMORY, "include_log_monitor": False}
+    head = {"num_cpus": 0, "include_dashboard": False, "no_monitor": True, "_system_config": soon} | lean
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         for _ in range(3):
-            cluster.add_node(num_cpus=1, object_store_memory=MEMORY)
+            cluster.add_node(num_cpus=1, wait=False, **lean)
+        cluster.wait_for_nodes()
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         yield
     finally:
@@ -52,24 +56,20 @@ def test_a_spare_on_another_node_stands_in_for_the_rank_of_a_node_that_is_lost(
     nodes: None, text: str, tmp_path: Path
 ) -> None:
     plan = ((Fault(FaultKind.LOST_NODE, FaultPlace.EXCHANGE, 1, 5),),)
-    digests = []
-    for spares, faults in ((0, ()), (1, plan)):
-        settings = MemberSettings(marks=str(tmp_path))
-        with TrainingCoordinator(
-            spec(text),
-            Share(1),
-            world_size=2,
-            spares=spares,
-            settings=settings,
-            plan=faults,
-            wait_s=120.0,
-            say=lambda text: None,
-        ) as coordinator:
-            result = coordinator.run(stretch=4, evaluate=False)
-        digests.append(result.digest)
+    with TrainingCoordinator(
+        spec(text),
+        Share(1),
+        world_size=2,
+        spares=1,
+        settings=MemberSettings(marks=str(tmp_path)),
+        plan=plan,
+        wait_s=120.0,
+        say=lambda text: None,
+    ) as coordinator:
+        result = coordinator.run(stretch=4, evaluate=False)
     assert mark_file(str(tmp_path), plan[0][0]).exists()
     assert [(recovery.filled, recovery.steps_lost) for recovery in result.recoveries] == [("spare", 0)]
-    assert digests[0] == digests[1]
+    assert result.digest == in_peace(spec(text), 2).digest
     assert sum(node["Alive"] for node in ray.nodes()) <= 4
     own = ray.get_runtime_context().get_node_id()
     with pytest.raises(ValueError, match="the node to lose is the one that this driver hangs on"):
@@ -92,8 +92,10 @@ def test_when_the_link_to_a_host_is_cut_the_others_go_on_within_seconds(text: st
 
 
 def _train_and_cut(hosts: TwoHosts, text: str) -> dict:
-    common = ["--object-store-memory", str(MEMORY), "--disable-usage-stats", "--num-cpus"]
-    head = ["--head", "--port", "6399", "--node-ip-address", FIRST, "--include-dashboard", "false", *common, "2"]
+    common = ["--object-store-memory", str(MEMORY), "--disable-usage-stats", "--include-log-monitor", "false"]
+    common += ["--num-cpus"]
+    head = ["--head", "--port", "6399", "--node-ip-address", FIRST, "--include-dashboard", "false", "--no-monitor"]
+    head += [*common, "2"]
     second = ["--address", f"{FIRST}:6399", "--node-ip-address", SECOND, *common, "1"]
     program = str(Path(__file__).parent / "lost_host_program.py")
     mode = {"RAY_AUTH_MODE": "disabled"}

@@ -20,11 +20,12 @@ ROOT = Path(__file__).parents[2]
 STEPS = 60
 HEAD = [
     "--head", "--port", "6399", "--node-ip-address", FIRST, "--num-cpus", "1", "--dashboard-host", "0.0.0.0",
-    "--object-store-memory", str(100 << 20), "--disable-usage-stats",
+    "--no-monitor",
+    "--object-store-memory", str(100 << 20), "--disable-usage-stats", "--include-log-monitor", "false",
 ]  # fmt: skip
 WORKER = [
     "--address", f"{FIRST}:6399", "--node-ip-address", SECOND, "--num-cpus", "1",
-    "--object-store-memory", str(100 << 20), "--disable-usage-stats",
+    "--object-store-memory", str(100 << 20), "--disable-usage-stats", "--include-log-monitor", "false",
 ]  # fmt: skip
 SMALL = ["--num-heads", "2", "--head-dim", "8"]
 BENCHMARK = ["jobs/benchmark.py", "--pattern", "sliding_window", "--lengths", "128", "--repeats", "2"]

@@ -7,6 +7,7 @@ import torch
 
 from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
 from raybsa.tasks import byte_lm, recall
+from raybsa.tasks.optimizer import AdamW
 from raybsa.tasks.training import IGNORE, Training, learning_rates
 from raybsa.timing import DeviceLock
 
@@ -162,6 +163,21 @@ def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
     assert max(rates) == pytest.approx(1.0)
     assert rates.index(max(rates)) in (9, 10)
     assert rates[-1] == pytest.approx(0.1, abs=1e-2)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_the_optimizer_makes_the_steps_of_torch_s_own_to_the_bit(set_to_none):
+    ends = []
+    for make in (AdamW, torch.optim.AdamW):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(5, 3)
+        optimizer = make(model.parameters(), lr=0.1, betas=(0.9, 0.95), weight_decay=0.01)
+        for _ in range(4):
+            optimizer.zero_grad(set_to_none=set_to_none)
+            model(torch.randn(4, 5)).square().sum().backward()
+            optimizer.step()
+        ends.append([*model.parameters(), *(state["exp_avg_sq"] for state in optimizer.state.values())])
+    assert all(torch.equal(own, wanted) for own, wanted in zip(*ends, strict=True))
 
 
 def test_training_lets_a_timer_in_between_two_steps(lock):

@@ -65,7 +65,7 @@ def test_ranks_get_the_rows_and_gradients_of_one_device(method, world_size, dens
         assert relative_error(got, want) <= 1e-9
 
 
-@pytest.mark.parametrize("density", [0.3, 1.0])
+@pytest.mark.parametrize("density", [0.5, 1.0])
 def test_the_ranks_losses_add_up_to_the_divergence_over_all_kept_blocks(density):
     module = on_one_device("distill", density, True)
 
