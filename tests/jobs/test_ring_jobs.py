@@ -66,7 +66,7 @@ def test_the_distributed_variant_asks_actors_for_every_combination(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(rings, "measure_rings_on_actors", lambda specs, share, **_: measured(specs))
-    monkeypatch.setattr(launch, "cluster", lambda address, num_cpus: nullcontext())
+    monkeypatch.setattr(launch, "cluster", lambda address, num_cpus, verbose: nullcontext())
     monkeypatch.setattr(launch, "worker_share", Share)
     shape = ["--lengths", "512", "--density", "0.2", "--world-size", "1", "2", "--partition", "balanced", "zigzag"]
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "--variant", "distributed", *shape, "--out", str(tmp_path)])
