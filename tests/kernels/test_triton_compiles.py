@@ -62,6 +62,8 @@ def compile_case(block, head_dim, dtype, everything, loads_apart):
         features = (ids[0].bool(), (ids, ids), torch.zeros(layout.nnz_blocks), 0.1)
     call = AttentionCall(q, q, q, layout, 0.1, *features, 7, False, True)
     out, lse = triton_forward.forward(call)
+    if loads_apart:
+        return  # the backward is the other cases'
     forward, delta = Softmax(lse, out, lse), torch.empty_like(lse)
     triton_grad_q.GradQ(call, everything, torch.float32)(call, forward, delta, q)
     triton_grad_kv.GradKV(call, torch.float32)(call, forward, delta, q)
@@ -95,9 +97,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict]]:
 def test_every_kernel_compiles(number: int, compiled: list[dict[str, dict]]) -> None:
     kernels = compiled[number]
     *_, loads_apart = CASES[number]
-    forward = "hopper_forward_kernel" if loads_apart else "forward_kernel"
-    attention = {forward, "grad_q_kernel", "grad_kv_kernel"}
-    assert kernels.keys() == attention | {"merge_parts_kernel", "sum_parts_kernel"}
+    attention = {"hopper_forward_kernel"} if loads_apart else {"forward_kernel", "grad_q_kernel", "grad_kv_kernel"}
+    assert kernels.keys() == attention | {"merge_parts_kernel"} | (set() if loads_apart else {"sum_parts_kernel"})
     arch = CASES[number][0]
     room = {90: 232_448, 80: 166_912}[arch]
     for name, kernel in kernels.items():
