@@ -30,7 +30,6 @@ def cluster(
     Args:
         num_cpus: what a cluster of our own may hand out; None is what the machine has.
         deaths: whether Ray may print a paragraph on each worker that dies; who kills them on purpose has no use for it.
-
         verbose: print the events of this process, and what the workers print, all of it.
 
     Raises:
