@@ -15,18 +15,12 @@ from werkzeug.serving import make_server
 
 from dashboards.app.folder import Folder
 from dashboards.app.frame import PAGES, make_app
+from tests.dashboards.browser import BROWSER, FLAGS, IN_A_BROWSER
 from tests.dashboards.made import lm_record, sparse
 from tests.dashboards.made_folder import a_folder
-from tests.dashboards.test_browser import BROWSER
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on the PATH"),
-]
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update "
-    "--disable-sync --enable-logging=stderr --window-size=800,1000 --remote-debugging-port=0"
-)
+pytestmark = IN_A_BROWSER
+OPTIONS = FLAGS + "--window-size=800,1000 --remote-debugging-port=0"
 # Walks through the pages as a reader would, and sends what it saw.
 PROBE = """<script>
 const until = async (holds) => { while (!holds()) await new Promise((done) => setTimeout(done, 40)); };
@@ -123,7 +117,7 @@ def test_every_page_is_drawn_and_what_is_clicked_is_shown(served: Served, tmp_pa
     log = tmp_path / "log"
     with log.open("w") as file:
         browser = subprocess.Popen(
-            [str(BROWSER), *FLAGS.split(), f"--user-data-dir={tmp_path / 'profile'}", served.address],
+            [str(BROWSER), *OPTIONS.split(), f"--user-data-dir={tmp_path / 'profile'}", served.address],
             stdout=subprocess.DEVNULL,
             stderr=file,
         )

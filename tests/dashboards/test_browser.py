@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 from collections import defaultdict
 from html import unescape
@@ -15,21 +14,12 @@ import pytest
 from dashboards.report import write_report
 from raybsa.results.record import SeriesPoint
 from raybsa.results.store import Store
+from tests.dashboards.browser import BROWSER, FLAGS, IN_A_BROWSER
 from tests.dashboards.made import a_benchmark, a_search
 from tests.dashboards.made_peers import a_gpu_suite
 
-BROWSER = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-)
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on the PATH"),
-]
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update "
-    "--disable-sync --proxy-server=127.0.0.1:9 --enable-logging=stderr --window-size=1400,1000 "
-    "--virtual-time-budget=8000 --dump-dom"
-)
+pytestmark = IN_A_BROWSER
+OPTIONS = FLAGS + "--proxy-server=127.0.0.1:9 --window-size=1400,1000 --virtual-time-budget=8000 --dump-dom"
 # Moves the pointer onto the first dominated point, clicks it, presses Copy, and writes down what the page shows.
 PROBE = """<script>
 const wait = (ms) => new Promise((done) => setTimeout(done, ms));
@@ -89,7 +79,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def opened(page: Path, profile: Path, *extra: str) -> tuple[dict, str, str]:
     """What the probe wrote, the rendered document and the browser's log."""
-    command = [str(BROWSER), *FLAGS.split(), f"--user-data-dir={profile}", *extra, page.as_uri()]
+    command = [str(BROWSER), *OPTIONS.split(), f"--user-data-dir={profile}", *extra, page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True)
     probe = re.search(r'data-probe="([^"]*)"', done.stdout)
     assert probe, f"the page did not finish drawing:\n{done.stderr[-2000:]}"

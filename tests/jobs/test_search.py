@@ -93,8 +93,7 @@ def test_a_submitted_search_that_is_stopped_keeps_whole_records_and_leaves_nothi
         with pytest.raises(urllib.error.HTTPError, match="401"):
             urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"{head.address}/api/jobs/", timeout=10)
         submit = ["job", "submit", "--address", head.address, "--working-dir", str(ROOT)]
-        job = ["python", "jobs/search.py", *QUICK]
-        job += ["--trials", "99", "--out", str(stopped)]
+        job = ["python", "jobs/search.py", *QUICK, "--trials", "99", "--out", str(stopped)]
         started = ray_cli(head, *submit, "--no-wait", "--submission-id", "halfway", "--", *job)
         assert started.returncode == 0, started.stdout + started.stderr
         deadline = time.monotonic() + 90
