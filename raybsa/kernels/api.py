@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from raybsa.kernels import auto, blocked, flex, reference, triton_backend, triton_op
+from raybsa.kernels import auto, blocked, cpp, flex, reference, triton_backend, triton_op
 from raybsa.kernels.call import AttentionCall, cast_inputs, check_call, kept_with, kept_with_rows
 from raybsa.kernels.peers import cudnn, fa4
 from raybsa.layout import BlockLayout
@@ -17,6 +17,7 @@ from raybsa.own import own
 BACKENDS: dict[str, ModuleType] = {
     "reference": reference,
     "blocked": blocked,
+    "cpp": cpp,
     "triton": triton_backend,
     "flex": flex,
     "fa4": fa4,
@@ -135,10 +136,10 @@ def choose_backend(call: AttentionCall) -> str:
     """The backend that ``auto`` takes: the first that can serve the call.
 
     They are asked in the order in which they were fastest on the nearest measured cell; then, and where nothing like
-    the call was measured, triton and flex on CUDA; blocked is last.
+    the call was measured, triton and flex on CUDA, cpp on a CPU; blocked is last.
     """
-    on_cuda = ("triton", "flex") if call.q.device.type == "cuda" else ()
-    order = (*auto.measured_order(call), *on_cuda)
+    own = ("triton", "flex") if call.q.device.type == "cuda" else ("cpp",)
+    order = (*auto.measured_order(call), *own)
     return next((name for name in order if BACKENDS[name].why_not(call) is None), "blocked")
 
 

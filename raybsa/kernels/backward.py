@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from raybsa.kernels import blocked, triton_backend
+from raybsa.kernels import blocked, cpp, triton_backend
 from raybsa.kernels.call import AttentionCall, check_call
 
-BACKENDS = {"triton": triton_backend, "blocked": blocked}
+BACKENDS = {"triton": triton_backend, "cpp": cpp, "blocked": blocked}
 
 
 def attention_backward(
@@ -24,7 +24,8 @@ def attention_backward(
         lse: (B, H, Sq) of the whole rows, float32 (float64 for float64 inputs); -inf where a row saw nothing.
         delta: (B, H, Sq) ``row_delta`` of the whole rows.
         grad_out: (B, H, Sq, D).
-        backend: ``"auto"`` (on CUDA triton where it can serve the call, else blocked) or a name in ``BACKENDS``.
+        backend: ``"auto"`` (triton on CUDA and cpp on a CPU where they can serve the call, else blocked) or a name in
+            ``BACKENDS``.
 
     Returns:
         (B, H, Sq, D), (B, Hkv, Skv, D) twice and (nnz,), summed and returned in the compute dtype, so that parts can be
@@ -44,7 +45,8 @@ def attention_backward(
         )
     able = {name: module.why_not(call) for name, module in BACKENDS.items()}
     if backend == "auto":
-        backend = "triton" if call.q.is_cuda and able["triton"] is None else "blocked"
+        own = "triton" if call.q.is_cuda else "cpp"
+        backend = own if able[own] is None else "blocked"
     if backend not in able:
         raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
     if able[backend] is not None:

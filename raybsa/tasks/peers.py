@@ -38,7 +38,7 @@ from raybsa.tasks.speed import synthetic_qkv
 from raybsa.timing import DeviceLock, Quantiles, device_name, host_ms, measure_in_turn, peak_bytes, wall_ms
 
 TASK = "peers"
-OWN = ("triton", "blocked", "auto")  # called through block_sparse_attention
+OWN = ("triton", "cpp", "blocked", "auto")  # called through block_sparse_attention
 PACKAGES = {"triton": "triton", "flex": "torch", "fa4": "flash-attn-4", "cudnn": "nvidia-cudnn-frontend"}
 FORWARD_TOLERANCE, GRADIENT_TOLERANCE = 2e-2, 4e-2  # relative errors beyond these are wrong results, not rounding
 HOST_BELOW_MS = 5.0  # where a call takes longer nobody waits for Python

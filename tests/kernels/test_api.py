@@ -41,7 +41,7 @@ def attend(**changes: Any) -> Any:
         (
             {"backend": "cuda"},
             ValueError,
-            r"unknown backend 'cuda'; there are auto, blocked, cudnn, fa4, flex, reference, triton, or your own",
+            r"unknown backend 'cuda'; there are auto, blocked, cpp, cudnn, fa4, flex, reference, triton, or your own",
         ),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, str) else "",
@@ -57,13 +57,6 @@ def test_bad_arguments_name_what_was_wanted_and_what_came(
 def test_a_layout_on_another_device_is_refused() -> None:
     with pytest.raises(ValueError, match="the layout is on cuda:0, q on cpu"):
         attend(layout=PROBLEM.layout("cuda"))
-
-
-def test_auto_takes_blocked_on_the_cpu() -> None:
-    q, k, v = PROBLEM.inputs(torch.float32)
-    layout = PROBLEM.layout()
-    wanted = block_sparse_attention(q, k, v, layout, backend="blocked")
-    assert torch.equal(block_sparse_attention(q, k, v, layout), wanted)
 
 
 @pytest.mark.parametrize(
