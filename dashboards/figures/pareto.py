@@ -15,7 +15,7 @@ from dashboards.wording import milliseconds, number, ratio
 from raybsa.results.pareto import FORWARD_LATENCY, LATENCY, Objective, pareto_front, quality_objective
 
 _CROWD, MOST_NUMBERS = 300, 40  # points from which on they shrink, and numbers that can still be read
-MOST_BEATEN, _GRID = 1500, (90, 60)  # dominated points that are all drawn, and the cells that hold one of more
+MOST_BEATEN, _GRID = 1500, (60, 40)  # dominated points that are all drawn, and the cells that hold one of more
 _SMALLEST, _LARGEST = 17.0, 38.0
 
 
@@ -72,8 +72,15 @@ def pareto_info(trials: Sequence[Trial]) -> ParetoInfo:
     front = pareto_front([trial.record for trial in timed], [latency, quality_objective(goal)])
     ranks = {record.trial_id: rank for rank, record in enumerate(front, 1)}
     diameters = _diameters([trial.record.peak_bytes for trial in timed])
+    beaten, best = _shrunk(len(timed)), _shrunk(len(front))
     points = [
-        Point(t, float(latency.value(t.record) or 0), float(t.record.quality or 0), ranks.get(t.id), diameter)
+        Point(
+            t,
+            float(latency.value(t.record) or 0),
+            float(t.record.quality or 0),
+            ranks.get(t.id),
+            diameter * (best if t.id in ranks else beaten),
+        )
         for t, diameter in zip(timed, diameters, strict=True)
     ]
     return ParetoInfo(first.quality_name or "quality", goal, latency, points, len(trials) - len(timed))
@@ -141,14 +148,17 @@ def _name_dense(figure: go.Figure, point: Point) -> None:
 
 
 def _diameters(sizes: Sequence[int | None]) -> list[float]:
-    """Marker diameters in pixels whose areas grow evenly with the sizes; the smallest where none was measured. Many
-    points are small points."""
+    """Marker diameters in pixels whose areas grow evenly with the sizes; the smallest where none was measured."""
     known = [size for size in sizes if size is not None]
-    shrunk = max(0.3, min(1.0, math.sqrt(_CROWD / max(1, len(sizes)))))
     low, high = (min(known), max(known)) if known else (0, 0)
     span = (high - low) or 1
     shares = [0.0 if size is None else (size - low) / span for size in sizes]
-    return [shrunk * math.sqrt(_SMALLEST**2 + share * (_LARGEST**2 - _SMALLEST**2)) for share in shares]
+    return [math.sqrt(_SMALLEST**2 + share * (_LARGEST**2 - _SMALLEST**2)) for share in shares]
+
+
+def _shrunk(count: int) -> float:
+    """What the diameters of so many points are multiplied by: many points are small points."""
+    return max(0.3, min(1.0, math.sqrt(_CROWD / max(1, count))))
 
 
 def _add_front_line(figure: go.Figure, front: Sequence[Point]) -> None:
