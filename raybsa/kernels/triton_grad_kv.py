@@ -67,7 +67,7 @@ class GradKV:
         parts_k = parts_v = None
         if work.parts:
             parts_k, parts_v = delta.new_empty(self._parts_shape), delta.new_empty(self._parts_shape)
-        bias = None if call.block_bias is None or columns.source is None else call.block_bias[columns.source]
+        bias = None if call.block_bias is None or columns.source is None else call.block_bias.index_select(0, columns.source)
         tensors: Tensors = (forward.lse, call.q, call.k, call.v, grad_out, delta, grad_k, grad_v)
         tensors = (*tensors, parts_k, parts_v, work.items, columns.entries, *feature_tensors(call), bias)
         if self._launch is None:
@@ -284,7 +284,7 @@ def grad_kv_kernel(
             at = ((tl.program_id(1) * parts + part).to(tl.int64) * KV_BLOCK + in_block)[:, None] * D + dim[None, :]
             store_tokens(part_k + at, sums_k, in_block < KV_BLOCK, dim, False, D, DP)
             store_tokens(part_v + at, sums_v, in_block < KV_BLOCK, dim, False, D, DP)
-    if part < 0:
+    if part == -1:
         if KEPT_BOXES:
             grad_k.store([b, kv_head, corner, 0], tl.reshape(sums_k.to(grad_k.dtype), [1, 1, ROWS, DP]))
             grad_v.store([b, kv_head, corner, 0], tl.reshape(sums_v.to(grad_v.dtype), [1, 1, ROWS, DP]))
