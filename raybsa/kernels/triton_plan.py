@@ -199,9 +199,7 @@ def _source(layout: BlockLayout, order: Tensor) -> Tensor:
     return (order if len(order) == layout.nnz_blocks else order % layout.nnz_blocks).to(torch.int32)
 
 
-def _cut(
-    offsets: Tensor, turn: Tensor, bound: int, step: int, entries: int, longest: int | None = None
-) -> Work:
+def _cut(offsets: Tensor, turn: Tensor, bound: int, step: int, entries: int, longest: int | None = None) -> Work:
     """Items of at most ``bound`` blocks (a multiple of ``step``) from lists at ``offsets``, the longest first.
 
     Args:
