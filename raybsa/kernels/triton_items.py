@@ -1,7 +1,7 @@
 """One launch that cuts lists of blocks into items of work, the longest first: what a dozen torch operations would do.
 
 Every program reads the lengths of all lists, to know how many items stand before its own, and writes the items of its
-own lists. Items count as equally long within a class, of which there are ``CLASSES``; there they keep their order.
+own lists. Items count as equally long within a class of length, where they keep their order.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from raybsa.kernels.triton_launch import launcher
-from raybsa.kernels.triton_plan import LENGTHS
 
 LISTS = 512  # a program
+LENGTHS = 4  # items count as equally long within this fraction of the bound, and then keep their order
 LONGEST = tl.constexpr(LENGTHS)  # the class of items as long as the bound
 PARTS, SPLITS = tl.constexpr(LENGTHS + 1), tl.constexpr(LENGTHS + 2)  # counted as if they were classes too
 CLASSES = tl.constexpr(8)

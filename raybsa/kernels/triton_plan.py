@@ -24,7 +24,6 @@ from raybsa.layout import BlockLayout
 MIN_PART_TOKENS = 1024  # no list shorter than this is split
 SHARES = 2  # a part is at most half of one processor's share of the work: shorter ones take memory and time to add up
 ENOUGH = 2  # where there are so many lists a processor, those up to twice the mean stay whole
-LENGTHS = 4  # items count as equally long within this fraction of the bound, and then keep their order
 MEMBER_SHIFT = 22  # an entry of a column is ``(query head within its KV head << 22) | query block``
 MAX_BLOCKS, MAX_MEMBERS = 2**MEMBER_SHIFT, 2 ** (31 - MEMBER_SHIFT)
 
