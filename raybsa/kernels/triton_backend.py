@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from raybsa.kernels.call import AttentionCall, kept_with
+from raybsa.kernels.call import AttentionCall, kept_with, kept_with_rows
 from raybsa.kernels.triton_arguments import Softmax, dot_precision
 from raybsa.kernels.triton_plan import MAX_BLOCKS, MAX_MEMBERS
 from raybsa.kernels.triton_setup import devices, interpreting, repair_interpreter, why_not_here
@@ -84,8 +84,8 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v in ``dtype``, and of block_bias if it is wanted; ``delta`` as ``grad_q`` takes it."""
     with _ready(call.q):
-        kept = kept_with(call.layout)
-        key = ("backward", dot_precision(call.q.dtype), call.signature, forward.signature(grad_out), with_bias, dtype)
+        kept = _launches(call.layout)
+        key = ("backward", *_kind(call, forward, grad_out), with_bias, dtype)
         if key not in kept:
             from raybsa.kernels.triton_grad_kv import GradKV
             from raybsa.kernels.triton_grad_q import GradQ
@@ -99,14 +99,31 @@ def _gradients(
 def mass(call: AttentionCall, lse: Tensor) -> Tensor:
     """(nnz,) as ``block_mass``: the gradient of ``lse.sum()`` by block_bias, for which dQ's kernel is run on a gradient
     of zeros: with delta -1 a score's gradient is its weight."""
-    bias = lse.new_zeros(call.layout.nnz_blocks) if call.block_bias is None else call.block_bias.detach()
-    call, softmax, nothing = replace(call, block_bias=bias, dropout_p=0.0), Softmax(lse), torch.zeros_like(call.q)
+    softmax, nothing = Softmax(lse), torch.zeros_like(call.q)
+    kept, key = _launches(call.layout), ("mass", *_kind(call, softmax, nothing))
     with _ready(call.q):
-        from raybsa.kernels.triton_grad_q import GradQ
+        if key not in kept:
+            from raybsa.kernels.triton_grad_q import GradQ
 
-        _, found = GradQ(call, True, call.q.dtype)(call, softmax, torch.full_like(lse, -1.0), nothing)
+            bias, delta = lse.new_zeros(call.layout.nnz_blocks), torch.full_like(lse, -1.0)
+            kept[key] = GradQ(replace(call, block_bias=bias, dropout_p=0.0), True, call.q.dtype), bias, delta
+        grad_q, bias, delta = kept[key]
+        bias = bias if call.block_bias is None else call.block_bias.detach()
+        _, found = grad_q(replace(call, block_bias=bias, dropout_p=0.0), softmax, delta, nothing)
     assert found is not None
     return found
+
+
+def _launches(layout: BlockLayout) -> dict[tuple[object, ...], Any]:
+    """Where the launches of a backward are kept: those of a transient layout serve all that share its rows, as their
+    plans are of one size."""
+    return kept_with_rows(layout) if layout.transient else kept_with(layout)
+
+
+def _kind(call: AttentionCall, forward: Softmax, grad_out: Tensor) -> tuple[Any, ...]:
+    """What tells launches over the same rows apart."""
+    alignment = call.layout.col_indices.data_ptr() % 16
+    return dot_precision(call.q.dtype), call.signature, alignment, *forward.signature(grad_out)
 
 
 class _Triton(torch.autograd.Function):

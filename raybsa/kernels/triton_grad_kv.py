@@ -42,7 +42,8 @@ SHIFT, BLOCK_BITS = tl.constexpr(MEMBER_SHIFT), tl.constexpr(MAX_BLOCKS - 1)
 
 
 class GradKV:
-    """The launches of calls that differ in their tensors' numbers and the seed only.
+    """The launches of calls that differ in their tensors' numbers and the seed only, and where a layout is transient in
+    its columns.
 
     A call gives k's and v's gradients (B, Hkv, Skv, D) in ``dtype``; delta (B, H, Sq) is contiguous.
     """
@@ -51,23 +52,28 @@ class GradKV:
         (batch, kv_heads, _, head_dim), layout = call.k.shape, call.layout
         sizes = (layout.kv_block_size, layout.q_block_size)
         self._tile = choose_tile("grad_kv", head_dim, call.q.dtype, *sizes, call.q.device)
-        self._columns = plan_columns(call, self._tile.cols)
-        copies, work = batch * kv_heads // self._columns.groups, self._columns.work
+        columns = plan_columns(call, self._tile.cols)
+        copies, work = batch * kv_heads // columns.groups, columns.work
         self._grid = (work.sizes()[0] * max(1, layout.kv_block_size // self._tile.rows), copies)
         self._parts_shape = (work.parts * copies, layout.kv_block_size, head_dim)
-        self._numbers = (self._columns.groups, layout.num_kv_blocks, work.parts, *numbers(call))
+        self._numbers = (columns.groups, layout.num_kv_blocks, work.parts, *numbers(call))
         self._dtype = dtype
         self._launch: Launcher | None = None
 
     def __call__(self, call: AttentionCall, forward: Softmax, delta: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor]:
-        columns, work = self._columns, self._columns.work
+        columns = plan_columns(call, self._tile.cols)
+        work = columns.work
         grad_k, grad_v = torch.empty_like(call.k, dtype=self._dtype), torch.empty_like(call.v, dtype=self._dtype)
         if not self._grid[0]:
             return grad_k, grad_v
         parts_k = parts_v = None
         if work.parts:
             parts_k, parts_v = delta.new_empty(self._parts_shape), delta.new_empty(self._parts_shape)
-        bias = None if call.block_bias is None or columns.source is None else call.block_bias[columns.source]
+        bias = (
+            None
+            if call.block_bias is None or columns.source is None
+            else call.block_bias.index_select(0, columns.source)
+        )
         tensors: Tensors = (forward.lse, call.q, call.k, call.v, grad_out, delta, grad_k, grad_v)
         tensors = (*tensors, parts_k, parts_v, work.items, columns.entries, *feature_tensors(call), bias)
         if self._launch is None:
@@ -284,7 +290,7 @@ def grad_kv_kernel(
             at = ((tl.program_id(1) * parts + part).to(tl.int64) * KV_BLOCK + in_block)[:, None] * D + dim[None, :]
             store_tokens(part_k + at, sums_k, in_block < KV_BLOCK, dim, False, D, DP)
             store_tokens(part_v + at, sums_v, in_block < KV_BLOCK, dim, False, D, DP)
-    if part < 0:
+    if part == -1:
         if KEPT_BOXES:
             grad_k.store([b, kv_head, corner, 0], tl.reshape(sums_k.to(grad_k.dtype), [1, 1, ROWS, DP]))
             grad_v.store([b, kv_head, corner, 0], tl.reshape(sums_v.to(grad_v.dtype), [1, 1, ROWS, DP]))

@@ -4,7 +4,9 @@ Rows (lists of KV blocks) serve the forward and dQ, columns (lists of query bloc
 fair share of the whole work is split into parts that a second kernel adds up in a fixed order, so that one global row
 or column does not hold up the launch. The longest items come first; all short ones stay in storage order, a head after
 the other, so that what runs at one time reads the same keys and values. A plan is made once for a layout, on its
-device, with O(nnz) tensor operations and one read back of three numbers.
+device, with O(nnz) tensor operations and one read back of three numbers. The columns of a transient layout are planned
+anew in every step, so that costs a sort and little else: what its rows decide is kept with them, and nothing is read
+back, for its plan is as long as any plan of so many blocks can be, with empty items at the end.
 """
 
 from __future__ import annotations
@@ -22,7 +24,6 @@ from raybsa.layout import BlockLayout
 MIN_PART_TOKENS = 1024  # no list shorter than this is split
 SHARES = 2  # a part is at most half of one processor's share of the work: shorter ones take memory and time to add up
 ENOUGH = 2  # where there are so many lists a processor, those up to twice the mean stay whole
-LENGTHS = 4  # items count as equally long within this fraction of the bound, and then keep their order
 MEMBER_SHIFT = 22  # an entry of a column is ``(query head within its KV head << 22) | query block``
 MAX_BLOCKS, MAX_MEMBERS = 2**MEMBER_SHIFT, 2 ** (31 - MEMBER_SHIFT)
 
@@ -34,9 +35,10 @@ class Work:
     Args:
         items: (n, 8) int32, the longest first: list, begin, turn, end, part, and three unused. ``begin .. end`` are
             places among all blocks; masking begins at ``turn`` in a row and ends there in a column; ``part`` is -1
-            where the item is its whole list. An empty list has an item too, which writes its zeros.
-        splits: (m, 4) int32: list, first part, number of parts, one unused.
-        parts: how many parts there are.
+            where the item is its whole list. An empty list has an item too, which writes its zeros. A ``part`` of -2
+            says that nothing is to be written: columns of a transient layout only.
+        splits: (m, 4) int32: list, first part, number of parts, one unused. No parts: nothing is to be written.
+        parts: how many parts there are, or at most are.
     """
 
     items: Tensor
@@ -75,7 +77,7 @@ def plan_rows(call: AttentionCall, tile: int) -> Work:
         lists = max(1, layout.num_groups * layout.num_q_blocks * copies)
         bound = _part_blocks(layout.nnz_blocks * copies, lists, layout.kv_block_size, tile, layout.device)
         offsets, turn = _rows_cut_last(layout) if offsets_decide_rows(layout) else _row_lists(layout)
-        plans[key] = _cut(offsets, turn, bound, max(1, tile // layout.kv_block_size))
+        plans[key] = _cut(offsets, turn, bound, max(1, tile // layout.kv_block_size), layout.nnz_blocks)
     found = plans[key]
     assert isinstance(found, Work)
     return found
@@ -90,10 +92,11 @@ def plan_columns(call: AttentionCall, tile: int) -> Columns:
     if key not in plans:
         lists = max(1, call.k.shape[0] * call.k.shape[1] * layout.num_kv_blocks)
         bound = _part_blocks(layout.nnz_blocks * copies, lists, layout.q_block_size, tile, layout.device)
-        entries, source, offsets, turn = _column_lists(layout, call.queries_per_kv)
-        work = _cut(offsets, turn, bound, max(1, tile // layout.q_block_size))
+        entries, order, edges = _column_lists(layout, call.queries_per_kv)
+        longest = layout.num_q_blocks * call.queries_per_kv if layout.transient else None
+        work = _cut(edges[::2], edges[1::2], bound, max(1, tile // layout.q_block_size), len(entries), longest)
         groups = max(1, layout.num_groups // call.queries_per_kv)
-        plans[key] = Columns(entries, source.to(torch.int32) if with_bias else None, groups, work)
+        plans[key] = Columns(entries, _source(layout, order) if with_bias else None, groups, work)
     found = plans[key]
     assert isinstance(found, Columns)
     return found
@@ -137,41 +140,81 @@ def _row_lists(layout: BlockLayout) -> tuple[Tensor, Tensor]:
     return offsets, offsets[1:] - (before[offsets[1:]] - before[offsets[:-1]])
 
 
-def _column_lists(layout: BlockLayout, members: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """entries and source of ``Columns``, (R + 1,) offsets of the columns, (R,) where each column's masking ends."""
-    group, row, col = layout.coordinates()
-    cut, source = layout.crosses_diagonal(), torch.arange(layout.nnz_blocks, device=layout.device)
-    member = group % members
-    if layout.num_groups == 1 and members > 1:  # every query head of a KV head has the same list
-        member = torch.arange(members, device=layout.device).repeat_interleave(layout.nnz_blocks)
-        group, row, col, cut, source = (x.repeat(members) for x in (group, row, col, cut, source))
-    lists = max(1, layout.num_groups // members) * layout.num_kv_blocks
-    key = (group // members * layout.num_kv_blocks + col) * 2 + (~cut).long()
-    key, order = torch.sort(key.to(torch.int32) if 2 * lists < 2**31 else key, stable=True)
-    starts = 2 * torch.arange(lists + 1, device=layout.device, dtype=key.dtype)
-    offsets, turn = torch.searchsorted(key, starts), torch.searchsorted(key, starts[:-1] + 1)
-    return ((member << MEMBER_SHIFT) | row)[order].to(torch.int32), source[order], offsets, turn
+@dataclass(frozen=True, eq=False)
+class _Places:
+    """What of the columns' entries follows from the rows, in storage order, query heads that share a list side by side.
+
+    Args:
+        entry: (n,) int32, see ``MEMBER_SHIFT``.
+        first: (n,) twice the number of the first column of the entry's KV head; int32 where that holds all columns.
+        diagonal: (n,) the key of the block on the diagonal of the entry's row.
+        edges: (2 * columns + 1,) the least keys of what the diagonal cuts and of the rest, column after column.
+    """
+
+    entry: Tensor
+    first: Tensor
+    diagonal: Tensor
+    edges: Tensor
+
+    @classmethod
+    def of(cls, layout: BlockLayout, members: int) -> _Places:
+        group, row, _ = layout.coordinates()
+        member = group % members
+        if layout.num_groups == 1 and members > 1:  # every query head of a KV head has the same list
+            member = torch.arange(members, device=layout.device).repeat_interleave(layout.nnz_blocks)
+            group, row = group.repeat(members), row.repeat(members)
+        columns = max(1, layout.num_groups // members) * layout.num_kv_blocks
+        dtype = torch.int32 if 2 * columns < 2**31 else torch.int64
+        first = group // members * (2 * layout.num_kv_blocks)
+        edges = torch.arange(2 * columns + 1, device=layout.device, dtype=dtype)
+        entry = ((member << MEMBER_SHIFT) | row).to(torch.int32)
+        return cls(entry, first.to(dtype), (first + 2 * row).to(dtype), edges)
 
 
-def _cut(offsets: Tensor, turn: Tensor, bound: int, step: int) -> Work:
-    """Items of at most ``bound`` blocks (a multiple of ``step``) from lists at ``offsets``, the longest first."""
-    counts = offsets.diff()
-    pieces = (-(-counts // bound)).clamp(min=1)
-    is_split = pieces > 1
-    size = -(-counts // (pieces * step)) * step
-    parts_of = torch.where(is_split, pieces, 0)
-    total, parts, splits = torch.stack([pieces.sum(), parts_of.sum(), is_split.sum()]).tolist()
-    lists = torch.arange(len(counts), device=counts.device)
-    of = torch.repeat_interleave(lists, pieces, output_size=total)
-    piece = torch.arange(total, device=counts.device) - (pieces.cumsum(0) - pieces)[of]
-    last = offsets[1:][of]
-    begin = torch.minimum(offsets[:-1][of] + piece * size[of], last)
-    end = torch.minimum(begin + size[of], last)
-    first_part = parts_of.cumsum(0) - parts_of
-    part = torch.where(is_split[of], first_part[of] + piece, -1)
-    fields = [of, begin, torch.minimum(torch.maximum(turn[of], begin), end), end, part]
-    fields += [torch.zeros_like(of)] * 3
-    longest_first = torch.argsort((end - begin) * LENGTHS // bound, descending=True, stable=True)
-    where = torch.argsort(is_split, descending=True, stable=True)[:splits]
-    split = torch.stack([where, first_part[where], pieces[where], torch.zeros_like(where)], 1)
-    return Work(torch.stack(fields, 1)[longest_first].to(torch.int32), split.to(torch.int32), parts)
+def _column_lists(layout: BlockLayout, members: int) -> tuple[Tensor, Tensor, Tensor]:
+    """entries of ``Columns``, their order in ``_Places``, and (2 R + 1,) offsets: of each column first of the blocks
+    that the diagonal cuts, then of the others."""
+    by_rows = layout.transient and offsets_decide_rows(layout)
+    known = kept_with_rows(layout) if by_rows else {}
+    key = ("places", members)
+    if key not in known:
+        known[key] = _Places.of(layout, members)
+    places = known[key]
+    assert isinstance(places, _Places)
+    col = layout.col_indices if layout.num_groups > 1 else layout.col_indices.repeat(members)
+    keys = torch.add(places.first, col, alpha=2)
+    if not layout.causal:
+        keys = keys + 1
+    elif by_rows:
+        keys = keys + (keys != places.diagonal)
+    else:
+        keys = keys + ~layout.crosses_diagonal().repeat(members if layout.num_groups == 1 else 1)
+    keys, order = torch.sort(keys, stable=True)
+    return places.entry.index_select(0, order), order, torch.searchsorted(keys, places.edges)
+
+
+def _source(layout: BlockLayout, order: Tensor) -> Tensor:
+    """(n,) int32: the places in the layout of entries in this order."""
+    return (order if len(order) == layout.nnz_blocks else order % layout.nnz_blocks).to(torch.int32)
+
+
+def _cut(offsets: Tensor, turn: Tensor, bound: int, step: int, entries: int, longest: int | None = None) -> Work:
+    """Items of at most ``bound`` blocks (a multiple of ``step``) from lists at ``offsets``, the longest first.
+
+    Args:
+        entries: how many blocks the lists hold.
+        longest: what no list is longer than. Given, nothing is read back: there are then as many items, splits and
+            parts as such lists can need, and those that these lists do not need are left empty.
+    """
+    from raybsa.kernels.triton_items import write_items
+
+    splittable = longest is None or longest > bound
+    whole, split = (entries // bound, entries // (bound + 1)) if splittable else (0, 0)
+    items = offsets.new_zeros(len(turn) + whole, 8, dtype=torch.int32)
+    splits = offsets.new_zeros(split, 4, dtype=torch.int32)
+    totals = offsets.new_empty(3, dtype=torch.int32)
+    write_items(offsets, turn, items, splits, totals, bound, step)
+    if longest is not None:
+        return Work(items, splits, whole + split)
+    made, lists, parts = totals.tolist()
+    return Work(items[:made].clone(), splits[:lists].clone(), parts)

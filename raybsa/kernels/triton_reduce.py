@@ -62,4 +62,4 @@ def sum_parts_kernel(
         sums += tl.load(source + at[:, None] * D + dim[None, :], mask=(dim < D)[None, :], other=0.0)
     base = target + (flat_head // heads).to(tl.int64) * target_b + (flat_head % heads).to(tl.int64) * target_h
     pointers = base + token.to(tl.int64)[:, None] * target_t + dim[None, :] * target_d
-    store_tokens(pointers, sums, token < tokens, dim, False, D, DP)
+    store_tokens(pointers, sums, (token < tokens) & (count > 0), dim, False, D, DP)

@@ -24,9 +24,9 @@ def coarse_attention(u: Tensor, w: Tensor, v: Tensor, block_size: int, q_len: in
     rows, columns = u.shape[2], w.shape[2]
     if causal:  # row i + 1 sees columns 0 .. i
         seen = min(rows - 1, columns)
-        out = _attend(u[:, :, 1 : seen + 1], w[:, :, :seen], values[:, :, :seen], True)
-        beyond = _attend(u[:, :, seen + 1 :], w, values, False)
-        out = torch.cat([out.new_zeros(*out.shape[:2], 1, out.shape[3]), out, beyond], 2)
+        out = F.pad(_attend(u[:, :, 1 : seen + 1], w[:, :, :seen], values[:, :, :seen], True), (0, 0, 1, 0))
+        if seen + 1 < rows:
+            out = torch.cat([out, _attend(u[:, :, seen + 1 :], w, values, False)], 2)
     else:
         out = _attend(u, w, values, False)
     return out.repeat_interleave(block_size, 2)[:, :, :q_len]
@@ -34,16 +34,19 @@ def coarse_attention(u: Tensor, w: Tensor, v: Tensor, block_size: int, q_len: in
 
 def _attend(u: Tensor, w: Tensor, values: Tensor, causal: bool) -> Tensor:
     """SDPA with one width for all, which its kernels need to work in O(n) memory."""
-    width = max(u.shape[3], values.shape[3])
+    width, found = max(u.shape[3], values.shape[3]), values.shape[3]
     if not u.shape[2]:
-        return values.new_zeros(*u.shape[:3], values.shape[3])
-    q, k, v = (F.pad(x, (0, width - x.shape[3])) for x in (u, w, values))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=1.0)[..., : values.shape[3]]
+        return values.new_zeros(*u.shape[:3], found)
+    q, k, v = (x if x.shape[3] == width else F.pad(x, (0, width - x.shape[3])) for x in (u, w, values))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=1.0)
+    return out if found == width else out[..., :found]
 
 
 def _means(v: Tensor, block_size: int) -> Tensor:
     """(B, Hkv, n, D) mean values of the blocks, a ragged last one over its own tokens."""
     rest = -v.shape[2] % block_size
+    if not rest:
+        return v.unflatten(2, (-1, block_size)).sum(3) / block_size
     sums = F.pad(v, (0, 0, 0, rest)).unflatten(2, (-1, block_size)).sum(3)
     counts = torch.full((sums.shape[2], 1), block_size, dtype=sums.dtype, device=v.device)
     counts[-1] -= rest

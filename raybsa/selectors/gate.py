@@ -67,9 +67,10 @@ class Gate(nn.Module):
         ``sum_m a_m cos(f_m (i - j)) + c_m sin(f_m (i - j))``.
         """
         weight = self.key.to(self.dtype).flatten(1, 2)
-        cos, sin = place.to(self.dtype).unbind(1)
-        a, c = self.waves.to(self.dtype)[:, :, None].unbind(1)
-        place = torch.cat([a * cos - c * sin, a * sin + c * cos], -1).expand(len(features), -1, -1, -1)
+        place = place.to(self.dtype)
+        cos, sin = place.unbind(1)
+        a, c = self.waves.to(self.dtype)[:, :, None, None].unbind(1)
+        place = (place * a + torch.stack([-sin, cos], 1) * c).flatten(2).expand(len(features), -1, -1, -1)
         return torch.cat([features.to(self.dtype) @ weight, place], -1)
 
 

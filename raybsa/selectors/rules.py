@@ -76,6 +76,13 @@ class Rules:
         rank = torch.where(col < self.sinks, 1 + col, rank)
         return torch.where(distance == 0, 0, rank)
 
+    def settled(self, row: Tensor, col: Tensor, columns: int) -> Tensor:
+        """Whether a block leaves the row no choice: it is forced, or causality forbids it. ``row`` and ``col``
+        broadcast; blocks outside of the segments are not told apart."""
+        diagonal = self.diagonal(row, columns)
+        near = col > diagonal - self.window if self.causal else (col - diagonal).abs() < self.window
+        return near | (col < self.sinks) if self.sinks else near
+
     def preferences(self, scores: Tensor, rows: Tensor) -> Tensor:
         """Scores (..., R, columns) with what must be kept above all and what may not be at -inf."""
         columns = scores.shape[-1]

@@ -55,11 +55,11 @@ def within_share(u: Tensor, w: Tensor, shape: Shape, best: Tensor, share: float,
     """
     wanted = torch.empty_like(best, dtype=torch.bool)
     for place, scores in score_tiles(u, w):
-        chosen, free = best[:, :, place], _free(shape.rules, shape.rows[place], w.shape[2])
-        odds = (scores.float() / temperature).masked_fill(~free, float("-inf")).softmax(-1).nan_to_num(0.0)
+        chosen, settled = best[:, :, place], settled_blocks(shape.rules, shape.rows[place], w.shape[2])
+        odds = (scores.float() / temperature).masked_fill(settled, float("-inf")).softmax(-1).nan_to_num(0.0)
         chances = odds.gather(-1, chosen)
         before = chances.cumsum(-1) - chances
-        forced = ~free.expand_as(odds).gather(-1, chosen)
+        forced = settled.expand_as(odds).gather(-1, chosen)
         wanted[:, :, place] = forced | (before < share)
     return wanted
 
@@ -68,8 +68,8 @@ def within_share(u: Tensor, w: Tensor, shape: Shape, best: Tensor, share: float,
 def mean_probabilities(u: Tensor, w: Tensor, shape: Shape, temperature: float) -> Iterator[tuple[slice, Tensor]]:
     """Places of rows and (1, Hkv, R, columns): the free blocks' probabilities, mean over samples."""
     for place, scores in score_tiles(u, w):
-        free = _free(shape.rules, shape.rows[place], w.shape[2])
-        odds = (scores.float() / temperature).masked_fill(~free, float("-inf")).softmax(-1).nan_to_num(0.0)
+        settled = settled_blocks(shape.rules, shape.rows[place], w.shape[2])
+        odds = (scores.float() / temperature).masked_fill(settled, float("-inf")).softmax(-1).nan_to_num(0.0)
         yield place, odds.mean(0, keepdim=True)
 
 
@@ -84,7 +84,7 @@ def score_tiles(u: Tensor, w: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield place, scores
 
 
-def _free(rules: Rules, rows: Tensor, columns: int) -> Tensor:
-    """(R, columns) bool: candidates that are not forced."""
-    rank = rules.forced_rank(rows[:, None], torch.arange(columns, device=rows.device), columns)
-    return rules.candidates(rows, columns) & (rank < 0)
+def settled_blocks(rules: Rules, rows: Tensor, columns: int) -> Tensor:
+    """(R, columns) bool: what leaves the rows no choice, forced or no candidate."""
+    found = rules.settled(rows[:, None], torch.arange(columns, device=rows.device), columns)
+    return found if rules.segments is None else found | ~rules.candidates(rows, columns)

@@ -17,13 +17,14 @@ from raybsa.patterns.dilated import Dilated
 from raybsa.patterns.parameters import integer
 from raybsa.patterns.pattern import check_density
 from raybsa.selectors.coarse import coarse_attention
-from raybsa.selectors.distill import dense_mass, divergence, sampled_rows
-from raybsa.selectors.entries import Entries
+from raybsa.selectors.distill import divergence, sampled_rows
+from raybsa.selectors.entries import Entries, Table
 from raybsa.selectors.gate import Gate, position_waves
 from raybsa.selectors.pooling import block_stats, blocks_before, key_features, query_features, runs_kernels
+from raybsa.selectors.row_mass import row_mass
 from raybsa.selectors.rules import Rules
 from raybsa.selectors.schedule import Schedule
-from raybsa.selectors.selection import best_columns, kept_columns, mean_probabilities, within_share
+from raybsa.selectors.selection import best_columns, kept_columns, mean_probabilities, settled_blocks, within_share
 from raybsa.selectors.shape import Shape
 from raybsa.selectors.topk import top_columns
 from raybsa.spec import PatternSpec
@@ -35,12 +36,13 @@ METHODS: tuple[str, ...] = get_args(Method)
 
 @dataclass(frozen=True, eq=False)
 class _Choice:
-    """What one ``select`` chose, and by what: u and w as ``Gate`` gives them, and the layout of KV heads."""
+    """What one ``select`` chose, and by what: u and w as ``Gate`` gives them, the layouts of KV heads and of all."""
 
     u: Tensor
     w: Tensor
     shape: Shape
     by_kv_head: BlockLayout
+    layout: BlockLayout
     dense: bool
 
 
@@ -180,7 +182,7 @@ class BlockSelector(nn.Module):
             layout = shape.everything(groups * copies) if apart and copies > 1 else by_kv_head
         else:
             by_kv_head, layout = self._sparse(u, w, shape, copies)
-        self._choice, self._loss = _Choice(u, w, shape, by_kv_head, dense), None
+        self._choice, self._loss = _Choice(u, w, shape, by_kv_head, layout, dense), None
         return layout, self._bias(self._choice, copies) if self.method == "bias" else None
 
     def take_loss_of_shard(self, mass: Tensor, total: Callable[[Tensor], Tensor]) -> None:
@@ -233,9 +235,7 @@ class BlockSelector(nn.Module):
         """
         q, k = q.detach(), k.detach()
         u, w = self._compare_whole(q, k)
-        nowhere = Shape.make(self.rules, q.shape[2], k.shape[2], 1.0, q.device, torch.zeros(1, dtype=torch.int64))
-        call = AttentionCall(q, k, k, nowhere.everything(), scale, None, None, None, 0.0, 0, False, False)
-        return self._sampled_divergence(u, w, call)
+        return self._sampled_divergence(u, w, (q, k, scale))
 
     def step(self) -> None:
         """Tells the schedules that a step of training was applied."""
@@ -318,12 +318,13 @@ class BlockSelector(nn.Module):
     def _bias(self, choice: _Choice, copies: int) -> Tensor:
         """(nnz,) log of each kept block's gate; 0 on the diagonal, which holds a causal row's own future."""
         entries = Entries.of(choice.by_kv_head)
-        gate = nn.functional.logsigmoid(entries.scores(choice.u, choice.w) / self.temperature.value)
-        own = self.rules.diagonal(entries.q_block, choice.shape.columns) == entries.kv_block
+        gate = nn.functional.logsigmoid(self._cooled(entries.scores(choice.u, choice.w)))
+        own = self.rules.diagonal(entries.q_block, choice.shape.columns) == choice.by_kv_head.col_indices
         return entries.over_heads(gate.masked_fill(own, 0.0), copies)
 
     def _distill(self, choice: _Choice, call: AttentionCall, lse: Tensor) -> Tensor:
-        loss = self._sampled_divergence(choice.u, choice.w, call)
+        attention = (call.q, call.k, call.scale)
+        loss = self._sampled_divergence(choice.u, choice.w, attention, call.attn_mask, call.segment_ids)
         if choice.dense:
             return loss
         kept, weight = self._kept_divergence(choice, block_mass(call, lse))
@@ -331,23 +332,41 @@ class BlockSelector(nn.Module):
 
     def _kept_divergence(self, choice: _Choice, mass: Tensor) -> tuple[Tensor, Tensor]:
         """``divergence`` over the kept blocks, from their mass (nnz of the query heads' layout,)."""
-        entries = Entries.of(choice.by_kv_head)
-        scores = entries.scores(choice.u, choice.w) / self.temperature.value
-        return divergence(scores, entries.mean_of_heads(mass, self.num_heads // self.num_kv_heads), entries, self.rules)
+        table, widest = Table.of(choice.by_kv_head, choice.shape.widest), choice.shape.widest
+        columns = table.take(choice.by_kv_head.col_indices)
+        settled = table.beyond | self.rules.settled(table.q_block, columns, choice.shape.columns)
+        mass = Table.of(choice.layout, widest).take(mass)
+        if self.num_heads > self.num_kv_heads:
+            mass = mass.unflatten(0, (table.beyond.shape[0], -1)).mean(1)
+        return divergence(self._cooled(table.scores(choice.u, choice.w, columns)), mass, settled)
 
-    def _sampled_divergence(self, u: Tensor, w: Tensor, call: AttentionCall) -> Tensor:
-        """That of a few rows, drawn anew in each call, over all their candidates, which the host counts."""
-        (batch, heads, q_len, _), kv_len, device = call.q.shape, call.k.shape[2], call.q.device
-        rows = sampled_rows(u.shape[2], self.sample_rows, self.seed + self.calls)
+    def _sampled_divergence(
+        self,
+        u: Tensor,
+        w: Tensor,
+        attention: tuple[Tensor, Tensor, float],
+        attn_mask: Tensor | None = None,
+        segment_ids: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """That of a few rows, drawn anew in each call, over all their candidates.
+
+        Args:
+            attention: q, k and the factor on their products.
+        """
+        drawn = sampled_rows(u.shape[2], self.sample_rows, self.seed + self.calls)
         self.calls += 1
-        sampled = Shape.make(self.rules, q_len, kv_len, 1.0, "cpu", rows)
-        of_heads = sampled.everything(batch * heads).to(device)
-        by_kv_head = of_heads if call.queries_per_kv == 1 else sampled.everything(batch * self.num_kv_heads).to(device)
-        entries = Entries.of(by_kv_head)
-        mass = entries.mean_of_heads(dense_mass(call, of_heads), call.queries_per_kv)
-        scores = entries.scores(u[:, :, rows.to(device)], w) / self.temperature.value
-        found, weight = divergence(scores, mass, entries, self.rules)
+        rows = drawn.pin_memory().to(u.device, non_blocking=True) if u.is_cuda else drawn
+        q, k, scale = attention
+        mass = row_mass(q, k, scale, self.rules, rows, attn_mask, segment_ids)
+        with torch.autocast(u.device.type, enabled=False):
+            scores = self._cooled(u.index_select(2, rows) @ w.transpose(-1, -2))
+        found, weight = divergence(scores, mass, settled_blocks(self.rules, rows, w.shape[2]))
         return found / weight
+
+    def _cooled(self, scores: Tensor) -> Tensor:
+        """Scores over the temperature."""
+        temperature = self.temperature.value
+        return scores if temperature == 1.0 else scores / temperature
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle forgets the last forward."""

@@ -251,6 +251,32 @@ def test_only_lists_far_longer_than_the_rest_are_split() -> None:
         assert work.items[: work.parts, 4].tolist() == list(range(work.parts)), "the longest come first"
 
 
+def test_a_transient_layout_is_planned_alike_with_empty_items_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose gradients are the same to the bit, for another layout of the same rows too."""
+    monkeypatch.setattr(triton_plan, "MIN_PART_TOKENS", 32)
+    monkeypatch.setattr(triton_plan, "SHARES", 10**6)
+    problem = Problem("per-sample-gqa-causal", causal=True, batch=1, heads=2, kv_heads=1, groups=2, q_len=90, kv_len=90)
+    fixed, inputs = problem.layout("cpu"), problem.inputs(torch.float32, "cpu")
+    grads = [torch.randn_like(inputs[0]), torch.randn(inputs[0].shape[:3])]
+    wanted = outputs_and_gradients(inputs, fixed, *grads, backend="triton")
+    plan = triton_plan.plan_columns(AttentionCall(*inputs[:3], fixed, 1.0, None, None, None, 0.0, 0, True, False), 16)
+    crow = fixed.crow_indices.clone()
+    for _ in range(2):
+        layout = replace(fixed, crow_indices=crow, transient=True)
+        found = outputs_and_gradients(inputs, layout, *grads, backend="triton")
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+        call = AttentionCall(*inputs[:3], layout, 1.0, None, None, None, 0.0, 0, True, False)
+        padded = triton_plan.plan_columns(call, 16)
+        items, splits = plan.work.sizes()
+        assert splits
+        assert torch.equal(padded.entries, plan.entries)
+        assert torch.equal(padded.work.items[:items], plan.work.items)
+        assert torch.equal(padded.work.splits[:splits], plan.work.splits)
+        assert padded.work.items[items:, 4].unique().tolist() == [-2]
+        assert not padded.work.splits[splits:].any()
+        assert padded.work.parts >= plan.work.parts
+
+
 def test_a_layout_with_no_blocks_and_one_with_no_rows() -> None:
     q, k = torch.randn(1, 1, 40, 16, requires_grad=True), torch.randn(1, 1, 40, 16, requires_grad=True)
     layout = BlockLayout.from_rows([[], [], []], q_len=40, kv_len=40, q_block_size=16)
