@@ -11,6 +11,9 @@
 
 extern "C" {
 
+// Runs work(data) on so many threads; null where no OpenMP of this interface is loaded.
+void GOMP_parallel(void (*work)(void*), void* data, unsigned threads, unsigned flags) __attribute__((weak));
+
 struct Call {  // mirrored by `_Call` in cpp.py
   const float *q, *k, *v;
   const int64_t* crow;                // (groups, q_blocks + 1)
@@ -110,6 +113,9 @@ inline void scores(const Call& c, const Tile& t, const Block& b, const float* q,
 }
 
 // Calls work(item) for each of `items` on the call's threads; each makes one `work` for itself by make().
+//
+// The threads are those of the OpenMP that torch has loaded, through the entry that compilers use: its threads go on
+// spinning for a while after torch's own operations, and others beside them would share their processors.
 template <typename Make>
 void share_out(const Call& c, int64_t items, Make make) {
   std::atomic<int64_t> next{0};
@@ -117,8 +123,13 @@ void share_out(const Call& c, int64_t items, Make make) {
     auto work = make();
     for (int64_t item; (item = next.fetch_add(1)) < items;) work(item);
   };
+  const auto threads = (unsigned)std::min(c.threads, items);
+  if (threads > 1 && GOMP_parallel) {
+    GOMP_parallel([](void* data) { (*static_cast<decltype(run)*>(data))(); }, (void*)&run, threads, 0);
+    return;
+  }
   std::vector<std::thread> others;
-  for (int64_t i = 1; i < std::min(c.threads, items); ++i) others.emplace_back(run);
+  for (unsigned i = 1; i < threads; ++i) others.emplace_back(run);
   run();
   for (auto& one : others) one.join();
 }

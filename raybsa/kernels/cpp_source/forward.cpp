@@ -8,6 +8,12 @@
 namespace raybsa {
 namespace {
 
+// Asks for rows of keys or values before they are read.
+inline void fetch_ahead(const float* rows, int64_t step, int count, int64_t dim) {
+  for (int j = 0; j < count; ++j)
+    for (int64_t n = 0; n < dim; n += 16) __builtin_prefetch(rows + j * step + n, 0, 2);
+}
+
 class Forward {
  public:
   Forward(const Call& c, float* out, float* lse)
@@ -23,8 +29,13 @@ class Forward {
     std::fill(total_, total_ + kTile, 0.0f);
     for (const int32_t* at = t.begin; at < t.end; ++at) {
       const Block b(c_, t, *at);
+      fetch_ahead(b.values, c_.v_step[2], b.count, c_.head_dim);
       scores(c_, t, b, q_, scores_);
       softmax(b.count, t.lanes);
+      if (at + 1 < t.end) {
+        const Block next(c_, t, at[1]);
+        fetch_ahead(next.keys, c_.k_step[2], next.count, c_.head_dim);
+      }
       const int dim = (int)c_.head_dim;
       matrix<To::kScaleAndAdd>({b.values, 1, c_.v_step[2]}, {scores_, kTile}, dim, t.lanes, b.count, {sums_, kTile}, factor_);
     }
