@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from raybsa import BlockLayout, block_sparse_attention
+
+needs_a_compiler = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler (g++, or what CXX says)"
+)
 
 
 @dataclass(frozen=True)

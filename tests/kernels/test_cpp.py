@@ -17,7 +17,7 @@ from raybsa.kernels.api import choose_backend, run_call
 from raybsa.kernels.backward import attention_backward
 from raybsa.kernels.call import AttentionCall
 from raybsa.kernels.delta import row_delta
-from tests.kernels.problems import PROBLEMS, Problem, outputs_and_gradients, relative_error
+from tests.kernels.problems import PROBLEMS, Problem, needs_a_compiler, outputs_and_gradients, relative_error
 
 SERVED = [replace(p, head_dim=48) if p.head_dim % cpp.HEAD_DIM_STEP else p for p in PROBLEMS]
 WIDE = [
@@ -48,11 +48,13 @@ def assert_equals_reference(problem: Problem, layout: BlockLayout | None = None)
         assert error <= (1e-4 if "grad" in name else 1e-5), f"{name}: relative error {error:.2e}"
 
 
+@needs_a_compiler
 @pytest.mark.parametrize("problem", [*SERVED, *WIDE, *TALL], ids=lambda p: p.name)
 def test_cpp_equals_the_reference(problem: Problem) -> None:
     assert_equals_reference(problem)
 
 
+@needs_a_compiler
 @pytest.mark.parametrize("architecture", ["x86-64", "x86-64-v3"])
 def test_narrower_vectors_equal_the_reference(
     architecture: str, built_anew: Path, monkeypatch: pytest.MonkeyPatch
@@ -65,6 +67,7 @@ def test_narrower_vectors_equal_the_reference(
         assert_equals_reference(problem)
 
 
+@needs_a_compiler
 @pytest.mark.parametrize("threads", [3, 4])
 def test_threads_that_share_a_head_s_rows_change_nothing_but_the_order_of_sums(
     threads: int, monkeypatch: pytest.MonkeyPatch
@@ -73,6 +76,7 @@ def test_threads_that_share_a_head_s_rows_change_nothing_but_the_order_of_sums(
     assert_equals_reference(replace(SERVED[6], batch=1, groups=4))
 
 
+@needs_a_compiler
 def test_repeats_are_equal_bit_by_bit() -> None:
     problem = SERVED[6]
     layout, inputs = problem.layout(), problem.inputs(torch.float32)
@@ -81,6 +85,7 @@ def test_repeats_are_equal_bit_by_bit() -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@needs_a_compiler
 def test_tensors_are_read_by_their_strides() -> None:
     problem = Problem("strided", causal=True)
     layout = problem.layout()
@@ -93,6 +98,7 @@ def test_tensors_are_read_by_their_strides() -> None:
         assert relative_error(got, wanted) <= 1e-5
 
 
+@needs_a_compiler
 def test_a_part_of_the_keys_is_differentiated_by_the_whole_rows_lse() -> None:
     problem = Problem("part", batch=1, heads=2, kv_heads=1, groups=2, q_len=70, kv_len=70, causal=True)
     layout, (q, k, v) = problem.layout(), problem.inputs(torch.float32)
@@ -111,6 +117,7 @@ def test_a_part_of_the_keys_is_differentiated_by_the_whole_rows_lse() -> None:
             assert relative_error(gradient, wanted[index][:, :, place]) <= 1e-5
 
 
+@needs_a_compiler
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_a_number_shows_in_the_output(bad: float) -> None:
     problem = Problem("dense", kind="dense")
@@ -121,6 +128,7 @@ def test_what_is_not_a_number_shows_in_the_output(bad: float) -> None:
     assert got[1].isfinite().all()
 
 
+@needs_a_compiler
 def test_auto_takes_cpp_where_it_can_and_it_says_what_it_cannot() -> None:
     problem = PROBLEMS[0]
     q, k, v = problem.inputs(torch.float32)
@@ -150,11 +158,13 @@ def test_without_a_compiler_blocked_serves_and_cpp_says_what_is_missing(
     assert block_sparse_attention(q, k, v, problem.layout()).isfinite().all()
 
 
+@needs_a_compiler
 def test_what_the_compiler_says_is_told(built_anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpp_build, "FLAGS", ("-no-such-flag",))
     assert "no-such-flag" in (cpp_build.why_not() or "")
 
 
+@needs_a_compiler
 def test_the_library_is_compiled_once_for_all_processes(built_anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpp_build.why_not() is None
     (made,) = built_anew.iterdir()
@@ -164,6 +174,7 @@ def test_the_library_is_compiled_once_for_all_processes(built_anew: Path, monkey
     assert cpp_build.why_not() is None
 
 
+@needs_a_compiler
 def test_a_folder_that_cannot_be_written_is_named(
     built_anew: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

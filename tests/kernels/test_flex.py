@@ -1,12 +1,10 @@
 """FlexAttention through our adapter equals the reference where it can serve the call."""
 
-import shutil
-
 import pytest
 import torch
 
 from raybsa import block_sparse_attention
-from tests.kernels.problems import Problem, outputs_and_gradients, relative_error
+from tests.kernels.problems import Problem, needs_a_compiler, outputs_and_gradients, relative_error
 
 CPU_PROBLEMS = [
     Problem("gqa-causal-ragged", causal=True, kv_heads=2, groups=4, q_len=250, kv_len=250),
@@ -18,7 +16,7 @@ CUDA_PROBLEMS = [
 ]
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="FlexAttention on the CPU needs g++")
+@needs_a_compiler
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("problem", CPU_PROBLEMS, ids=lambda p: p.name)
 def test_compiled_flex_on_the_cpu_equals_the_reference(problem: Problem) -> None:
