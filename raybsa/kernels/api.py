@@ -138,8 +138,8 @@ def choose_backend(call: AttentionCall) -> str:
     They are asked in the order in which they were fastest on the nearest measured cell; then, and where nothing like
     the call was measured, triton and flex on CUDA, cpp on a CPU; blocked is last.
     """
-    own = ("triton", "flex") if call.q.device.type == "cuda" else ("cpp",)
-    order = (*auto.measured_order(call), *own)
+    ours = ("triton", "flex") if call.q.device.type == "cuda" else ("cpp",)
+    order = (*auto.measured_order(call), *ours)
     return next((name for name in order if BACKENDS[name].why_not(call) is None), "blocked")
 
 

@@ -45,8 +45,8 @@ def attention_backward(
         )
     able = {name: module.why_not(call) for name, module in BACKENDS.items()}
     if backend == "auto":
-        own = "triton" if call.q.is_cuda else "cpp"
-        backend = own if able[own] is None else "blocked"
+        ours = "triton" if call.q.is_cuda else "cpp"
+        backend = ours if able[ours] is None else "blocked"
     if backend not in able:
         raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
     if able[backend] is not None:

@@ -59,6 +59,18 @@ class AttentionCall:
         return _SIGNATURES.setdefault(known, next(_NUMBERS)) if found is None else found
 
     @property
+    def extra(self) -> str | None:
+        """What the call asks for beyond plain attention, which most backends of other makers lack: the first such
+        argument; None where it asks for nothing."""
+        given = {
+            "attn_mask": self.attn_mask is not None,
+            "segment_ids": self.segment_ids is not None,
+            "block_bias": self.block_bias is not None,
+            "dropout": self.dropout_p > 0,
+        }
+        return next((name for name, there in given.items() if there), None)
+
+    @property
     def needs_grad(self) -> bool:
         tensors = (self.q, self.k, self.v, self.attn_mask, self.block_bias)
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

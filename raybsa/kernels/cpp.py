@@ -33,14 +33,8 @@ def why_not(call: AttentionCall) -> str | None:
         return f"the C++ kernels take float32, got {call.q.dtype}"
     if call.q.shape[-1] % HEAD_DIM_STEP or not call.q.shape[-1]:
         return f"the C++ kernels take a head_dim that is a multiple of {HEAD_DIM_STEP}, got {call.q.shape[-1]}"
-    for name, given in (
-        ("attn_mask", call.attn_mask is not None),
-        ("segment_ids", call.segment_ids is not None),
-        ("block_bias", call.block_bias is not None),
-        ("dropout", call.dropout_p > 0),
-    ):
-        if given:
-            return f"the C++ kernels take no {name}"
+    if call.extra is not None:
+        return f"the C++ kernels take no {call.extra}"
     return cpp_build.why_not()
 
 
@@ -58,12 +52,13 @@ def backward(call: AttentionCall, lse: Tensor, delta: Tensor, grad_out: Tensor) 
     parts = 1 if lists % threads == 0 or lists >= EVEN * threads else -(-EVEN * threads // lists)
     lse, delta, grad_out = lse.contiguous(), delta.contiguous(), _last_together(grad_out)
     grad_q = call.q.new_empty(call.q.shape)
-    grad_k, grad_v = call.k.new_zeros(2, parts, *call.k.shape)
+    grad_kv = call.k.new_zeros(2, parts, *call.k.shape)
     addresses = [x.data_ptr() for x in (lse, delta, grad_out)]
-    results = [x.data_ptr() for x in (grad_q, grad_k, grad_v)]
+    results = [x.data_ptr() for x in (grad_q, grad_kv[0], grad_kv[1])]
     given = _Gradients(*addresses, (ctypes.c_int64 * 3)(*grad_out.stride()[:3]), *results, parts)
     cpp_build.library().raybsa_backward(ctypes.byref(filled), ctypes.byref(given))
-    return grad_q, grad_k.sum(0) if parts > 1 else grad_k[0], grad_v.sum(0) if parts > 1 else grad_v[0], None
+    grad_k, grad_v = grad_kv.sum(1) if parts > 1 else grad_kv[:, 0]
+    return grad_q, grad_k, grad_v, None
 
 
 class _Cpp(torch.autograd.Function):

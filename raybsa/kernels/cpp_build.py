@@ -26,6 +26,13 @@ def why_not() -> str | None:
     return found if isinstance(found, str) else None
 
 
+def why_no_compiler() -> str | None:
+    """What is missing where there is no C++ compiler (``$CXX``, by default g++); None where there is one."""
+    if shutil.which(_compiler()) is not None:
+        return None
+    return f"needs a C++ compiler, and there is no {_compiler()!r} (install one or set CXX)"
+
+
 def library() -> ctypes.CDLL:
     """The library. ``why_not`` must be None."""
     found = _library()
@@ -36,9 +43,10 @@ def library() -> ctypes.CDLL:
 @cache
 def _library() -> ctypes.CDLL | str:
     """The library, or why there is none; asked once a process."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        return f"needs a C++ compiler, and there is no {os.environ.get('CXX', 'g++')!r} (install one or set CXX)"
+    missing = why_no_compiler()
+    if missing is not None:
+        return missing
+    compiler = _compiler()
     try:
         path = cache_folder() / f"attention-{_digest(compiler)}.so"
         if not path.exists():
@@ -48,6 +56,10 @@ def _library() -> ctypes.CDLL | str:
         return f"{compiler} cannot compile the C++ kernels: {error.stderr.strip()[:500]}"
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"the C++ kernels could not be built: {error} (XDG_CACHE_HOME says where they are kept)"
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "g++")
 
 
 def cache_folder() -> Path:

@@ -7,8 +7,6 @@ refuses where they would pass ``LIST_BYTES``.
 
 from __future__ import annotations
 
-import os
-import shutil
 from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from raybsa.kernels import flex_tiles
+from raybsa.kernels import cpp_build, flex_tiles
 from raybsa.kernels.call import AttentionCall
 from raybsa.layout import BlockLayout
 
@@ -25,14 +23,8 @@ LIST_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
 
 def why_not(call: AttentionCall) -> str | None:
     """Why FlexAttention cannot serve this call; None where it can."""
-    for name, value in (
-        ("attn_mask", call.attn_mask),
-        ("segment_ids", call.segment_ids),
-        ("block_bias", call.block_bias),
-        ("dropout", call.dropout_p or None),
-    ):
-        if value is not None:
-            return f"this FlexAttention adapter takes no {name}"
+    if call.extra is not None:
+        return f"this FlexAttention adapter takes no {call.extra}"
     layout, head_dim = call.layout, call.q.shape[-1]
     if layout.q_block_ids is not None or layout.kv_block_ids is not None:
         return "this FlexAttention adapter takes no selected layouts"
@@ -56,10 +48,8 @@ def _why_not_on_cpu(call: AttentionCall) -> str | None:
         return "FlexAttention has no backward on the CPU"
     if call.return_lse:
         return "FlexAttention returns no lse on the CPU"
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        return f"FlexAttention on the CPU needs a C++ compiler, and there is no {compiler!r} (install one or set CXX)"
-    return None
+    missing = cpp_build.why_no_compiler()
+    return None if missing is None else f"FlexAttention on the CPU {missing}"
 
 
 def _why_not_on_cuda(call: AttentionCall) -> str | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +10,9 @@ import torch
 from torch import Tensor
 
 from raybsa import BlockLayout, block_sparse_attention
+from raybsa.kernels.cpp_build import why_no_compiler
 
-needs_a_compiler = pytest.mark.skipif(
-    shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler (g++, or what CXX says)"
-)
+needs_a_compiler = pytest.mark.skipif(why_no_compiler() is not None, reason=str(why_no_compiler()))
 
 
 @dataclass(frozen=True)

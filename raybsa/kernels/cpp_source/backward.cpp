@@ -27,11 +27,10 @@ class Backward {
 
   void operator()(const Tile& t, int64_t part) {
     const int dim = (int)c_.head_dim;
-    const float* q = c_.q + t.sample * c_.q_step[0] + t.head * c_.q_step[1] + t.token * c_.q_step[2];
     const int64_t* step = g_.grad_out_step;
     const float* grad_out = g_.grad_out + t.sample * step[0] + t.head * step[1] + t.token * step[2];
     const int64_t heads = (part * c_.batch + t.sample) * c_.kv_heads + t.kv_head;
-    to_lanes(q, c_.q_step[2], t, dim, c_.scale, q_);
+    to_lanes(t.q, c_.q_step[2], t, dim, c_.scale, q_);
     to_lanes(grad_out, step[2], t, dim, 1.0f, grad_out_);
     take_rows(t);
     std::fill(grad_q_, grad_q_ + dim * kTile, 0.0f);
@@ -42,7 +41,7 @@ class Backward {
       matrix<To::kSet>({b.values, c_.v_step[2], 1}, {grad_out_, kTile}, b.count, t.lanes, dim, {grad_scores_, kTile});
       softmax(b.count, t.lanes);
       matrix<To::kAdd>({weights_, kTile, 1}, {grad_out, step[2]}, b.count, dim, t.queries, {g_.grad_v + to, dim});
-      matrix<To::kAdd>({grad_scores_, kTile, 1}, {q, c_.q_step[2]}, b.count, dim, t.queries, {g_.grad_k + to, dim});
+      matrix<To::kAdd>({grad_scores_, kTile, 1}, {t.q, c_.q_step[2]}, b.count, dim, t.queries, {g_.grad_k + to, dim});
       matrix<To::kAdd>({b.keys, 1, c_.k_step[2]}, {grad_scores_, kTile}, dim, t.lanes, b.count, {grad_q_, kTile});
     }
     from_lanes(grad_q_, ones_, t, dim, g_.grad_q + t.line * dim);
@@ -89,10 +88,7 @@ extern "C" void raybsa_backward(const Call* call, const Gradients* gradients) {
       const int64_t part = item % g.parts, kv_head = item / g.parts, members = c.heads / c.kv_heads;
       for (int64_t head = kv_head * members; head < (kv_head + 1) * members; ++head)
         for (int64_t block = part; block < c.q_blocks; block += g.parts)
-          for (int64_t first = 0; first < c.q_block; first += kTile) {
-            const Tile t(c, head / c.heads, head % c.heads, block, first);
-            if (t.queries > 0) backward(t, part);
-          }
+          each_tile(c, head, block, [&](const Tile& t) { backward(t, part); });
     };
   };
   share_out(c, c.batch * c.kv_heads * g.parts, make);

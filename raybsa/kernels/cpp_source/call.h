@@ -48,14 +48,15 @@ class Rows {
 
 // Up to kTile queries of one head and one query block, and the KV blocks they see.
 struct Tile {
-  int64_t sample, head, kv_head, block, token;  // token: the first query, of those at hand
-  int queries, lanes;                           // lanes: queries in whole vectors
-  int64_t position;                             // of the first query
-  const int32_t *begin, *end;                   // KV blocks
-  int64_t line;                                 // of the first query in (batch, heads, q_tokens)
+  int64_t sample, head, kv_head, token;  // token: the first query, of those at hand
+  int queries, lanes;                    // lanes: queries in whole vectors
+  int64_t position;                      // of the first query
+  const int32_t *begin, *end;            // KV blocks
+  int64_t line;                          // of the first query in (batch, heads, q_tokens)
+  const float* q;                        // the first query
 
   Tile(const Call& c, int64_t sample, int64_t head, int64_t block, int64_t first)
-      : sample(sample), head(head), kv_head(head / (c.heads / c.kv_heads)), block(block), token(block * c.q_block + first) {
+      : sample(sample), head(head), kv_head(head / (c.heads / c.kv_heads)), token(block * c.q_block + first) {
     queries = (int)std::min({(int64_t)kTile, c.q_block - first, c.q_tokens - token});
     lanes = (queries + kWidth - 1) / kWidth * kWidth;
     position = c.q_start[block] + first;
@@ -63,10 +64,18 @@ struct Tile {
     const int64_t* crow = c.crow + group * (c.q_blocks + 1) + block;
     begin = c.col + crow[0], end = c.col + crow[1];
     line = (sample * c.heads + head) * c.q_tokens + token;
+    q = c.q + sample * c.q_step[0] + head * c.q_step[1] + token * c.q_step[2];
   }
 };
 
-// The keys, or values, of one block.
+// Calls work(tile) for the tiles of one query block; `head` counts on over samples.
+template <typename Work>
+void each_tile(const Call& c, int64_t head, int64_t block, Work work) {
+  for (int64_t first = 0; first < std::min(c.q_block, c.q_tokens - block * c.q_block); first += kTile)
+    work(Tile(c, head / c.heads, head % c.heads, block, first));
+}
+
+// The keys and values of one block.
 struct Block {
   const float *keys, *values;
   int64_t token;  // the first, of those at hand

@@ -22,8 +22,7 @@ class Forward {
         factor_(rows_.take(1)) {}
 
   void operator()(const Tile& t) {
-    const float* q = c_.q + t.sample * c_.q_step[0] + t.head * c_.q_step[1] + t.token * c_.q_step[2];
-    to_lanes(q, c_.q_step[2], t, c_.head_dim, c_.scale, q_);
+    to_lanes(t.q, c_.q_step[2], t, c_.head_dim, c_.scale, q_);
     std::fill(sums_, sums_ + c_.head_dim * kTile, 0.0f);
     std::fill(top_, top_ + kTile, -kInf);
     std::fill(total_, total_ + kTile, 0.0f);
@@ -89,11 +88,7 @@ extern "C" void raybsa_forward(const Call* call, float* out, float* lse) {
   const Call& c = *call;
   const auto make = [&] {
     return [&c, forward = Forward(c, out, lse)](int64_t item) mutable {
-      const int64_t head = item / c.q_blocks;
-      for (int64_t first = 0; first < c.q_block; first += kTile) {
-        const Tile t(c, head / c.heads, head % c.heads, item % c.q_blocks, first);
-        if (t.queries > 0) forward(t);
-      }
+      each_tile(c, item / c.q_blocks, item % c.q_blocks, [&](const Tile& t) { forward(t); });
     };
   };
   share_out(c, c.batch * c.heads * c.q_blocks, make);

@@ -43,11 +43,9 @@ def why_not_hopper(device: torch.device, name: str) -> str | None:
 def why_not_plain(call: AttentionCall, name: str) -> str | None:
     """The features of a call that the block-sparse kernels of other libraries lack."""
     layout = call.layout
+    if call.extra is not None:
+        return f"this {name} adapter takes no {call.extra}"
     for feature, given in (
-        ("attn_mask", call.attn_mask is not None),
-        ("segment_ids", call.segment_ids is not None),
-        ("block_bias", call.block_bias is not None),
-        ("dropout", call.dropout_p > 0),
         ("causal layout", layout.causal),
         ("selected layout", layout.q_block_ids is not None or layout.kv_block_ids is not None),
         ("ragged block", layout.q_tokens % layout.q_block_size or layout.kv_tokens % layout.kv_block_size),
