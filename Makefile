@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO_OUT ?= $(CURDIR)/results/demo
 WORKERS ?= 2
+GPU_WORKERS ?= 8
 export RAY_USAGE_STATS_ENABLED := 0
 
 .PHONY: help demo test test-quick test-gpu lint format docs benchmark clean
@@ -11,7 +12,7 @@ help:
 	@echo "make demo        search patterns on real text on a local Ray cluster, then write the report (under 4 minutes)"
 	@echo "make test        run the CPU tests in two processes (make test WORKERS=4: in four)"
 	@echo "make test-quick  the same without the tests that start Ray (a third of the time)"
-	@echo "make test-gpu    run the tests that need a CUDA device"
+	@echo "make test-gpu    run the tests that need a CUDA device, in eight processes"
 	@echo "make lint        ruff and mypy"
 	@echo "make format      let ruff rewrite the code"
 	@echo "make docs        the API reference from docstrings, in build/api"
@@ -36,7 +37,7 @@ test-quick: .venv/.ready
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not gpu and not cluster'
 
 test-gpu: .venv/.ready
-	@$(BIN)/python -m pytest -m gpu
+	@OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -m gpu -n $(GPU_WORKERS) --dist load
 
 lint: .venv/.ready
 	@$(BIN)/ruff check .

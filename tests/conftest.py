@@ -90,10 +90,12 @@ SHARING_A_CLUSTER = (
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A worker takes a whole file, so that its fixtures are made once, and one worker takes all that share a cluster.
+    """With ``--dist loadfile`` one worker takes all that share a cluster, as one takes a file whose fixtures it made.
 
     (``--dist loadgroup`` is for this, but sees no group under pytest 9.2: pytest-xdist#1386.)
     """
+    if config.getoption("dist") != "loadfile":
+        return None
     from xdist.scheduler import LoadFileScheduling
 
     class FilesAndACluster(LoadFileScheduling):
