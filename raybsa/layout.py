@@ -7,19 +7,17 @@ Blocks are stored as CSR (the words are those of ``torch.sparse``): memory is O(
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, overload
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from raybsa.handles import new_handle
+
 _SHADES = " ░▒▓█"
-_NEXT_HANDLE = itertools.count()
-_BY_HANDLE: WeakValueDictionary[int, BlockLayout] = WeakValueDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +43,7 @@ class BlockLayout:
         kv_block_ids: the same for KV blocks.
         transient: its columns follow from data and serve one call, so that what pays only for a layout used again (a
             choice among measured backends) is not done for it.
-        handle: a number of this process by which ``of_handle`` finds the layout, never given.
+        handle: by which ``raybsa.handles`` finds the layout in this process, never given.
     """
 
     crow_indices: Tensor
@@ -58,7 +56,7 @@ class BlockLayout:
     q_block_ids: Tensor | None = None
     kv_block_ids: Tensor | None = None
     transient: bool = False
-    handle: int = field(init=False, repr=False, default=-1)
+    handle: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_geometry(self.q_len, self.kv_len, self.q_block_size, self.kv_block_size)
@@ -76,21 +74,12 @@ class BlockLayout:
         wanted = num_blocks(self.q_len, self.q_block_size) if self.q_block_ids is None else len(self.q_block_ids)
         if crow.shape[1] - 1 != wanted:
             raise ValueError(f"crow_indices must have {wanted} + 1 columns, got {crow.shape[1]}")
-        self._take_handle()
-
-    def _take_handle(self) -> None:
-        object.__setattr__(self, "handle", next(_NEXT_HANDLE))
-        _BY_HANDLE[self.handle] = self
+        object.__setattr__(self, "handle", new_handle(self))
 
     def __setstate__(self, state: dict[str, object]) -> None:
         """A copy, or what came from another process, is known here by a handle of its own."""
         self.__dict__.update(state)
-        self._take_handle()
-
-    @staticmethod
-    def of_handle(handle: int) -> BlockLayout:
-        """The living layout of this process whose ``handle`` it is: how an operator of torch is given a layout."""
-        return _BY_HANDLE[handle]
+        object.__setattr__(self, "handle", new_handle(self))
 
     # ---- sizes -------------------------------------------------------------------------------------------------
 

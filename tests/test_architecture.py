@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Floor of each room, bottom first; docs/design.md draws the same house.
 FLOORS = {
+    "raybsa.handles": 0,
     "raybsa.layout": 0,
     "raybsa.spec": 0,
     "raybsa.counter": 0,

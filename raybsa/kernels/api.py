@@ -8,8 +8,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from raybsa.kernels import auto, blocked, cpp, flex, reference, triton_backend, triton_op
+from raybsa.kernels import auto, blocked, compiled, cpp, flex, reference, triton_backend
 from raybsa.kernels.call import AttentionCall, cast_inputs, check_call, kept_with, kept_with_rows
+from raybsa.kernels.compiled import draw_seed
+from raybsa.kernels.eager import eagerly
 from raybsa.kernels.peers import cudnn, fa4
 from raybsa.layout import BlockLayout
 from raybsa.own import own
@@ -44,8 +46,8 @@ def block_sparse_attention(
     """The true softmax attention over the kept blocks of each row, with exact gradients.
 
     A row with nothing to attend gives output 0, lse -inf and zero gradients. Under ``torch.autocast`` q, k and v are
-    cast to its dtype, as SDPA does. Under ``torch.compile`` a call that the Triton kernels serve is one operator,
-    without a graph break (give ``seed`` with dropout).
+    cast to its dtype, as SDPA does. Under ``torch.compile`` it is one operator, without a graph break; a named backend
+    of other makers, ``reference`` and a gradient of attn_mask do break the graph.
 
     Args:
         q: (B, H, Sq, D) float16, bfloat16, float32 or float64.
@@ -73,23 +75,6 @@ def block_sparse_attention(
         NotImplementedError: the named backend cannot serve this call; the message says why.
     """
     q, k, v = cast_inputs(q, k, v)
-    if torch.compiler.is_compiling() and triton_op.can_serve(q, attn_mask, backend):
-        q_ids, kv_ids = segment_ids or (None, None)
-        scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-        out, lse = triton_op.triton_attention(
-            q,
-            k,
-            v,
-            attn_mask,
-            q_ids,
-            kv_ids,
-            block_bias,
-            layout.handle,
-            scale,
-            float(dropout_p),
-            draw_seed(dropout_p) if seed is None else int(seed),
-        )
-        return (out, lse) if return_lse else out
     call = AttentionCall(
         q,
         k,
@@ -110,11 +95,17 @@ def block_sparse_attention(
 
 def run_call(call: AttentionCall, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """out and lse (only where the call asks for it) of a call made elsewhere; raises as ``block_sparse_attention``."""
+    if torch.compiler.is_compiling():
+        return compiled.run(call, backend) if compiled.can_serve(call, backend) else eagerly(_run_late, call, backend)
     module = _chosen(call, backend)
     if not torch.is_autocast_enabled(call.q.device.type):
         return module.run(call)
     with torch.autocast(call.q.device.type, enabled=False):
         return module.run(call)
+
+
+def _run_late(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
+    return run_call(compiled.settle(call), backend)
 
 
 def _chosen(call: AttentionCall, backend: str) -> ModuleType:
@@ -150,8 +141,3 @@ def _named(name: str, call: AttentionCall) -> ModuleType:
         able = [other for other, module in BACKENDS.items() if module.why_not(call) is None]
         raise NotImplementedError(f"backend {name!r} cannot serve this call: {reason}; {able} can")
     return backend
-
-
-def draw_seed(dropout_p: float) -> int:
-    """A seed for dropout from torch's default CPU generator, which is left alone where nothing is dropped."""
-    return int(torch.randint(2**31 - 1, ())) if dropout_p else 0

@@ -6,6 +6,8 @@ its gradients need nothing of the other parts (Ring Attention, 2310.01889).
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from torch import Tensor
 
 from raybsa.kernels import blocked, cpp, triton_backend
@@ -43,12 +45,20 @@ def attention_backward(
             f"lse and delta must be {tuple(call.q.shape[:-1])} and grad_out {tuple(call.q.shape)}, "
             f"got {tuple(lse.shape)}, {tuple(delta.shape)} and {tuple(grad_out.shape)}"
         )
-    able = {name: module.why_not(call) for name, module in BACKENDS.items()}
+    found: tuple[Tensor, Tensor, Tensor, Tensor | None] = own_backend(call, backend).backward(
+        call, lse, delta, grad_out
+    )
+    return found
+
+
+def own_backend(call: AttentionCall, backend: str = "auto") -> ModuleType:
+    """The backend of ours that serves a checked call, by the words and errors of ``attention_backward``."""
     if backend == "auto":
-        ours = "triton" if call.q.is_cuda else "cpp"
-        backend = ours if able[ours] is None else "blocked"
-    if backend not in able:
+        ours = BACKENDS["triton" if call.q.is_cuda else "cpp"]
+        return ours if ours.why_not(call) is None else blocked
+    if backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
-    if able[backend] is not None:
-        raise NotImplementedError(f"backend {backend!r} cannot serve this call: {able[backend]}")
-    return BACKENDS[backend].backward(call, lse, delta, grad_out)
+    reason = BACKENDS[backend].why_not(call)
+    if reason is not None:
+        raise NotImplementedError(f"backend {backend!r} cannot serve this call: {reason}")
+    return BACKENDS[backend]

@@ -27,8 +27,6 @@ def why_not(call: AttentionCall) -> str | None:
     """Why the C++ kernels cannot serve this call; None where they can."""
     if call.q.device.type != "cpu":
         return f"the C++ kernels run on cpu, not on {call.q.device.type}"
-    if torch.compiler.is_compiling():
-        return "the C++ kernels are no part of a compiled graph"
     if call.q.dtype != torch.float32:
         return f"the C++ kernels take float32, got {call.q.dtype}"
     if call.q.shape[-1] % HEAD_DIM_STEP or not call.q.shape[-1]:

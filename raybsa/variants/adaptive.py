@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raybsa.kernels.api import draw_seed, run_call
+from raybsa.kernels.api import run_call
 from raybsa.kernels.call import AttentionCall, cast_inputs
+from raybsa.kernels.compiled import draw_seed
+from raybsa.kernels.eager import eagerly
 from raybsa.layout import BlockLayout
 from raybsa.spec import PatternSpec
 from raybsa.variants.selector import BlockSelector
@@ -87,7 +89,12 @@ class BlockSparseAdaptive(nn.Module):
         attn_mask: Tensor | None = None,
         segment_ids: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """(B, H, Sq, D) in q's dtype. Arguments as in ``BlockSparseBase``."""
+        """(B, H, Sq, D) in q's dtype. Arguments as in ``BlockSparseBase``. torch.compile leaves it as it is."""
+        return eagerly(self._attend, q, k, v, attn_mask, segment_ids)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, segment_ids: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
         q, k, v = cast_inputs(q, k, v)
         layout, block_bias = self.source.select(q, k)
         dropout = self.dropout if self.training else 0.0

@@ -16,6 +16,7 @@ from raybsa.comm import Communicator
 from raybsa.gradients.catalog import build
 from raybsa.gradients.state import State
 from raybsa.kernels.call import cast_inputs
+from raybsa.kernels.eager import eagerly
 from raybsa.layout import BlockLayout
 from raybsa.ring.attention import ring_attention
 from raybsa.ring.mass import ring_block_mass
@@ -151,6 +152,8 @@ class BlockSparseDistributed(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, segment_ids: Tensor | None = None) -> Tensor:
         """(B, H, S, D) in q's dtype: the rows of this rank's tokens. A query with nothing to attend gives 0.
 
+        torch.compile leaves it as it is.
+
         Args:
             q: (B, H, S, D) this rank's tokens.
             k, v: (B, Hkv, S, D) the same tokens', with H a multiple of Hkv.
@@ -162,6 +165,9 @@ class BlockSparseDistributed(nn.Module):
         for name, tensor in (("q", q), ("k", k), ("v", v)):
             if tensor.dim() != 4:
                 raise ValueError(f"{name} must be (batch, heads, tokens, head_dim), got {tuple(tensor.shape)}")
+        return eagerly(self._attend, q, k, v, segment_ids)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor | None) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         q, k, v = cast_inputs(q, k, v)
         plan, block_bias = self._choose(q, k)

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raybsa.kernels.api import draw_seed
 from raybsa.kernels.call import AttentionCall
+from raybsa.kernels.compiled import draw_seed
+from raybsa.kernels.eager import eagerly
 from raybsa.variants.mha_extra import attend
 from raybsa.variants.mha_inputs import check_inputs, translate_masks
 from raybsa.variants.mha_nested import pad, unpad
@@ -129,14 +130,15 @@ class BlockSparseMultihead(nn.MultiheadAttention):
             return unpad(out, padding), weights
         check_inputs(query, key, value, (self.embed_dim, self.kdim, self.vdim), 0 if self.batch_first else 1)
         q, k, v = (self._to_heads(x) for x in self._project(query, key, value))
-        extra = self._extra_keys(k, v)
-        with_lse = extra is not None or self.source.wants_lse
-        call = self._call(q, k, v, attn_mask, key_padding_mask, is_causal, with_lse)
-        heads = self.source.complete(call, *attend(call, extra, self.backend))
+        masks = (attn_mask, key_padding_mask, is_causal)
+        has_extra_keys = self.bias_k is not None or self.add_zero_attn
+        if need_weights or has_extra_keys or isinstance(self.source, BlockSelector):  # these need the layout itself
+            heads, weights = eagerly(self._attend, q, k, v, *masks, need_weights)
+        else:
+            heads, weights = self._attend(q, k, v, *masks, False)
         out = self.out_proj(self._from_heads(heads, batched=query.dim() == 3))
-        if not need_weights:
+        if weights is None:
             return out, None
-        weights = attention_weights(call, None if extra is None else extra[0])
         weights = weights.mean(1) if average_attn_weights else weights
         return out, weights if query.dim() == 3 else weights[0]
 
@@ -145,6 +147,23 @@ class BlockSparseMultihead(nn.MultiheadAttention):
             f"{self.embed_dim}, num_heads={self.num_heads}, dropout={self.dropout:g}, "
             f"batch_first={self.batch_first}, {self.source}, backend={self.backend!r}"
         )
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        is_causal: bool,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, H, L, D) of the heads, and (B, H, L, S) their weights where needed."""
+        extra = self._extra_keys(k, v)
+        with_lse = extra is not None or self.source.wants_lse
+        call = self._call(q, k, v, attn_mask, key_padding_mask, is_causal, with_lse)
+        heads = self.source.complete(call, *attend(call, extra, self.backend))
+        return heads, attention_weights(call, None if extra is None else extra[0]) if need_weights else None
 
     def _call(
         self,

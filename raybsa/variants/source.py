@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from raybsa import patterns
+from raybsa.handles import new_handle
 from raybsa.kernels.call import AttentionCall
 from raybsa.layout import BlockLayout, check_geometry
 from raybsa.patterns.pattern import Pattern, check_density
@@ -73,9 +74,20 @@ class FixedPattern:
         self.causal = causal
         self._cache: LayoutCache[BlockLayout] = LayoutCache(cache_size)
         self._identity = (canonical_json(self.rule.spec.to_dict()), self.density, block_size, causal)
+        self.handle = new_handle(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, or what came from another process, is known here by a handle of its own."""
+        self.__dict__.update(state)
+        self.handle = new_handle(self)
 
     def select(self, q: Tensor, k: Tensor) -> tuple[BlockLayout, None]:
-        """The rule's layout at these lengths, and no bias."""
+        """The rule's layout at these lengths, and no bias.
+
+        Under ``torch.compile`` the rule itself stands for its layout: the operator asks it when it runs.
+        """
+        if torch.compiler.is_compiling():
+            return cast("BlockLayout", self), None
         return self.layout(q.shape[2], k.shape[2], q.shape[1], q.device), None
 
     @property
