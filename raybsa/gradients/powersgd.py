@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,12 +13,19 @@ from torch import Tensor
 from raybsa.comm import Communicator
 from raybsa.counter import Stream, normal
 from raybsa.gradients.codec import LossyCodec, Payload, wide
+from raybsa.gradients.factor_wire import FactorWire, FloatWire, Int8Wire
 from raybsa.gradients.orthonormal import orthonormal
 from raybsa.gradients.state import State
-from raybsa.gradients.wire import all_reduce
 
 START = "start"
-Reduce = Callable[[list[Tensor]], list[Tensor]]
+WIRES = (None, "bfloat16", "int8")
+
+
+class _Factors(NamedTuple):
+    """A tensor's sums of the two rounds (one where it is sent as it is), and what they say."""
+
+    sent: tuple[Tensor, ...]
+    total: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +40,9 @@ class PowerSGD(LossyCodec):
         rank: columns of a factor.
         min_ratio: a tensor is sent as factors where they have at least this many times fewer elements, from 1.
         seed: of the first step's start; any integer from 0, the same on every rank.
-        wire: ``"bfloat16"``: everything travels so, twice the rank for the bytes of float32; what the rounding takes
-            away is part of the residual. None is the gradient's own dtype.
+        wire: ``"bfloat16"`` or ``"int8"`` (a byte, and a scale for each 64): everything travels so, twice or nearly
+            four times the rank for the bytes of float32; what the rounding takes away is part of the residual. None is
+            the gradient's own dtype.
     """
 
     rank: int = 4
@@ -51,8 +59,8 @@ class PowerSGD(LossyCodec):
             raise ValueError(f"powersgd needs a min_ratio of at least 1, got {self.min_ratio!r}")
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"powersgd needs a seed from 0, got {self.seed!r}")
-        if self.wire not in (None, "bfloat16"):
-            raise ValueError(f"powersgd travels as bfloat16 or (None) as the gradient is, got {self.wire!r}")
+        if self.wire not in WIRES:
+            raise ValueError(f"powersgd travels as bfloat16, int8 or (None) as the gradient is, got {self.wire!r}")
 
     def factors(self, shape: torch.Size) -> bool:
         """Whether a tensor of ``shape`` is sent as factors."""
@@ -62,64 +70,68 @@ class PowerSGD(LossyCodec):
         return n * m >= self.min_ratio * self.rank * (n + m)
 
     def compress(self, tensor: Tensor, state: State) -> Payload:
-        return self._rounds([tensor], [state], list)[0][0]
+        (factors,) = self._rounds([tensor], [state], Communicator())
+        wire = self._wire(tensor.dtype)
+        return Payload(tuple(x for part in factors.sent for x in wire.travel(part)), tensor.shape, tensor.dtype)
 
     def encode(self, wanted: Tensor, dtype: torch.dtype, state: State) -> tuple[Tensor, ...]:
-        """The first round's part: P (n, rank), or the whole tensor, in ``wire`` or else in ``dtype``."""
-        dtype = dtype if self.wire is None else getattr(torch, self.wire)
-        if not self.factors(wanted.shape):
-            return (wanted.to(dtype),)
-        return ((wanted.flatten(1) @ self._start(wanted, state)).to(dtype),)
+        """What travels in the first round."""
+        return self._wire(dtype).travel(self._first(wanted, state))
 
     def decode(self, payload: Payload) -> Tensor:
         """What travels of P is M start: it becomes orthonormal here."""
-        p, *q = (x.to(wide(payload.dtype)) for x in payload.tensors)
-        return (orthonormal(p) @ q[0].mT).view(payload.shape) if q else p
+        wire, whole = self._wire(payload.dtype), torch.empty(payload.shape, dtype=wide(payload.dtype), device="meta")
+        if not self.factors(payload.shape):
+            return wire.value(payload.tensors, whole)
+        half, matrix = len(payload.tensors) // 2, whole.flatten(1)
+        p = wire.value(payload.tensors[:half], matrix[:, : self.rank])
+        q = wire.value(payload.tensors[half:], matrix.mT[:, : self.rank])
+        return (orthonormal(p) @ q.mT).view(payload.shape)
 
     def exchange(self, tensors: Sequence[Tensor], states: Sequence[State], communicator: Communicator) -> list[Tensor]:
-        return [total for _, total in self._rounds(tensors, states, lambda parts: all_reduce(parts, communicator))]
+        return [factors.total for factors in self._rounds(tensors, states, communicator)]
 
-    def _rounds(
-        self, tensors: Sequence[Tensor], states: Sequence[State], reduce: Reduce
-    ) -> list[tuple[Payload, Tensor]]:
-        """What all ranks sent, and what it says; ``reduce`` sums over ranks, once for all P and once for all Q."""
+    def _rounds(self, tensors: Sequence[Tensor], states: Sequence[State], communicator: Communicator) -> list[_Factors]:
+        """One message for all P and whole tensors, and one for all Q."""
+        wire = self._wire(tensors[0].dtype)
         wanted = [self.wanted(*each) for each in zip(tensors, states, strict=True)]
-        own = [self.encode(x, t.dtype, state)[0] for x, t, state in zip(wanted, tensors, states, strict=True)]
-        first = reduce(own)
-        bases = [self._basis(p, x) for p, x in zip(first, wanted, strict=True)]
-        own = [self._second(p, x, basis) for p, x, basis in zip(first, wanted, bases, strict=True)]
-        second = reduce(own)
+        first = wire.sum([self._first(*each) for each in zip(wanted, states, strict=True)], communicator)
+        bases = [orthonormal(p) if self.factors(x.shape) else None for p, x in zip(first.totals, wanted, strict=True)]
+        second = wire.sum([self._second(*each) for each in zip(wanted, bases, strict=True)], communicator)
         answers = []
-        for i, (x, p, basis, q, state) in enumerate(zip(wanted, first, bases, second, states, strict=True)):
+        for i, (x, basis, state) in enumerate(zip(wanted, bases, states, strict=True)):
+            p, q = first.totals[i], second.totals[i]
             if basis is None:
-                total = self._whole(x, p, tensors[i].dtype, state)
+                answers.append(_Factors((p,), self._whole(x, p, first.shares[i], state)))
             else:
-                total = self._answer(x, basis, own[i], q, state)
+                answers.append(_Factors((p, q), self._answer(x, basis, q, second.shares[i], state)))
             state.step += 1
-            answers.append((Payload((p,) if basis is None else (p, q), x.shape, tensors[i].dtype), total))
         return answers
 
-    def _basis(self, p: Tensor, wanted: Tensor) -> Tensor | None:
-        """P (n, rank) with orthonormal columns; None of a tensor that is sent as it is."""
-        return orthonormal(p.to(wanted.dtype)) if self.factors(wanted.shape) else None
+    def _wire(self, dtype: torch.dtype) -> FactorWire:
+        """How gradients of ``dtype`` travel."""
+        return Int8Wire() if self.wire == "int8" else FloatWire(dtype if self.wire is None else torch.bfloat16)
 
-    def _second(self, p: Tensor, wanted: Tensor, basis: Tensor | None) -> Tensor:
-        """The second round's part, in p's dtype: Q (m, rank), or nothing (0,)."""
-        return p.new_empty(0) if basis is None else (wanted.flatten(1).mT @ basis).to(p.dtype)
+    def _first(self, wanted: Tensor, state: State) -> Tensor:
+        """The first round's part: P (n, rank) before it is orthonormal, or the whole tensor."""
+        return wanted.flatten(1) @ self._start(wanted, state) if self.factors(wanted.shape) else wanted
 
-    def _answer(self, wanted: Tensor, basis: Tensor, q_own: Tensor, q: Tensor, state: State) -> Tensor:
+    def _second(self, wanted: Tensor, basis: Tensor | None) -> Tensor:
+        """The second round's part: Q (m, rank), or nothing (0,)."""
+        return wanted.new_empty(0) if basis is None else wanted.flatten(1).mT @ basis
+
+    def _answer(self, wanted: Tensor, basis: Tensor, q: Tensor, q_own: Tensor, state: State) -> Tensor:
         """P Q^T, after the residual and the next start are noted."""
         if self.error_feedback:
-            state.keep(wanted - (basis @ q_own.to(basis.dtype).mT).view_as(wanted))
-        q = q.to(basis.dtype)
+            state.keep(wanted - (basis @ q_own.mT).view_as(wanted))
         state.memory[START] = next_start(q, self._start(wanted, state))
         return (basis @ q.mT).view_as(wanted)
 
-    def _whole(self, wanted: Tensor, total: Tensor, dtype: torch.dtype, state: State) -> Tensor:
+    def _whole(self, wanted: Tensor, total: Tensor, own: Tensor, state: State) -> Tensor:
         """The sum of what is sent as it is, after what rounding to ``wire`` took away is noted."""
         if self.error_feedback and self.wire is not None:
-            state.keep(wanted - self.encode(wanted, dtype, state)[0].to(wanted.dtype))
-        return total.to(wanted.dtype)
+            state.keep(wanted - own)
+        return total
 
     def _start(self, wanted: Tensor, state: State) -> Tensor:
         """(m, rank): the last step's Q, or normal numbers that are the same on every rank."""

@@ -21,7 +21,11 @@ from tests.ranks import run_ranks
         ("topk", {"density": 0.0}, r"topk needs a density in \(0, 1\], got 0.0"),
         ("powersgd", {"rank": 0}, "powersgd needs a rank of at least 1, got 0"),
         ("powersgd", {"min_ratio": 0.5}, "powersgd needs a min_ratio of at least 1, got 0.5"),
-        ("powersgd", {"wire": "int4"}, r"powersgd travels as bfloat16 or \(None\) as the gradient is, got 'int4'"),
+        (
+            "powersgd",
+            {"wire": "int4"},
+            r"powersgd travels as bfloat16, int8 or \(None\) as the gradient is, got 'int4'",
+        ),
         ("int8", {"block_size": 1.5}, "int8 needs a block_size of at least 1 element, got 1.5"),
         ("int8", {"seed": -1}, "int8 needs a seed from 0, got -1"),
     ],
