@@ -1,11 +1,20 @@
-"""measure_compression: a trial of task ``"compression"`` on processes of this host, one thread a rank, over gloo."""
+"""measure_compression: a trial of task ``"compression"`` on processes of this host, one thread a rank, over gloo.
+
+    python -m raybsa.tasks.compression_ranks RANK WORLD_SIZE STORE SPEC.json ANSWER.json
+
+is one rank alone, for who puts them on hosts of their own: STORE is a file that all see, and rank 0 answers.
+"""
 
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
+import sys
 import tempfile
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,14 +51,19 @@ def measure_compression(spec: TrialSpec) -> Measurement:
 
 
 def _rank(rank: int, world_size: int, store: str, spec: TrialSpec, answers: Any) -> None:
+    found = train_rank(rank, world_size, store, spec)
+    if rank == 0:
+        answers.put(found)
+
+
+def train_rank(rank: int, world_size: int, store: str, spec: TrialSpec) -> Compressed:
+    """One rank's part, from the meeting in the file ``store`` to the end."""
     torch.set_num_threads(1)
     limit = datetime.timedelta(seconds=_TIMEOUT_S)
     shared = dist.FileStore(store, world_size)
     dist.init_process_group("gloo", store=shared, rank=rank, world_size=world_size, timeout=limit)
     try:
-        found = train_compressed(spec, dist.group.WORLD)
-        if rank == 0:
-            answers.put(found)
+        return train_compressed(spec, dist.group.WORLD)
     finally:
         dist.destroy_process_group()
 
@@ -76,3 +90,12 @@ def _measurement(found: Compressed, world_size: int) -> Measurement:
         python_version=platform.python_version(),
         curves=(*curves, ("uncompressed_bytes", steps, float(found.uncompressed_bytes))),
     )
+
+
+if __name__ == "__main__":
+    _, own_rank, ranks, meeting, question, answer = sys.argv
+    trained = train_rank(
+        int(own_rank), int(ranks), meeting, TrialSpec.from_dict(json.loads(Path(question).read_text()))
+    )
+    if int(own_rank) == 0:
+        Path(answer).write_text(json.dumps(asdict(trained)))

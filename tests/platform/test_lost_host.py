@@ -18,7 +18,8 @@ from raybsa.cluster.member import MemberSettings
 from raybsa.cluster.nodes import kill_raylet
 from raybsa.cluster.resources import Share
 from raybsa.cluster.training import TrainingCoordinator
-from tests.platform.hosts import FIRST, SECOND, TwoHosts, ray_node, two_hosts
+from raybsa.experiments.hosts import FIRST, SECOND, TwoHosts, two_hosts
+from tests.platform.hosts import ray_node
 from tests.platform.test_training import in_peace, spec
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]

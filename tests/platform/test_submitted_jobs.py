@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from raybsa.experiments.hosts import FIRST, SECOND, TwoHosts, two_hosts
 from raybsa.results.store import Store
-from tests.platform.hosts import DOOR, FIRST, SECOND, TwoHosts, outside, ray_node, two_hosts
+from tests.platform.hosts import DOOR, outside, ray_node
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(420)]
 ROOT = Path(__file__).parents[2]
