@@ -2,13 +2,15 @@
 
     python jobs/benchmark.py --suite cpu --out results/benchmark
     python jobs/benchmark.py --suite ring --out results/ring        # ring attention on 1, 2 and 4 ranks of this host
+    python jobs/benchmark.py --suite scaling --out results/scaling  # on all GPUs of this host, else on its cores
     python jobs/benchmark.py --suite gpu --peers --out results/gpu  # our kernels beside other libraries' on one GPU
     python jobs/benchmark.py --pattern bigbird --density 0.1 0.05 --lengths 4096 16384 --out results/bigbird
     python jobs/benchmark.py --variant distributed --world-size 1 2 --causal --out results/actors  # Ray actors as ranks
     ray job submit --working-dir . -- python jobs/benchmark.py --suite cpu --out /absolute/results
 
 Each row times own and dense attention in turn on one device; a row of a ring its steps and those of one rank with the
-whole sequence. Compare speeds on a quiet machine. The suites ``gpu`` and ``ring`` need no Ray. A ``gpu`` run goes on
+whole sequence. Compare speeds on a quiet machine. The suites ``gpu``, ``ring`` and ``scaling`` need no
+Ray (``scaling`` leaves out its recovery without it). A ``gpu`` run goes on
 where an earlier one in the same folder ended.
 """
 
@@ -28,11 +30,17 @@ from pathlib import Path
 from raybsa import patterns
 from raybsa.events import show
 from raybsa.experiments import peer_table
+from raybsa.experiments.forecast import prediction_points
 from raybsa.experiments.peer_cells import cells, parts_of
 from raybsa.experiments.peer_rows import rows_of
 from raybsa.experiments.peer_suite import PeerSuite
 from raybsa.experiments.place import absolute, git_commit
 from raybsa.experiments.recording import Run, record_of, write
+from raybsa.experiments.scaling_cells import LONGEST, QUICK, SIZES, worlds_of
+from raybsa.experiments.scaling_longest import try_lengths
+from raybsa.experiments.scaling_recovery import kill_and_recover
+from raybsa.experiments.scaling_suite import ScalingSuite
+from raybsa.experiments.scaling_table import line_of, text_of
 from raybsa.experiments.suites import BASE, SUITES, grid, on_ranks
 from raybsa.experiments.table import head_line, line, ring_head_line, ring_line
 from raybsa.results.record import Outcome, Record
@@ -40,16 +48,21 @@ from raybsa.results.store import Store
 from raybsa.ring.partition import STRATEGIES
 from raybsa.spec import PatternSpec, TrialSpec
 from raybsa.tasks.peers import GpuLost
-from raybsa.tasks.ring_rank import Answer
-from raybsa.tasks.ring_ranks import measure_rings
+from raybsa.tasks.ring_rank import Answer, devices_of
+from raybsa.tasks.ring_ranks import default_device, measure_rings
 
-GPU, DISTRIBUTED = "gpu", "distributed"
+SCALING_S = 420.0  # all of the suite; with a last cell that takes longer than told still under eight minutes
+CELLS_SHARE, LONGEST_SHARE = 0.75, 0.12  # of that time; the rest is for the recovery, the forecast and the report
+FORECAST_RANKS = 1024
+GPU, SCALING, DISTRIBUTED = "gpu", "scaling", "distributed"
 
 
 def main() -> int:
     arguments = _arguments()
     if arguments.suite == GPU:
         return _gpu(arguments)
+    if arguments.suite == SCALING:
+        return _scaling(arguments)
     specs = _specs(arguments)
     out = absolute("--out", arguments.out)
     store = Store.create(out)
@@ -161,6 +174,48 @@ def _gpu(arguments: argparse.Namespace) -> int:
     return 1 if ended else 0
 
 
+def _scaling(arguments: argparse.Namespace) -> int:
+    """Ring attention on 1, 2, 4 and 8 ranks of this host beside other libraries. Needs Ray for the recovery alone."""
+    device, out = default_device(), absolute("--out", arguments.out)
+    store, run = Store.create(out), Run.start("benchmark", arguments.git_commit)
+    sizes, worlds = (QUICK if arguments.quick else SIZES)[device], worlds_of(devices_of(device))
+    timing = {"repeats": arguments.repeats, "budget_s": arguments.budget or 2.0}
+    limit_s = arguments.time_budget or SCALING_S
+    suite = ScalingSuite(sizes, worlds, device, store, run, time_budget_s=CELLS_SHARE * limit_s, **timing)
+    print(f"{' '.join(map(str, worlds))} ranks on {device}, results in {out}", flush=True)
+    rows = []
+    for cell, record in suite.records():
+        rows.append((cell, record))
+        print(line_of(cell, record), flush=True)
+    records, most = [record for _, record in rows], max(worlds)
+    rows += try_lengths(suite, sizes, records, most, device, LONGEST_SHARE * limit_s)
+    told = kill_and_recover(store, Run.start("benchmark", arguments.git_commit), devices_of("cuda"))
+    forecast = _forecast(store, records, out)
+    _report(out)
+    print(f"results: {out}\n{text_of(rows)}\n{told}\n{forecast}")
+    if suite.left:
+        print(f"left out, {limit_s:.0f} s were too few: {'; '.join(cell.name for cell in suite.left)}")
+    return 1 if any(record.status == "failed" for cell, record in rows if cell.scaling != LONGEST) else 0
+
+
+def _forecast(store: Store, records: list[Record], out: str) -> str:
+    """Redraws the scaling forecast with these rows in it, keeps its predictions beside them, and says their error."""
+    try:
+        from dashboards.forecast import median_error_line
+        from dashboards.measured_forecast import measured_forecast, write_forecast
+    except ImportError as error:
+        return f"forecast: not drawn ({error})"
+    try:
+        compared, part = measured_forecast(records, store.read_series(), FORECAST_RANKS)
+    except ValueError as error:
+        return f"forecast: not drawn ({error})"
+    for row in compared:
+        store.write_series(prediction_points(row))
+    if "://" not in out:
+        write_forecast(os.path.join(out, "forecast.html"), compared, [part])
+    return f"forecast: {median_error_line(compared)}"
+
+
 def _report(out: str) -> None:
     """Draws a local folder's report, where Plotly is installed."""
     if "://" in out:
@@ -214,7 +269,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="results folder or pyarrow.fs URI; absolute in a submitted job")
     parser.add_argument(
-        "--suite", choices=[*SUITES, GPU], help="a named set of measurements, instead of the options below"
+        "--suite", choices=[*SUITES, GPU, SCALING], help="a named set of measurements, instead of the options below"
     )
     parser.add_argument("--variant", nargs="+", default=["base"], choices=["base", "multihead", DISTRIBUTED])
     parser.add_argument("--pattern", nargs="+", default=["random"], help="names, module:Class or JSON specs")
@@ -236,12 +291,17 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--address", help="a running Ray cluster (RAY_ADDRESS, else one of our own)")
     parser.add_argument("--wait", type=float, default=60.0, help="seconds to wait for resources")
     parser.add_argument("--limit", type=float, default=1800.0, help="seconds that one measurement may take")
-    gpu = parser.add_argument_group("suite gpu")
+    gpu = parser.add_argument_group("suites gpu and scaling")
     gpu.add_argument("--peers", action="store_true", help="also FlexAttention, FA4 and cuDNN where installed")
-    gpu.add_argument("--quick", action="store_true", help="8K and 32K tokens at 5 and 10 %% only")
+    gpu.add_argument("--quick", action="store_true", help="a few small cells")
     gpu.add_argument("--only", default="", metavar="REGEX", help="cells whose name it finds")
     gpu.add_argument("--part", default="1/1", metavar="I/N", help="one of N runs that share the cells")
-    gpu.add_argument("--time-budget", type=float, metavar="SECONDS", help="start no cell after this time")
+    gpu.add_argument(
+        "--time-budget",
+        type=float,
+        metavar="SECONDS",
+        help=f"for cells; what is left is named (scaling: {SCALING_S:.0f}, with all else)",
+    )
     ring = parser.add_argument_group(f"variant {DISTRIBUTED}")
     ring.add_argument("--world-size", nargs="+", type=int, default=[2], help="ranks; each actor has --threads CPUs (1)")
     ring.add_argument("--partition", nargs="+", default=["balanced"], choices=STRATEGIES)

@@ -13,35 +13,31 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 
-from dashboards.forecast import forecast_page, median_error_line
-from dashboards.scalings import Scaling, measured_scalings, preset_scalings
+from dashboards.forecast import median_error_line
+from dashboards.measured_forecast import Part, measured_forecast, write_forecast
+from dashboards.scalings import preset_scalings
 from dashboards.wording import attention_label
-from raybsa.experiments.forecast import Compared, compare, fit_rows, ring_rows
+from raybsa.experiments.forecast import Compared
 from raybsa.results.store import Store
-from raybsa.ring.hardware import PRESETS, Hardware
+from raybsa.ring.hardware import PRESETS
 
 
 def main() -> int:
     arguments = _arguments()
     compared: list[Compared] = []
-    parts: list[tuple[Hardware, Sequence[Scaling]]] = []
+    parts: list[Part] = []
     if arguments.results:
         store = Store(arguments.results)
-        rows = ring_rows(store.read_records())
-        hardware = fit_rows(rows, store.read_series())
-        compared = compare(rows, hardware)
+        compared, part = measured_forecast(store.read_records(), store.read_series(), arguments.ranks)
         _print(compared)
-        own = replace(hardware, devices=None, crowding=())  # in the forecast every rank has a core or GPU of its own
-        parts.append((own, measured_scalings(rows, own, arguments.ranks)))
+        parts.append(part)
     for name in arguments.hardware:
         parts.append((PRESETS[name], preset_scalings(PRESETS[name], arguments.ranks)))
     if not parts:
         raise ValueError("nothing to forecast from: give --results, --hardware or both")
     path = os.path.abspath(arguments.out)
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(forecast_page(compared, parts))
+    write_forecast(path, compared, parts)
     print(f"forecast: {path}")
     return 0
 

@@ -81,8 +81,8 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
 
 
 def attend(*tensors: Tensor, **options: Any) -> Any:
-    """FlexAttention, compiled, with its own arguments. torch's limit of compiled variants is lifted where it is hit: the
-    switch takes about 70 us."""
+    """FlexAttention, compiled, with its own arguments. torch's limit of compiled variants is lifted where it is hit:
+    the switch takes about 70 us."""
     from torch._dynamo import config
     from torch._dynamo.exc import FailOnRecompileLimitHit
 

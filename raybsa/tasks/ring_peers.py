@@ -57,8 +57,7 @@ def why_not(spec: TrialSpec, device: str) -> str | None:
     if name != TORCH_FLEX and not is_dense:
         return f"{name} is dense, this pattern is not"
     if name in ON_ONE_DEVICE:
-        needs_cuda = f"{name} is a kernel for cuda, not for {device}" if device != "cuda" else None
-        return needs_cuda if world_size == 1 else f"{name} computes on one device, not on {world_size}"
+        return None if world_size == 1 else f"{name} computes on one device, not on {world_size}"
     return why_no_context_parallel(spec, device, world_size, flex=name == TORCH_FLEX)
 
 

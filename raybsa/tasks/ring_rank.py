@@ -25,7 +25,7 @@ from raybsa.tasks.ring import RING, RING_LONGEST, RING_PEERS, measure_rank, ring
 from raybsa.tasks.ring_calibration import measure_crowding, measure_link
 from raybsa.tasks.ring_contender import RankReport, ring_layout
 from raybsa.tasks.ring_longest import measure_longest
-from raybsa.tasks.ring_peers import measure_ring_peer
+from raybsa.tasks.ring_peers import ON_ONE_DEVICE, measure_ring_peer
 from raybsa.timing import quantiles_of
 
 LINK = "link_ms"  # the series of timed messages: step is the bytes
@@ -73,7 +73,8 @@ class RingRank:
         if spec.task == RING_LONGEST:
             return measure_longest(spec, self._communicator)
         if spec.task == RING_PEERS:
-            return measure_ring_peer(spec, self._communicator, self._mesh(), repeats=repeats, budget_s=budget_s)
+            mesh = None if spec.layer(0).backend in ON_ONE_DEVICE else self._mesh()
+            return measure_ring_peer(spec, self._communicator, mesh, repeats=repeats, budget_s=budget_s)
         return measure_rank(spec, self._communicator, repeats=repeats, budget_s=budget_s)
 
     def _mesh(self) -> Any:
@@ -157,7 +158,7 @@ def _of_rank_0(report: RankReport, name: str) -> float | None:
     return quantiles_of(report.times_ms[name]).p50 if name in report.times_ms else None
 
 
-def _quantiles(reports: Sequence[RankReport], step: str) -> dict[str, float]:
+def _quantiles(reports: Sequence[RankReport], step: str) -> dict[str, Any]:
     """Columns of a step's milliseconds: quantiles over the rounds, of each its slowest rank; none where not timed."""
     if step not in reports[0].times_ms:
         return {}
