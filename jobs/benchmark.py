@@ -24,23 +24,19 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 from raybsa import patterns
 from raybsa.events import show
 from raybsa.experiments import peer_table
-from raybsa.experiments.forecast import prediction_points
 from raybsa.experiments.peer_cells import cells, parts_of
 from raybsa.experiments.peer_rows import rows_of
 from raybsa.experiments.peer_suite import PeerSuite
 from raybsa.experiments.place import absolute, git_commit
 from raybsa.experiments.recording import Run, record_of, write
-from raybsa.experiments.scaling_cells import LONGEST, QUICK, SIZES, worlds_of
-from raybsa.experiments.scaling_longest import try_lengths
-from raybsa.experiments.scaling_recovery import kill_and_recover
-from raybsa.experiments.scaling_suite import ScalingSuite
-from raybsa.experiments.scaling_table import line_of, text_of
+from raybsa.experiments.scaling_run import LIMIT_S, Scaled, measure_scaling
 from raybsa.experiments.suites import BASE, SUITES, grid, on_ranks
 from raybsa.experiments.table import head_line, line, ring_head_line, ring_line
 from raybsa.results.record import Outcome, Record
@@ -48,11 +44,9 @@ from raybsa.results.store import Store
 from raybsa.ring.partition import STRATEGIES
 from raybsa.spec import PatternSpec, TrialSpec
 from raybsa.tasks.peers import GpuLost
-from raybsa.tasks.ring_rank import Answer, devices_of
-from raybsa.tasks.ring_ranks import default_device, measure_rings
+from raybsa.tasks.ring_rank import Answer
+from raybsa.tasks.ring_ranks import measure_rings
 
-SCALING_S = 420.0  # all of the suite; with a last cell that takes longer than told still under eight minutes
-CELLS_SHARE, LONGEST_SHARE = 0.75, 0.12  # of that time; the rest is for the recovery, the forecast and the report
 FORECAST_RANKS = 1024
 GPU, SCALING, DISTRIBUTED = "gpu", "scaling", "distributed"
 
@@ -175,45 +169,31 @@ def _gpu(arguments: argparse.Namespace) -> int:
 
 
 def _scaling(arguments: argparse.Namespace) -> int:
-    """Ring attention on 1, 2, 4 and 8 ranks of this host beside other libraries. Needs Ray for the recovery alone."""
-    device, out = default_device(), absolute("--out", arguments.out)
-    store, run = Store.create(out), Run.start("benchmark", arguments.git_commit)
-    sizes, worlds = (QUICK if arguments.quick else SIZES)[device], worlds_of(devices_of(device))
+    """The ring on 1, 2, 4 and 8 ranks of this host beside torch's rings. Needs Ray for the recovery alone."""
+    out = absolute("--out", arguments.out)
+    store, limit_s = Store.create(out), arguments.time_budget or LIMIT_S
     timing = {"repeats": arguments.repeats, "budget_s": arguments.budget or 2.0}
-    limit_s = arguments.time_budget or SCALING_S
-    suite = ScalingSuite(sizes, worlds, device, store, run, time_budget_s=CELLS_SHARE * limit_s, **timing)
-    print(f"{' '.join(map(str, worlds))} ranks on {device}, results in {out}", flush=True)
-    rows = []
-    for cell, record in suite.records():
-        rows.append((cell, record))
-        print(line_of(cell, record), flush=True)
-    records, most = [record for _, record in rows], max(worlds)
-    rows += try_lengths(suite, sizes, records, most, device, LONGEST_SHARE * limit_s)
-    told = kill_and_recover(store, Run.start("benchmark", arguments.git_commit), devices_of("cuda"))
-    forecast = _forecast(store, records, out)
+    scaled = measure_scaling(
+        store, arguments.git_commit, quick=arguments.quick, limit_s=limit_s, say=partial(print, flush=True), **timing
+    )
     _report(out)
-    print(f"results: {out}\n{text_of(rows)}\n{told}\n{forecast}")
-    if suite.left:
-        print(f"left out, {limit_s:.0f} s were too few: {'; '.join(cell.name for cell in suite.left)}")
-    return 1 if any(record.status == "failed" for cell, record in rows if cell.scaling != LONGEST) else 0
+    _draw_forecast(scaled, out)
+    print(f"results: {out}\n{scaled.words}")
+    return 0 if scaled.good else 1
 
 
-def _forecast(store: Store, records: list[Record], out: str) -> str:
-    """Redraws the scaling forecast with these rows in it, keeps its predictions beside them, and says their error."""
+def _draw_forecast(scaled: Scaled, out: str) -> None:
+    """Draws the scaling forecast with the measured points in it, where Plotly is installed."""
+    if "://" in out or scaled.hardware is None:
+        return
     try:
-        from dashboards.forecast import median_error_line
-        from dashboards.measured_forecast import measured_forecast, write_forecast
+        from dashboards.measured_forecast import measured_part, write_forecast
     except ImportError as error:
-        return f"forecast: not drawn ({error})"
-    try:
-        compared, part = measured_forecast(records, store.read_series(), FORECAST_RANKS)
-    except ValueError as error:
-        return f"forecast: not drawn ({error})"
-    for row in compared:
-        store.write_series(prediction_points(row))
-    if "://" not in out:
-        write_forecast(os.path.join(out, "forecast.html"), compared, [part])
-    return f"forecast: {median_error_line(compared)}"
+        print(f"forecast: not drawn ({error})")
+        return
+    path = os.path.join(out, "forecast.html")
+    write_forecast(path, scaled.compared, [measured_part(scaled.ring_rows, scaled.hardware, FORECAST_RANKS)])
+    print(f"forecast: {path}")
 
 
 def _report(out: str) -> None:
@@ -300,7 +280,7 @@ def _arguments() -> argparse.Namespace:
         "--time-budget",
         type=float,
         metavar="SECONDS",
-        help=f"for cells; what is left is named (scaling: {SCALING_S:.0f}, with all else)",
+        help=f"for cells; what is left is named (scaling: {LIMIT_S:.0f}, with all else)",
     )
     ring = parser.add_argument_group(f"variant {DISTRIBUTED}")
     ring.add_argument("--world-size", nargs="+", type=int, default=[2], help="ranks; each actor has --threads CPUs (1)")

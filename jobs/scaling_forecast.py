@@ -14,11 +14,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from dashboards.forecast import median_error_line
-from dashboards.measured_forecast import Part, measured_forecast, write_forecast
+from dashboards.measured_forecast import Part, measured_part, write_forecast
 from dashboards.scalings import preset_scalings
 from dashboards.wording import attention_label
-from raybsa.experiments.forecast import Compared
+from raybsa.experiments.forecast import Compared, compare, fit_rows, median_error_line, ring_rows
 from raybsa.results.store import Store
 from raybsa.ring.hardware import PRESETS
 
@@ -29,9 +28,11 @@ def main() -> int:
     parts: list[Part] = []
     if arguments.results:
         store = Store(arguments.results)
-        compared, part = measured_forecast(store.read_records(), store.read_series(), arguments.ranks)
+        rows = ring_rows(store.read_records())
+        hardware = fit_rows(rows, store.read_series())
+        compared = compare(rows, hardware)
         _print(compared)
-        parts.append(part)
+        parts.append(measured_part(rows, hardware, arguments.ranks))
     for name in arguments.hardware:
         parts.append((PRESETS[name], preset_scalings(PRESETS[name], arguments.ranks)))
     if not parts:

@@ -125,6 +125,17 @@ def compare(rows: Iterable[RingRow], hardware: Hardware) -> list[Compared]:
     return [Compared(row, predict(row.work, row.sizes, hardware)) for row in rows]
 
 
+def median_error_line(compared: Sequence[Compared]) -> str:
+    """The median of |predicted / measured - 1| in words, by number of ranks."""
+    parts = []
+    for ranks in sorted({c.row.world_size for c in compared}):
+        errors = [c.errors for c in compared if c.row.world_size == ranks]
+        forward, both = (median(abs(error[i]) for error in errors) for i in range(2))
+        word = "1 rank" if ranks == 1 else f"{ranks} ranks"
+        parts.append(f"{word} {100 * forward:.3g} % forward, {100 * both:.3g} % forward + backward")
+    return f"Median error: {'; '.join(parts)}."
+
+
 def prediction_points(compared: Compared) -> Iterator[SeriesPoint]:
     """What the formula told of a row, in milliseconds, as series of the row's trial; the step is its ranks."""
     row, predicted = compared

@@ -26,7 +26,7 @@ from raybsa.tasks.ring_rank import joined
 from raybsa.tasks.ring_ranks import RANK_ERRORS, ProcessRing, said_by
 from raybsa.timing import device_name
 
-GRACE_S = 30.0  # what a cell may take beyond the budget before its ranks are ended
+GRACE_S = 60.0  # beyond three times its estimate, or beyond the budget, a cell's ranks are ended
 
 
 class ScalingSuite:
@@ -122,5 +122,5 @@ class ScalingSuite:
                 yield cell, self.write(cell, said_by(error))
 
     def _ask(self, ring: ProcessRing, method: str, cell: Cell, *arguments: float) -> list:
-        limit_s = max(GRACE_S, self._end + GRACE_S - time.monotonic())
+        limit_s = max(GRACE_S, min(GRACE_S + 3 * cell.seconds, self._end + GRACE_S - time.monotonic()))
         return ring.ask(method, cell.spec, *arguments, limit_s=limit_s)
