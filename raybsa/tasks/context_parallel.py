@@ -57,13 +57,15 @@ def sdpa_context_parallel(spec: TrialSpec, mesh: Any, *, line: str) -> Iterator[
 @contextmanager
 def flex_context_parallel(spec: TrialSpec, mesh: Any) -> Iterator[Contender]:
     """FlexAttention with the pattern's blocks over K and V that are gathered whole before it."""
+    from torch._dynamo import config
     from torch.distributed.tensor.parallel import parallelize_module
 
     experimental = import_module(_MODULE)
     balancer = experimental._HeadTailLoadBalancer(spec.seq_len, mesh.size(), mesh.device_type)
     tokens = torch.arange(spec.seq_len, device=mesh.device_type)
     shared = [tokens, _whole_mask(spec, mesh.device_type)]
-    mine, mask = experimental._context_parallel_shard(mesh, shared, [0, _SEQ_DIM], load_balancer=balancer)
+    with config.patch(recompile_limit=64):  # the mask is compiled anew for every question
+        mine, mask = experimental._context_parallel_shard(mesh, shared, [0, _SEQ_DIM], load_balancer=balancer)
     module = _Flex(mask, spec.num_heads != (spec.num_kv_heads or spec.num_heads))
     plan = experimental._ContextParallel(_SEQ_DIM, experimental._ContextParallel.AttentionType.FLEX)
     yield Contender(mine, parallelize_module(module, mesh, plan))

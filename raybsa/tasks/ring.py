@@ -75,6 +75,7 @@ def measure_rank(
         small = small_of(spec, communicator.world_size)
         checked = own_ring(small, ring_plan(small, communicator.device), communicator)
         report.errors = reference_errors(checked, small, communicator)
+        _join_in(calls)
     elif communicator.rank == 0:
         report.errors = errors_of(calls, calls, contender.tokens)
     else:
@@ -126,6 +127,6 @@ def _timeline(call: Callable[[], object], communicator: Communicator) -> tuple[l
 
 
 def _join_in(calls: Mapping[str, Callable[[], object]]) -> None:
-    """The other ranks' part in rank 0's check."""
+    """The other ranks' part in rank 0's check; else a step to get warm."""
     calls["forward"]()
     calls["forward_backward"]()

@@ -20,7 +20,8 @@ from raybsa.tasks.ring_rounds import from_all
 from raybsa.tasks.speed import synthetic_qkv
 from raybsa.timing import device_name, forward_backward_call, forward_call
 
-SMALL_TOKENS = 512  # a rank's, where all of a contender is compared with the reference
+SMALL_TOKENS = 1024  # a rank's, where all of a contender is compared with the reference
+SMALL_DENSITY = 0.3  # at least, so that more than the diagonal is left of so few blocks
 SMALL_KV_HEADS = 2
 
 
@@ -92,11 +93,13 @@ def calls_of(contender: Contender, spec: TrialSpec, communicator: Communicator) 
 
 def small_of(spec: TrialSpec, world_size: int) -> TrialSpec:
     """The same question with few tokens and heads, and enough blocks for every rank."""
-    queries_per_kv = spec.num_heads // (spec.num_kv_heads or spec.num_heads)
-    tokens = max(SMALL_TOKENS, 4 * spec.layer(0).block_size) * world_size
+    attention, queries_per_kv = spec.layer(0), spec.num_heads // (spec.num_kv_heads or spec.num_heads)
+    if attention.density is not None:
+        attention = replace(attention, density=max(SMALL_DENSITY, attention.density))
     return replace(
         spec,
-        seq_len=min(spec.seq_len, tokens),
+        attention=(attention,),
+        seq_len=min(spec.seq_len, max(SMALL_TOKENS, 4 * attention.block_size) * world_size),
         num_heads=SMALL_KV_HEADS * queries_per_kv,
         num_kv_heads=SMALL_KV_HEADS,
     )
