@@ -118,8 +118,9 @@ def cells(sizes: Sizes, world_size: int, device: str, worlds: Sequence[int]) -> 
 
     five, one = DENSITIES
     asked = [cell(scaling, five) for scaling in (WEAK, STRONG)]
-    asked += [cell(STRONG, DENSE), cell(STRONG, five, TORCH_FLEX), cell(STRONG, DENSE, CUDNN_RING)]
+    asked += [cell(STRONG, DENSE), cell(STRONG, DENSE, CUDNN_RING)]
     asked += [cell(STRONG, DENSE, FLASH)] if world_size == 1 else []
+    asked += [cell(STRONG, five, TORCH_FLEX)]
     asked += [cell(scaling, one) for scaling in (WEAK, STRONG)]
     asked += [cell(WEAK, five, TORCH_FLEX), cell(STRONG, one, TORCH_FLEX), cell(STRONG, DENSE, FLASH_RING)]
     asked += [cell(WEAK, DENSE), cell(WEAK, DENSE, CUDNN_RING), cell(WEAK, one, TORCH_FLEX)]

@@ -8,6 +8,7 @@ another core has nothing to do. On CUDA each rank has a GPU, and they talk over 
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 from collections.abc import Sequence
@@ -70,6 +71,9 @@ class RingRank:
 
     def measure(self, spec: TrialSpec, repeats: int, budget_s: float) -> RankReport:
         """See ``measure_rank``, ``measure_ring_peer`` and ``measure_longest``: the task says which."""
+        if self._communicator.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()  # what an earlier question left in pieces
         if spec.task == RING_LONGEST:
             return measure_longest(spec, self._communicator)
         if spec.task == RING_PEERS:
