@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import median
 
 from dashboards.figures.ring_error import ErrorPoint, ring_error_plot
 from dashboards.figures.ring_scaling import ring_efficiency_plot, ring_scaling_info, ring_time_plot
@@ -11,8 +10,8 @@ from dashboards.markup import Column, Markup, element, join, table
 from dashboards.page import Page, render
 from dashboards.scalings import Scaling
 from dashboards.sections.frame import note, section
-from dashboards.wording import attention_label, milliseconds, number, percent, size
-from raybsa.experiments.forecast import Compared
+from dashboards.wording import attention_label, milliseconds, number, size
+from raybsa.experiments.forecast import Compared, median_error_line
 from raybsa.ring.hardware import Hardware, Link
 
 
@@ -67,17 +66,6 @@ def _errors(page: Page, compared: Sequence[Compared]) -> Markup | None:
         element("div", element("div", figure, class_="card"), class_="cards wide"),
         table(head, [_cells(c) for c in compared]),
     )
-
-
-def median_error_line(compared: Sequence[Compared]) -> str:
-    """The median of |predicted / measured - 1| in words, by number of ranks."""
-    parts = []
-    for ranks in sorted({c.row.world_size for c in compared}):
-        errors = [c.errors for c in compared if c.row.world_size == ranks]
-        forward, both = (median(abs(error[i]) for error in errors) for i in range(2))
-        word = "1 rank" if ranks == 1 else f"{ranks} ranks"
-        parts.append(f"{word} {percent(forward)} forward, {percent(both)} forward + backward")
-    return f"Median error: {'; '.join(parts)}."
 
 
 def _cells(compared: Compared) -> list[str]:

@@ -2,13 +2,15 @@
 
     python jobs/benchmark.py --suite cpu --out results/benchmark
     python jobs/benchmark.py --suite ring --out results/ring        # ring attention on 1, 2 and 4 ranks of this host
+    python jobs/benchmark.py --suite scaling --out results/scaling  # on all GPUs of this host, else on its cores
     python jobs/benchmark.py --suite gpu --peers --out results/gpu  # our kernels beside other libraries' on one GPU
     python jobs/benchmark.py --pattern bigbird --density 0.1 0.05 --lengths 4096 16384 --out results/bigbird
     python jobs/benchmark.py --variant distributed --world-size 1 2 --causal --out results/actors  # Ray actors as ranks
     ray job submit --working-dir . -- python jobs/benchmark.py --suite cpu --out /absolute/results
 
 Each row times own and dense attention in turn on one device; a row of a ring its steps and those of one rank with the
-whole sequence. Compare speeds on a quiet machine. The suites ``gpu`` and ``ring`` need no Ray. A ``gpu`` run goes on
+whole sequence. Compare speeds on a quiet machine. The suites ``gpu``, ``ring`` and ``scaling`` need no
+Ray (``scaling`` leaves out its recovery without it). A ``gpu`` run goes on
 where an earlier one in the same folder ended.
 """
 
@@ -22,6 +24,7 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -33,6 +36,7 @@ from raybsa.experiments.peer_rows import rows_of
 from raybsa.experiments.peer_suite import PeerSuite
 from raybsa.experiments.place import absolute, git_commit
 from raybsa.experiments.recording import Run, record_of, write
+from raybsa.experiments.scaling_run import LIMIT_S, Scaled, measure_scaling
 from raybsa.experiments.suites import BASE, SUITES, grid, on_ranks
 from raybsa.experiments.table import head_line, line, ring_head_line, ring_line
 from raybsa.results.record import Outcome, Record
@@ -43,13 +47,16 @@ from raybsa.tasks.peers import GpuLost
 from raybsa.tasks.ring_rank import Answer
 from raybsa.tasks.ring_ranks import measure_rings
 
-GPU, DISTRIBUTED = "gpu", "distributed"
+FORECAST_RANKS = 1024
+GPU, SCALING, DISTRIBUTED = "gpu", "scaling", "distributed"
 
 
 def main() -> int:
     arguments = _arguments()
     if arguments.suite == GPU:
         return _gpu(arguments)
+    if arguments.suite == SCALING:
+        return _scaling(arguments)
     specs = _specs(arguments)
     out = absolute("--out", arguments.out)
     store = Store.create(out)
@@ -161,6 +168,34 @@ def _gpu(arguments: argparse.Namespace) -> int:
     return 1 if ended else 0
 
 
+def _scaling(arguments: argparse.Namespace) -> int:
+    """The ring on 1, 2, 4 and 8 ranks of this host beside torch's rings. Needs Ray for the recovery alone."""
+    out = absolute("--out", arguments.out)
+    store, limit_s = Store.create(out), arguments.time_budget or LIMIT_S
+    timing = {"repeats": arguments.repeats, "budget_s": arguments.budget or 2.0}
+    scaled = measure_scaling(
+        store, arguments.git_commit, quick=arguments.quick, limit_s=limit_s, say=partial(print, flush=True), **timing
+    )
+    _report(out)
+    _draw_forecast(scaled, out)
+    print(f"results: {out}\n{scaled.words}")
+    return 0 if scaled.good else 1
+
+
+def _draw_forecast(scaled: Scaled, out: str) -> None:
+    """Draws the scaling forecast with the measured points in it, where Plotly is installed."""
+    if "://" in out or scaled.hardware is None:
+        return
+    try:
+        from dashboards.measured_forecast import measured_part, write_forecast
+    except ImportError as error:
+        print(f"forecast: not drawn ({error})")
+        return
+    path = os.path.join(out, "forecast.html")
+    write_forecast(path, scaled.compared, [measured_part(scaled.ring_rows, scaled.hardware, FORECAST_RANKS)])
+    print(f"forecast: {path}")
+
+
 def _report(out: str) -> None:
     """Draws a local folder's report, where Plotly is installed."""
     if "://" in out:
@@ -214,7 +249,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="results folder or pyarrow.fs URI; absolute in a submitted job")
     parser.add_argument(
-        "--suite", choices=[*SUITES, GPU], help="a named set of measurements, instead of the options below"
+        "--suite", choices=[*SUITES, GPU, SCALING], help="a named set of measurements, instead of the options below"
     )
     parser.add_argument("--variant", nargs="+", default=["base"], choices=["base", "multihead", DISTRIBUTED])
     parser.add_argument("--pattern", nargs="+", default=["random"], help="names, module:Class or JSON specs")
@@ -236,12 +271,17 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--address", help="a running Ray cluster (RAY_ADDRESS, else one of our own)")
     parser.add_argument("--wait", type=float, default=60.0, help="seconds to wait for resources")
     parser.add_argument("--limit", type=float, default=1800.0, help="seconds that one measurement may take")
-    gpu = parser.add_argument_group("suite gpu")
+    gpu = parser.add_argument_group("suites gpu and scaling")
     gpu.add_argument("--peers", action="store_true", help="also FlexAttention, FA4 and cuDNN where installed")
-    gpu.add_argument("--quick", action="store_true", help="8K and 32K tokens at 5 and 10 %% only")
+    gpu.add_argument("--quick", action="store_true", help="a few small cells")
     gpu.add_argument("--only", default="", metavar="REGEX", help="cells whose name it finds")
     gpu.add_argument("--part", default="1/1", metavar="I/N", help="one of N runs that share the cells")
-    gpu.add_argument("--time-budget", type=float, metavar="SECONDS", help="start no cell after this time")
+    gpu.add_argument(
+        "--time-budget",
+        type=float,
+        metavar="SECONDS",
+        help=f"for cells; what is left is named (scaling: {LIMIT_S:.0f}, with all else)",
+    )
     ring = parser.add_argument_group(f"variant {DISTRIBUTED}")
     ring.add_argument("--world-size", nargs="+", type=int, default=[2], help="ranks; each actor has --threads CPUs (1)")
     ring.add_argument("--partition", nargs="+", default=["balanced"], choices=STRATEGIES)

@@ -13,35 +13,32 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 
-from dashboards.forecast import forecast_page, median_error_line
-from dashboards.scalings import Scaling, measured_scalings, preset_scalings
+from dashboards.measured_forecast import Part, measured_part, write_forecast
+from dashboards.scalings import preset_scalings
 from dashboards.wording import attention_label
-from raybsa.experiments.forecast import Compared, compare, fit_rows, ring_rows
+from raybsa.experiments.forecast import Compared, compare, fit_rows, median_error_line, ring_rows
 from raybsa.results.store import Store
-from raybsa.ring.hardware import PRESETS, Hardware
+from raybsa.ring.hardware import PRESETS
 
 
 def main() -> int:
     arguments = _arguments()
     compared: list[Compared] = []
-    parts: list[tuple[Hardware, Sequence[Scaling]]] = []
+    parts: list[Part] = []
     if arguments.results:
         store = Store(arguments.results)
         rows = ring_rows(store.read_records())
         hardware = fit_rows(rows, store.read_series())
         compared = compare(rows, hardware)
         _print(compared)
-        own = replace(hardware, devices=None, crowding=())  # in the forecast every rank has a core or GPU of its own
-        parts.append((own, measured_scalings(rows, own, arguments.ranks)))
+        parts.append(measured_part(rows, hardware, arguments.ranks))
     for name in arguments.hardware:
         parts.append((PRESETS[name], preset_scalings(PRESETS[name], arguments.ranks)))
     if not parts:
         raise ValueError("nothing to forecast from: give --results, --hardware or both")
     path = os.path.abspath(arguments.out)
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(forecast_page(compared, parts))
+    write_forecast(path, compared, parts)
     print(f"forecast: {path}")
     return 0
 

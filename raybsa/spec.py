@@ -53,7 +53,7 @@ def stable_hash(value: Any) -> str:
 
 DENSE = "dense"
 ADAPTIVE = "adaptive"  # in the place of a pattern's name: blocks that a learned selector chooses
-UNTRAINED = ("speed", "ring", "peers")  # tasks that only measure
+UNTRAINED = ("speed", "ring", "ring_peers", "ring_longest", "peers")  # tasks that only measure
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -121,8 +121,9 @@ class TrialSpec:
     Args:
         task: ``"byte_lm"``, ``"recall"``, ``"captured"`` (quality and speed), ``"speed"`` (one attention call, no
             training), ``"peers"`` (one library's kernels beside others'), ``"compression"`` (a training whose
-            gradients travel by a ``codec``) or ``"ring"`` (attention over ``world_size`` ranks, dealt by a
-            ``partition``: its ``task_params``).
+            gradients travel by a ``codec``), ``"ring"`` (attention over ``world_size`` ranks, dealt by a
+            ``partition``: its ``task_params``), ``"ring_peers"`` (the same by another library, or dense on one
+            device) or ``"ring_longest"`` (whether one step of so long a sequence fits).
         attention: one for all layers, or one a layer.
         seq_len: tokens at which speed and memory are measured.
         train_len: tokens at which quality is trained and evaluated; may be shorter than ``seq_len``.

@@ -23,7 +23,8 @@ from raybsa.cluster.resources import Say, Share, await_workers
 from raybsa.cluster.versions import require, versions
 from raybsa.ring.timeline import Point
 from raybsa.spec import TrialSpec
-from raybsa.tasks.ring import RankReport, ring_params
+from raybsa.tasks.ring import ring_params
+from raybsa.tasks.ring_contender import RankReport
 from raybsa.tasks.ring_rank import Answer, RingRank, joined
 from raybsa.timing import DeviceLock
 

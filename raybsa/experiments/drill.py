@@ -94,7 +94,7 @@ class Drill:
         self, steps: int, settings: MemberSettings, result: TrainingResult, struck_at: Mapping[int, float] | None = None
     ) -> None:
         spec = question(steps, self._ring.text)
-        write_training(self._store, self._run, self._runs, spec, settings, "cpu", result, struck_at)
+        write_training(self._store, self._run, self._runs, spec, settings, self._ring.share.device, result, struck_at)
         self._runs += 1
 
     def _settings(self, folder: str) -> MemberSettings:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from raybsa.cluster.faults import FaultPlan
@@ -14,14 +14,15 @@ from raybsa.experiments.drill_plan import question
 
 @dataclass(frozen=True)
 class Ring:
-    """How a drill trains: ranks, warm spares, seconds of silence after which a rank is lost, the text, and whether Ray
-    may say of each worker that it died."""
+    """How a drill trains: ranks, warm spares, seconds of silence after which a rank is lost, the text, whether Ray may
+    say of each worker that it died, and what each worker owns."""
 
     world_size: int = 4
     spares: int = 1
     heartbeat_s: float = 2.0
     text: str | None = None
     verbose: bool = False
+    share: Share = field(default_factory=Share)
 
     def coordinator(
         self, steps: int, settings: MemberSettings, plan: FaultPlan = (), **more: Any
@@ -29,7 +30,7 @@ class Ring:
         options = {"say": lambda text: None} | more
         return TrainingCoordinator(
             question(steps, self.text),
-            Share(1),
+            self.share,
             world_size=self.world_size,
             spares=self.spares,
             settings=settings,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from statistics import median
@@ -123,6 +123,25 @@ def fit_rows(rows: Sequence[RingRow], series: Iterable[SeriesPoint]) -> Hardware
 def compare(rows: Iterable[RingRow], hardware: Hardware) -> list[Compared]:
     """Every row beside its prediction, which comes from the plan alone."""
     return [Compared(row, predict(row.work, row.sizes, hardware)) for row in rows]
+
+
+def median_error_line(compared: Sequence[Compared]) -> str:
+    """The median of |predicted / measured - 1| in words, by number of ranks."""
+    parts = []
+    for ranks in sorted({c.row.world_size for c in compared}):
+        errors = [c.errors for c in compared if c.row.world_size == ranks]
+        forward, both = (median(abs(error[i]) for error in errors) for i in range(2))
+        word = "1 rank" if ranks == 1 else f"{ranks} ranks"
+        parts.append(f"{word} {100 * forward:.3g} % forward, {100 * both:.3g} % forward + backward")
+    return f"Median error: {'; '.join(parts)}."
+
+
+def prediction_points(compared: Compared) -> Iterator[SeriesPoint]:
+    """What the formula told of a row, in milliseconds, as series of the row's trial; the step is its ranks."""
+    row, predicted = compared
+    told = {"predicted_forward_ms": predicted.forward_s, "predicted_forward_backward_ms": predicted.forward_backward_s}
+    for name, seconds in told.items():
+        yield SeriesPoint(row.record.trial_id, name, row.world_size, 0, 1e3 * seconds)
 
 
 def can_forecast(row: RingRow) -> bool:

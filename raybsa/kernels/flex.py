@@ -67,7 +67,7 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     on_cuda = call.q.device.type == "cuda"
     if on_cuda:
         flex_tiles.prepare(call.layout)
-    result = _attend(
+    result = attend(
         call.q,
         call.k,
         call.v,
@@ -80,8 +80,9 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     return (result[0], result[1].lse) if call.return_lse else (result, None)
 
 
-def _attend(*tensors: Tensor, **options: Any) -> Any:
-    """The compiled call. torch's limit of compiled variants is lifted where it is hit: the switch takes about 70 us."""
+def attend(*tensors: Tensor, **options: Any) -> Any:
+    """FlexAttention, compiled, with its own arguments. torch's limit of compiled variants is lifted where it is hit:
+    the switch takes about 70 us."""
     from torch._dynamo import config
     from torch._dynamo.exc import FailOnRecompileLimitHit
 

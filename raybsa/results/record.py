@@ -58,6 +58,10 @@ class Measured:
     ``wire_bytes`` are what all ranks sent in forward and backward, ``wire_forward_bytes`` in the forward,
     ``needed_forward_bytes`` what had to travel at least; ``imbalance`` is max / mean of the ranks' active blocks.
 
+    A row of task ``"ring_peers"`` has the same times of another library (``backend``; whose bytes nobody counted), with
+    errors against float32 on a small case of its question; one of ``"ring_longest"`` says whether a step of ``seq_len``
+    tokens fitted into the ranks' memory.
+
     A row of task ``"peers"`` is one library's kernels (``backend``; ``library`` with its version) on one layout, timed
     in turn with the others; ``dense_*`` are cuDNN's dense attention. Its errors are those of sampled rows against
     float32, ``reference_error_*`` what plain torch operations in the row's dtype make of the same. ``*_host_ms``: until

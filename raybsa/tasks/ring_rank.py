@@ -8,6 +8,7 @@ another core has nothing to do. On CUDA each rank has a GPU, and they talk over 
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 from collections.abc import Sequence
@@ -21,8 +22,12 @@ from raybsa.comm import Communicator, process_group
 from raybsa.results.record import Measurement
 from raybsa.ring.timeline import Point, Span, as_points
 from raybsa.spec import TrialSpec
-from raybsa.tasks.ring import RankReport, measure_crowding, measure_link, measure_rank, ring_params, ring_plan
-from raybsa.timing import Quantiles, quantiles_of
+from raybsa.tasks.ring import RING, RING_LONGEST, RING_PEERS, measure_rank, ring_params, ring_plan
+from raybsa.tasks.ring_calibration import measure_crowding, measure_link
+from raybsa.tasks.ring_contender import RankReport, ring_layout
+from raybsa.tasks.ring_longest import measure_longest
+from raybsa.tasks.ring_peers import ON_ONE_DEVICE, measure_ring_peer
+from raybsa.timing import quantiles_of
 
 LINK = "link_ms"  # the series of timed messages: step is the bytes
 CROWDING = "crowding"  # how many times slower a kernel is where step of them run at once
@@ -51,6 +56,7 @@ class RingRank:
         if place.type == "cuda":
             torch.cuda.set_device(place)
         group = process_group(place, store, rank, world_size, TIMEOUT_S)
+        self._seat = (rank, world_size, store)
         self._communicator = Communicator(group, device=place, timeout_s=TIMEOUT_S)
 
     def calibrate(self, spec: TrialSpec) -> list[Point]:
@@ -63,9 +69,28 @@ class RingRank:
             points.append((CROWDING, communicator.world_size, 0, slow))
         return points
 
-    def measure(self, spec: TrialSpec, *, repeats: int, budget_s: float) -> RankReport:
-        """See ``measure_rank``."""
+    def measure(self, spec: TrialSpec, repeats: int, budget_s: float) -> RankReport:
+        """See ``measure_rank``, ``measure_ring_peer`` and ``measure_longest``: the task says which."""
+        if self._communicator.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()  # what an earlier question left in pieces
+        if spec.task == RING_LONGEST:
+            return measure_longest(spec, self._communicator)
+        if spec.task == RING_PEERS:
+            mesh = None if spec.layer(0).backend in ON_ONE_DEVICE else self._mesh()
+            return measure_ring_peer(spec, self._communicator, mesh, repeats=repeats, budget_s=budget_s)
         return measure_rank(spec, self._communicator, repeats=repeats, budget_s=budget_s)
+
+    def _mesh(self) -> Any:
+        """All ranks, as torch's own parallelism wants them: through the process's default group, made at first use."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        device, (rank, world_size, store) = self._communicator.device.type, self._seat
+        if not dist.is_initialized():
+            own = dist.PrefixStore("mesh", store)
+            backend = "nccl" if device == "cuda" else "gloo"
+            dist.init_process_group(backend, store=own, rank=rank, world_size=world_size)
+        return init_device_mesh(device, (world_size,))
 
     def close(self) -> None:
         """Leaves the group."""
@@ -95,34 +120,21 @@ def joined(
         devices: cores or GPUs that all ranks together may use.
     """
     reports = sorted(found, key=lambda report: report.rank)
-    plan, first = ring_plan(spec), reports[0]
-    itemsize = getattr(torch, spec.dtype).itemsize
-    sizes = (spec.num_kv_heads or spec.num_heads, spec.head_dim, itemsize, spec.batch)
-    forward, both = (_slowest(reports, name) for name in ("forward", "forward_backward"))
+    first = reports[0]
     one_clock = device == "cpu" and len({report.host for report in reports}) == 1
     begun = min(report.begun_s for report in reports) if one_clock else None
     spans = [_moved(span, 0.0 if begun is None else r.begun_s - begun) for r in reports for span in r.spans]
-    assert first.errors is not None
     return Measurement(
-        density=plan.layout.density,
-        forward_ms_p20=forward.p20,
-        forward_ms_p50=forward.p50,
-        forward_ms_p80=forward.p80,
-        forward_backward_ms_p20=both.p20,
-        forward_backward_ms_p50=both.p50,
-        forward_backward_ms_p80=both.p80,
+        **(_of_plan(spec, reports) if spec.task == RING else {"density": ring_layout(spec).density}),
+        **_quantiles(reports, "forward"),
+        **_quantiles(reports, "forward_backward"),
         peak_bytes=max(report.peak_bytes for report in reports),
-        wire_bytes=sum(report.forward_backward_bytes for report in reports),
-        wire_forward_bytes=sum(report.forward_bytes for report in reports),
-        needed_forward_bytes=plan.bytes_needed(*sizes),
         world_size=len(reports),
         devices=devices,
-        partition=ring_params(spec)[1],
-        imbalance=plan.imbalance,
-        single_forward_ms_p50=quantiles_of(first.times_ms["single_forward"]).p50,
-        single_forward_backward_ms_p50=quantiles_of(first.times_ms["single_forward_backward"]).p50,
-        error_forward=first.errors[0],
-        error_gradient=first.errors[1],
+        single_forward_ms_p50=_of_rank_0(first, "single_forward"),
+        single_forward_backward_ms_p50=_of_rank_0(first, "single_forward_backward"),
+        error_forward=first.errors and first.errors[0],
+        error_gradient=first.errors and first.errors[1],
         device=device,
         device_name=first.device_name,
         num_threads=first.num_threads,
@@ -132,8 +144,31 @@ def joined(
     )
 
 
-def _slowest(reports: list[RankReport], name: str) -> Quantiles:
-    return quantiles_of([max(times) for times in zip(*(report.times_ms[name] for report in reports), strict=True)])
+def _of_plan(spec: TrialSpec, reports: Sequence[RankReport]) -> dict[str, Any]:
+    """What our ring sent, and what its plan knew."""
+    plan, itemsize = ring_plan(spec), getattr(torch, spec.dtype).itemsize
+    sizes = (spec.num_kv_heads or spec.num_heads, spec.head_dim, itemsize, spec.batch)
+    return {
+        "density": plan.layout.density,
+        "wire_bytes": sum(report.forward_backward_bytes for report in reports),
+        "wire_forward_bytes": sum(report.forward_bytes for report in reports),
+        "needed_forward_bytes": plan.bytes_needed(*sizes),
+        "partition": ring_params(spec)[1],
+        "imbalance": plan.imbalance,
+    }
+
+
+def _of_rank_0(report: RankReport, name: str) -> float | None:
+    return quantiles_of(report.times_ms[name]).p50 if name in report.times_ms else None
+
+
+def _quantiles(reports: Sequence[RankReport], step: str) -> dict[str, Any]:
+    """Columns of a step's milliseconds: quantiles over the rounds, of each its slowest rank; none where not timed."""
+    if step not in reports[0].times_ms:
+        return {}
+    rounds = zip(*(report.times_ms[step] for report in reports), strict=True)
+    found = quantiles_of([max(times) for times in rounds])
+    return {f"{step}_ms_p20": found.p20, f"{step}_ms_p50": found.p50, f"{step}_ms_p80": found.p80}
 
 
 def _moved(span: Span, seconds: float) -> Span:

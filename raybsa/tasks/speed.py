@@ -57,11 +57,17 @@ def _has_backward(call: Callable[[], object]) -> bool:
     return True
 
 
-def synthetic_qkv(spec: TrialSpec, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
-    """q (batch, num_heads, seq_len, head_dim), k and v (batch, num_kv_heads, …): standard normal, equal everywhere."""
+def synthetic_qkv(
+    spec: TrialSpec, device: torch.device | str, tokens: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q (batch, num_heads, seq_len, head_dim), k and v (batch, num_kv_heads, …): standard normal, equal everywhere.
+
+    ``tokens``: (n,) positions; only these are made, in their order. None: all ``seq_len``.
+    """
+    positions = torch.arange(spec.seq_len, device=device) if tokens is None else tokens.to(device)
     kv_heads = spec.num_kv_heads or spec.num_heads
     streams = ((Stream.QUERY, spec.num_heads), (Stream.KEY, kv_heads), (Stream.VALUE, kv_heads))
-    q, k, v = (_normal(spec, stream, heads, device) for stream, heads in streams)
+    q, k, v = (_normal(spec, stream, heads, positions) for stream, heads in streams)
     return q, k, v
 
 
@@ -79,9 +85,13 @@ class AttentionStack(nn.Module):
         return out
 
 
-def _normal(spec: TrialSpec, stream: Stream, heads: int, device: torch.device | str) -> Tensor:
-    """Counted by batch, head, position and channel, so that a value does not depend on the other sizes."""
-    sizes = (spec.batch, heads, spec.seq_len, spec.head_dim)
-    shapes = [[size if i == axis else 1 for i in range(4)] for axis, size in enumerate(sizes)]
-    counters = [torch.arange(size, device=device).view(shape) for size, shape in zip(sizes, shapes, strict=True)]
-    return normal(spec.seed, stream, *counters).to(device, getattr(torch, spec.dtype))
+def _normal(spec: TrialSpec, stream: Stream, heads: int, positions: Tensor) -> Tensor:
+    """Counted by batch, head, position and channel, so that a value does not depend on the other sizes; made a head at
+    a time, since the hash takes 64 bits a number."""
+    device = positions.device
+    batch, channel = (torch.arange(size, device=device) for size in (spec.batch, spec.head_dim))
+    shape = (spec.batch, heads, len(positions), spec.head_dim)
+    made = torch.empty(shape, dtype=getattr(torch, spec.dtype), device=device)
+    for head in torch.arange(heads, device=device):
+        made[:, head] = normal(spec.seed, stream, batch[:, None, None], head, positions[:, None], channel)
+    return made

@@ -13,13 +13,14 @@ import pytest
 from jobs import benchmark, scaling_forecast
 from raybsa.cluster import rings
 from raybsa.cluster.resources import Share
-from raybsa.experiments import launch
+from raybsa.experiments import launch, scaling_run, scaling_suite
 from raybsa.experiments.suites import SUITES
 from raybsa.results.record import Measurement
 from raybsa.results.store import Store
 from raybsa.spec import TrialSpec
 from raybsa.tasks.ring import ring_params, ring_plan
 from tests.dashboards.made_ring import a_ring_benchmark, link_points
+from tests.ring.made_ranks import MadeRing
 
 
 def measured(specs: list[TrialSpec], **_: object) -> Iterator[tuple[TrialSpec, Measurement | str]]:
@@ -79,6 +80,31 @@ def test_the_distributed_variant_asks_actors_for_every_combination(
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "--variant", "base", "distributed", "--out", str(tmp_path)])
     with pytest.raises(ValueError, match="--variant distributed is measured alone, got base distributed"):
         benchmark.main()
+
+
+def test_the_scaling_suite_prints_a_table_and_draws_the_forecast_with_its_rows_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(MadeRing, "failing", ("sdpa-flash",))
+    monkeypatch.setattr(scaling_suite, "ProcessRing", MadeRing)
+    monkeypatch.setattr(benchmark, "FORECAST_RANKS", 16)
+    monkeypatch.setattr(scaling_run, "default_device", lambda: "cpu")
+    monkeypatch.setattr(scaling_run, "devices_of", lambda device: 2 if device == "cpu" else 0)
+    monkeypatch.setattr(scaling_run, "kill_and_recover", lambda store, run, gpus: f"{gpus} GPUs: as if")
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--suite", "scaling", "--quick", "--out", str(tmp_path)])
+    assert benchmark.main() == 1, "one library failed"
+    out = capsys.readouterr().out
+    assert "0 GPUs: as if" in out
+    assert "forecast: Median error: 1 rank" in out
+    assert "sdpa-flash failed on 1: RuntimeError: no such luck" in out
+    assert "longest: none, ranks share this host's memory" in out
+    assert "left out" not in out
+    assert "Prediction against measurement" in (tmp_path / "forecast.html").read_text("utf-8")
+    store = Store(str(tmp_path))
+    own = {record.trial_id for record in store.read_records() if record.task == "ring"}
+    told = [point for point in store.read_series() if point.name == "predicted_forward_backward_ms"]
+    assert {point.trial_id for point in told} == own
+    assert all(point.value > 0 for point in told)
 
 
 @pytest.mark.parametrize("suite", ["ring", "ring-quick", "ring-gpu"])

@@ -14,8 +14,9 @@ from raybsa.comm import Communicator
 from raybsa.results.record import Measurement, SeriesPoint
 from raybsa.ring.timeline import from_series
 from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
-from raybsa.tasks import ring
-from raybsa.tasks.ring import calls_within, measure_crowding, ring_params, ring_plan
+from raybsa.tasks import ring_calibration
+from raybsa.tasks.ring import ring_params, ring_plan
+from raybsa.tasks.ring_calibration import calls_within, measure_crowding
 from raybsa.tasks.ring_rank import CROWDING, LINK, bind_to_core
 from raybsa.tasks.ring_ranks import measure_rings
 from tests.ranks import run_ranks
@@ -85,8 +86,8 @@ def test_ranks_are_as_crowded_as_the_slowest_over_many_calls_of_a_short_kernel(m
         ranks.rank = communicator.rank
         return measure_crowding(SPEC, communicator, devices, repeats=2)
 
-    monkeypatch.setattr(ring, "block_sparse_attention", kernel)
-    monkeypatch.setattr(ring, "_timed", timed)
+    monkeypatch.setattr(ring_calibration, "block_sparse_attention", kernel)
+    monkeypatch.setattr(ring_calibration, "timed", timed)
     devices = 2
     assert run_ranks(2, measured) == [1.3, 1.0]
     assert made == {0: 3 + 2 * 2 * 10, 1: 3 + 2 * 10}, "10 calls make 100 ms"
