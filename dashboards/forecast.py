@@ -56,7 +56,7 @@ def _errors(page: Page, compared: Sequence[Compared]) -> Markup | None:
         f"rows of several ranks took no part. {median_error_line(compared)}"
     )
     figure = page.figure(ring_error_plot(points), "Predicted against measured time")
-    head = [Column("pattern"), Column("partition")]
+    head = [Column("pattern", "text"), Column("partition")]
     names = ("tokens", "ranks", "forward", "predicted", "error", "f + b", "predicted", "error", "memory", "predicted")
     head += [Column(name, "right") for name in names]
     return section(

@@ -83,12 +83,17 @@ def trial_label(spec: TrialSpec) -> str:
     return " / ".join(attention_label(layer) for layer in spec.attention)
 
 
+def counted(number: int, thing: str) -> str:
+    """``1 layer``, ``2 layers``."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
 def question_label(spec: TrialSpec) -> str:
     """The sizes of a question in words."""
-    heads = f"{spec.num_heads} heads × {spec.head_dim}"
+    heads = f"{counted(spec.num_heads, 'head')} × {spec.head_dim}"
     if spec.num_kv_heads is not None:
         heads += f" ({spec.num_kv_heads} KV heads)"
-    layers = f"{spec.num_layers} layers, " if spec.task not in UNTRAINED else ""
+    layers = f"{counted(spec.num_layers, 'layer')}, " if spec.task not in UNTRAINED else ""
     causal = "causal" if spec.causal else "not causal"
     return f"{layers}{heads}, batch {spec.batch}, {causal}, {spec.dtype}"
 

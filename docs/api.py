@@ -34,7 +34,9 @@ PAGES = (
     "raybsa.tasks.model",
     "raybsa.tasks.params",
     "raybsa.tasks.training",
+    "raybsa.variants.hf",
     "raybsa.variants.selector",
+    "raybsa.variants.source",
 )
 LAZY = ("raybsa", "raybsa.gradients", "raybsa.patterns")
 

@@ -44,7 +44,7 @@ def main() -> int:
         print(f"jobs/train.py: {error}", file=sys.stderr)
         return 2
     run = Run.start("train", arguments.git_commit or git_commit(Path(__file__).parent))
-    settings = replace(settings, labels={"run": run.run_id, "trial": run.trial_id(0)})
+    settings = replace(settings, labels=run.labels(0))
     with cluster(arguments.address, verbose=arguments.verbose):
         share = worker_share(arguments.cpus)
         print(f"{arguments.world_size} ranks and {arguments.spares} spares of {share}, results in {out}", flush=True)

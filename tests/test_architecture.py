@@ -41,6 +41,7 @@ MAY_IMPORT = {
     "dash": {"dashboards.app"},
     "flask": {"dashboards.app"},
     "optuna": {"raybsa.experiments"},
+    "transformers": {"raybsa.variants"},
     "pyarrow": {"raybsa.results", "raybsa.patterns", "raybsa.cluster", "dashboards", "dashboards.app"},
 }
 
@@ -144,7 +145,7 @@ def test_the_check_sees_a_circle() -> None:
 
 LOADS = """
 import sys, raybsa
-heavy = ("ray", "pyarrow", "plotly", "optuna", "torch._dynamo", "triton")
+heavy = ("ray", "pyarrow", "plotly", "optuna", "torch._dynamo", "transformers", "triton")
 loaded = lambda: print([name for name in heavy if name in sys.modules])
 raybsa.BlockLayout, raybsa.block_sparse_attention, raybsa.create_block_sparse_attention
 loaded()

@@ -34,7 +34,8 @@ def _device(results: Results) -> str:
     records = [trial.record for trial in results.trials]
     threads = listed(str(record.num_threads) for record in records if record.num_threads)
     devices = listed(record.device_name or record.device for record in records)
-    return (f"{devices}, {threads} threads" if threads else devices) or "not recorded"
+    word = "thread" if threads == "1" else "threads"
+    return (f"{devices}, {threads} {word}" if threads else devices) or "not recorded"
 
 
 def _versions(results: Results) -> str:

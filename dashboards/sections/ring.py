@@ -123,7 +123,7 @@ def _numbers(trials: Sequence[Trial]) -> Markup:
         *("sent in forward", "/ needed", "max / mean work", "memory"),
         *("error forward", "error gradient"),
     )
-    head = [Column("pattern"), Column("partition"), *(Column(name, "right") for name in names)]
+    head = [Column("pattern", "text"), Column("partition"), *(Column(name, "right") for name in names)]
     ordered = sorted(trials, key=lambda t: (t.label, t.record.seq_len, t.record.world_size or 1))
     explained = (
         "Alone: one process with the whole sequence and the same kernel, in turn with the ranks. "

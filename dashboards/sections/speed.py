@@ -70,7 +70,7 @@ def _numbers(trials: Sequence[Trial]) -> Markup:
         *("memory", "vs dense"),
         *("error forward", "error gradient"),
     )
-    head = [Column("pattern"), Column("computed by"), *(Column(name, "right") for name in names)]
+    head = [Column("pattern", "text"), Column("computed by"), *(Column(name, "right") for name in names)]
     ordered = sorted(trials, key=lambda t: (line_label(t), t.record.backend, t.record.seq_len, t.density or 0))
     return table(head, [_cells(trial) for trial in ordered])
 

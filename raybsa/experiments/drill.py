@@ -100,7 +100,8 @@ class Drill:
     def _settings(self, folder: str) -> MemberSettings:
         marks = os.path.join(folder, "marks")
         os.makedirs(marks, exist_ok=True)
-        return MemberSettings(checkpoints=os.path.join(folder, "checkpoints"), checkpoint_every=EVERY, marks=marks)
+        checkpoints, labels = os.path.join(folder, "checkpoints"), self._run.labels(self._runs)
+        return MemberSettings(checkpoints=checkpoints, checkpoint_every=EVERY, marks=marks, labels=labels)
 
     def _after_driver(
         self, plan: FaultPlan, settings: MemberSettings, begun: float, result: TrainingResult, equal: bool

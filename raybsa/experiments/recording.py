@@ -35,6 +35,10 @@ class Run:
         """The name of this run's trial of that number."""
         return f"{self.run_id}-{number:03d}"
 
+    def labels(self, number: int) -> dict[str, str]:
+        """What the events and metrics of that trial say of where they come from."""
+        return {"run": self.run_id, "trial": self.trial_id(number)}
+
 
 def write(store: Store, record: Record, outcome: Outcome) -> None:
     """The curves first: a record that can be read has them."""

@@ -44,8 +44,7 @@ def capture(model: nn.Module, calls: list[Captured], limit: int = 64) -> Iterato
     def before(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         q, k, v = (*arguments, *(named[name] for name in "qkv"[len(arguments) :]))
         assert isinstance(module, (BlockSparseBase, BlockSparseAdaptive))
-        causal = module.source.layout(q.shape[2], k.shape[2], q.shape[1], torch.device("cpu")).causal
-        keep(q, k, v, causal, module.scale)
+        keep(q, k, v, module.source.causal, module.scale)
 
     own = [module for module in model.modules() if isinstance(module, (BlockSparseBase, BlockSparseAdaptive))]
     hooks = [module.register_forward_pre_hook(before, with_kwargs=True) for module in own]

@@ -141,6 +141,11 @@ class BlockSelector(nn.Module):
     # ---- a LayoutSource ---------------------------------------------------------------------------------------------
 
     @property
+    def causal(self) -> bool:
+        """Whether no choice keeps a block above the diagonal, nor looks at a later token."""
+        return self.rules.causal
+
+    @property
     def wants_lse(self) -> bool:
         """Whether ``complete`` will need the attention's lse."""
         return self._distills

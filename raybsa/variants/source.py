@@ -31,6 +31,11 @@ class LayoutSource(Protocol):
         ...
 
     @property
+    def causal(self) -> bool:
+        """Whether query i sees key j only if ``j <= i``."""
+        ...
+
+    @property
     def wants_lse(self) -> bool:
         """Whether ``complete`` needs the attention's lse."""
         ...
