@@ -48,7 +48,9 @@ def make_mask(
             **others,
         )
     _check_causality(source_causal, plain[mask_function])
-    return None if attention_mask is None or bool(attention_mask.all()) else attention_mask
+    if attention_mask is None or torch.compiler.is_compiling():  # a look at its numbers would end the graph
+        return attention_mask
+    return None if bool(attention_mask.all()) else attention_mask
 
 
 def check_mask(
@@ -85,10 +87,21 @@ def _check_nothing_later(mask: Tensor, q_len: int, kv_len: int) -> None:
     allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
     row = torch.arange(kv_len - q_len, kv_len, device=mask.device)[:, None]
     column = torch.arange(kv_len, device=mask.device)
-    if bool((allowed & (column > row)).any()):
-        raise ValueError("a mask within causality was wanted, as the source is causal: got one that shows later keys")
-    if q_len < kv_len and not bool(allowed[..., -1, -1].any()):
-        raise ValueError(
+    _refuse(
+        (allowed & (column > row)).any(),
+        "a mask within causality was wanted, as the source is causal: got one that shows later keys",
+    )
+    if q_len < kv_len:
+        _refuse(
+            ~allowed[..., -1, -1].any(),
             f"the last of {kv_len} keys must be the last query's own, got a mask that hides it: raybsa takes no "
-            "cache with room ahead (StaticCache)"
+            "cache with room ahead (StaticCache)",
         )
+
+
+def _refuse(where: Tensor, message: str) -> None:
+    """Raises ValueError where () bool says so; a compiled graph, which cannot look, RuntimeError when it runs."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(~where, message)
+    elif bool(where):
+        raise ValueError(message)

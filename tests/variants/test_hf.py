@@ -202,3 +202,26 @@ def test_the_document_s_code_runs_and_trains_what_it_says(tmp_path: Path, monkey
     calls = load_calls("qkv.pt")
     assert [tuple(call.q.shape) for call in calls] == [(2, 4, TOKENS, 8)] * 2
     assert all(call.causal and call.k.shape[1] == 2 for call in calls)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("side", [None, "left"])
+def test_a_compiled_llama_is_one_graph_with_the_same_logits(side: str | None) -> None:
+    register(fixed(WINDOW), "raybsa-compiled")
+    model, asked = llama("raybsa-compiled"), {"input_ids": tokens(), "use_cache": False}
+    if side is not None:
+        asked["attention_mask"] = padding(side)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert_close("logits", compiled(**asked).logits, model(**asked).logits)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_model_still_refuses_what_its_causal_source_cannot_show() -> None:
+    register(fixed(WINDOW), "raybsa-compiled")
+    torch.compiler.reset()
+    compiled = torch.compile(llama("raybsa-compiled"), backend="aot_eager", fullgraph=True)
+    everything = torch.ones(2, 1, TOKENS, TOKENS, dtype=torch.bool)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="shows later keys"):
+        compiled(input_ids=tokens(), attention_mask=everything, use_cache=False)
