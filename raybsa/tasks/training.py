@@ -92,10 +92,11 @@ class Training:
         return Quality(self._name, self._goal, value, self._seconds, self._curves(), len(self._losses))
 
     def _curves(self) -> tuple[tuple[str, int, float], ...]:
-        """The loss (nats a token) at some fifty steps; the quality where it was looked at more than once."""
-        stride, last = max(1, len(self._rates) // _CURVE_POINTS), len(self._losses) - 1
-        kept = [*range(0, last + 1, stride), *([last] if last % stride else [])]
-        losses = [("train_loss", step, float(self._losses[step])) for step in kept]
+        """The loss (nats a token) as means of some fifty stretches of steps, each at its first step; the quality where
+        it was looked at more than once."""
+        stretch = max(1, len(self._rates) // _CURVE_POINTS)
+        parts = [(start, self._losses[start : start + stretch]) for start in range(0, len(self._losses), stretch)]
+        losses = [("train_loss", start, float(torch.stack(part).mean())) for start, part in parts]
         return (*losses, *((self._name, *point) for point in self._qualities if len(self._qualities) > 1))
 
 
