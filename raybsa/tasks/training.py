@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -90,6 +90,19 @@ class Training:
         value = self._evaluate()
         self._qualities.append((len(self._losses), value))
         return Quality(self._name, self._goal, value, self._seconds, self._curves(), len(self._losses))
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's, as they are."""
+        return self._model.state_dict()
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> Quality:
+        """The quality with another training's weights, which the model then keeps; nothing is trained.
+
+        Raises:
+            RuntimeError: they are not those of this model.
+        """
+        self._model.load_state_dict(weights)
+        return Quality(self._name, self._goal, self._evaluate(), 0.0, (), 0)
 
     def _curves(self) -> tuple[tuple[str, int, float], ...]:
         """The loss (nats a token) as means of some fifty stretches of steps, each at its first step; the quality where
