@@ -156,7 +156,7 @@ def decisions(halving, values, density):
 
 def test_a_trial_is_stopped_for_what_others_of_its_density_reached_only():
     halving = StratifiedHalving(90, "min")
-    assert halving.rungs == [10, 30]
+    assert halving.rungs == [30]
     dense = decisions(halving, [2.0, 2.1, 2.2, 2.3], density=0.4)
     sparse = decisions(halving, [3.0, 3.5, 3.6, 2.9], density=0.05)
     go, stop = TrialScheduler.CONTINUE, TrialScheduler.STOP
@@ -168,7 +168,7 @@ def test_a_trial_is_stopped_for_what_others_of_its_density_reached_only():
 
 def test_a_resumed_search_compares_with_what_earlier_trials_reached():
     records = answers(9)
-    points = [SeriesPoint(r.trial_id, "bits_per_byte", 10, 0, 1.0) for r in records]
+    points = [SeriesPoint(r.trial_id, "bits_per_byte", 30, 0, 1.0) for r in records]
     earlier = history(SPACE, records)
     halving = StratifiedHalving(90, "min")
     halving.replay(earlier, points)
