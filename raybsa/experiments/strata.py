@@ -31,7 +31,7 @@ class StratifiedHalving(FIFOScheduler):
         goal: of the quality, ``"min"`` or ``"max"``.
         factor: between rungs, in steps and in trials.
         rungs: how often trials are compared before the end of their training: at ``1 / factor`` of it, and with more
-            rungs at powers of that. Earlier ones mislead (docs/search.md): a model first learns what needs no attention.
+            rungs at powers of that. Earlier ones mislead: what needs no attention is learned first.
     """
 
     def __init__(self, steps: int, goal: str, *, factor: int = 3, rungs: int = 1) -> None:

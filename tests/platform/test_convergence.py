@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 
 from raybsa.experiments.convergence import course, fixed_seconds, main, table
+from raybsa.experiments.foresight import table as foresight
+from raybsa.experiments.previews import preview_of
 from raybsa.results.hypervolume import Scale, hypervolume
 from raybsa.results.pareto import LATENCY, named_objectives, quality_objective
+from raybsa.results.record import SeriesPoint
 from raybsa.results.store import Store
+from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec, canonical_json
 
 GOALS = (quality_objective("min"), LATENCY)
 
@@ -87,3 +91,25 @@ def test_the_command_reads_results_folders_and_refuses_empty_ones(trial, tmp_pat
         main([str(tmp_path), other.root])
     with pytest.raises(ValueError, match=r"results of a search were wanted, found none under .*none"):
         main([str(tmp_path / "none")])
+
+
+def test_foresight_tells_how_early_looks_would_have_ranked_the_trials(record):
+    spec = TrialSpec("byte_lm", (AttentionSpec("base", PatternSpec("random"), 0.5, 16),), train_steps=90)
+    generator = np.random.default_rng(0)
+    ends, records, curves = generator.random(12), [], []
+    for number, end in enumerate(ends.tolist()):
+        asked = replace(spec, attention=(replace(spec.attention[0], density=0.1 + number / 20),))
+        density, name = 0.1 + number / 20, f"t{number}"
+        measured = {"density": density, "seed": 0, "quality_goal": "min", "pattern": "random"}
+        whole = record(name, quality=end, **measured, trained_steps=90)
+        look = record(f"p{number}", quality=2 * end + 1, **measured, status="pruned")
+        records.append(replace(whole, spec=canonical_json(asked.to_dict())))
+        records.append(replace(look, spec=canonical_json(preview_of(asked, "dense.pt").to_dict())))
+        curves += [SeriesPoint(name, "train_loss", step, 0, end if step > 45 else -end) for step in range(90)]
+    lines = [line.rsplit(maxsplit=3) for line in foresight(records, curves)]
+    assert lines[1] == ["preview, nothing trained", "12", "1.00", "1.00"]
+    by_share = {name.split()[-1]: (float(every), float(level)) for name, _, every, level in lines[2:]}
+    assert by_share["33%"] == (-1.0, -1.0)
+    assert by_share["100%"] == (1.0, 1.0)
+    with pytest.raises(ValueError, match="at least 8 finished sparse trials were wanted to rank, got 3"):
+        list(foresight(records[:6], curves))
