@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from ray.tune.schedulers import TrialScheduler
 
+from raybsa.experiments import landscape
 from raybsa.experiments.advantage import advantage
 from raybsa.experiments.algorithms import ALGORITHMS
 from raybsa.experiments.costs import ENOUGH, CostModel
@@ -304,3 +305,17 @@ def test_an_unknown_algorithm_is_refused():
     with pytest.raises(ValueError, match="algorithm must be one of tpe, nsga2, random, grid, got 'luck'"):
         Plan(3, GOALS, algorithm="luck")
     assert math.isinf(Plan(3, GOALS).time_budget_s)
+
+
+def test_a_sampler_that_learns_comes_to_a_better_front_than_chance():
+    learned, chance = (
+        [landscape.volumes(landscape_space(), algorithm, seed, [40])[0] for seed in range(2)]
+        for algorithm in ("tpe", "random")
+    )
+    assert min(learned) > max(chance)
+
+
+def landscape_space():
+    return SearchSpace(
+        BASE, {name: {} for name in ("sliding_window", "dilated", "random", "strided")}, (0.05, 0.5), (16,)
+    )
