@@ -53,14 +53,14 @@ def test_fronts_without_a_point_cannot_be_compared(trial):
 
 
 def test_the_saving_is_told_in_seconds_of_workers_to_the_same_volume(trial):
-    slow = [trial("a", 3.0, 8.0, 100), trial("b", 2.0, 4.0, 200), trial("c", 5.0, 9.0, 300)]
+    slow = [trial("a", 3.0, 8.0, 100), trial("b", 2.0, 4.0, 200, trained_steps=60), trial("c", 5.0, 9.0, 300)]
     fast = [trial("d", 2.0, 4.0, 50), trial("e", 1.9, 9.0, 50, status="pruned")]
     scale = Scale([slow, fast], GOALS)
     courses = [course("slow", slow, scale), course("fast", fast, scale)]
     assert courses[0].seconds == [100, 300, 600]
-    assert courses[0].seconds_to(courses[1].volumes[-1]) == 300
+    assert courses[0].spent_to(courses[1].volumes[-1]) == (300, courses[0].steps[1])
     lines = table(courses, GOALS)
-    assert lines[-1].endswith("slow 300, fast 50, ratio 6.00")
+    assert "slow and fast: worker-seconds 300 and 50, ratio 6.00; training steps " in lines[-1]
     assert lines[2].split()[:3] == ["fast", "2", "1"]
 
 
