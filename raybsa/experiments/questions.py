@@ -81,8 +81,10 @@ class Questions(Searcher):
 
     def _previewed(self, previews: Previews) -> Config | None:
         """A trial that is due, else a new question, if only to look at it; in the end what is left of the old ones."""
-        if previews.in_vain or (due := previews.due()):
-            return self._trial(None if previews.in_vain else due)
+        if previews.in_vain:
+            return self._trial(None)
+        if due := previews.due():
+            return self._trial(due)
         config = self._new()
         return (config and previews.of(config)) or self._trial(config or previews.best())
 
