@@ -138,6 +138,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--algorithm", choices=ALGORITHMS, default="tpe")
     parser.add_argument("--early-stopping", action="store_true", help="stop what falls behind others of its density")
     parser.add_argument("--screening", action="store_true", help="do not train what is predicted to be far beaten")
+    parser.add_argument(
+        "--previews",
+        type=int,
+        default=0,
+        metavar="N",
+        help="look at N questions with the dense baseline's weights for each one that is trained (0: train all)",
+    )
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--distance", type=int, help="task recall with pairs so many tokens apart, instead of text")
     task.add_argument("--captured", metavar="QKV.PT", help="keep the attention of a model's own q, k, v instead")
@@ -194,6 +201,7 @@ def _plan(arguments: argparse.Namespace, preset: Preset) -> Plan:
         time_budget_s=arguments.time_budget,
         early_stopping=arguments.early_stopping,
         screening=arguments.screening,
+        previews=arguments.previews,
         resume=arguments.resume,
     )
 

@@ -53,6 +53,7 @@ def stable_hash(value: Any) -> str:
 
 DENSE = "dense"
 ADAPTIVE = "adaptive"  # in the place of a pattern's name: blocks that a learned selector chooses
+WEIGHTS = "weights"  # task parameter of a preview: the file of weights that it borrows
 UNTRAINED = ("speed", "ring", "ring_peers", "ring_longest", "peers")  # tasks that only measure
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -129,7 +130,8 @@ class TrialSpec:
         train_len: tokens at which quality is trained and evaluated; may be shorter than ``seq_len``.
         batch: sequences of the timed call; how many a training step takes is the task's own parameter.
         dtype: ``"float32"``, ``"float64"``, ``"bfloat16"`` or ``"float16"``.
-        task_params: what only this task knows (``text``, ``distance``, …), JSON values.
+        task_params: what only this task knows (``text``, ``distance``, …), JSON values. With ``weights``, a file,
+            nothing is trained or timed: the quality is that of these weights (tasks/preview.py).
 
     Raises:
         ValueError: a size that is not a positive integer, heads that do not divide, an unknown dtype, or a number of
@@ -190,6 +192,11 @@ class TrialSpec:
 
     def __hash__(self) -> int:
         return hash(canonical_json(self.to_dict()))
+
+    @property
+    def weights(self) -> str | None:
+        """The file of weights that a preview borrows; None for a question that is trained."""
+        return self.task_params.get(WEIGHTS)
 
     @property
     def digest(self) -> str:

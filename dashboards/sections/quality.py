@@ -69,7 +69,7 @@ def how_to_read(info: ParetoInfo) -> str:
             ),
             (f"{info.unmeasured} trials have no time and are not drawn.", info.unmeasured),
             (
-                "Crosses were stopped early: their quality is that of a part of the training.",
+                "Crosses were stopped early or only previewed: their quality is of a part of the training, or of none.",
                 any(p.trial.pruned for p in info.points),
             ),
             ("No dense baseline was measured here.", not any(p.trial.is_dense for p in info.points)),

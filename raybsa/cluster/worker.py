@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,8 +17,9 @@ from raybsa.tasks.attention import layer_density
 from raybsa.tasks.catalog import Judgement, prepare_training
 from raybsa.tasks.exactness import relative_errors
 from raybsa.tasks.params import known_params
+from raybsa.tasks.preview import save_weights
 from raybsa.tasks.speed import measure_beside_dense
-from raybsa.tasks.training import Quality
+from raybsa.tasks.training import Quality, Training
 from raybsa.timing import DeviceLock, Quantiles, device_name
 
 
@@ -37,17 +40,24 @@ class Worker:
         device: ``"cpu"`` or ``"cuda"`` (the first device that this process sees).
         num_threads: CPU threads that PyTorch may use; None leaves its choice.
         repeats: timed calls, fewer where they would take over ``budget_s`` seconds (see ``timing.measure_in_turn``).
+        keep: digest of a question -> the file that its weights are written to once it is trained.
     """
 
     def __init__(
-        self, device: str = "cpu", *, num_threads: int | None = None, repeats: int = 20, budget_s: float = 2.0
+        self,
+        device: str = "cpu",
+        *,
+        num_threads: int | None = None,
+        repeats: int = 20,
+        budget_s: float = 2.0,
+        keep: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("a worker was asked for a CUDA device, but this process sees none")
         self.device = torch.device(device)
         if num_threads is not None:
             torch.set_num_threads(num_threads)
-        self._repeats, self._budget_s = repeats, budget_s
+        self._repeats, self._budget_s, self._keep = repeats, budget_s, keep
         self._lock = DeviceLock(self.device)
         self._last: _UnderWay | None = None
 
@@ -71,19 +81,29 @@ class Worker:
         if self._last is None or self._last.spec != spec:
             self._last = None  # the old model goes before the new one comes
             training = prepare_training(spec, self.device, self._lock)
-            self._last = _UnderWay(spec, training, self._time(spec, training is None), 0.0)
+            timed = self._preview(spec) if spec.weights else self._time(spec, training is None)
+            self._last = _UnderWay(spec, training, timed, 0.0)
         trial = self._last
         if until is None:
             self._last = None
         measured = trial.measured
         if trial.training is not None and until != 0:
             measured = _with_quality(measured, trial.training.advance(until))
+            if spec.digest in self._keep and until is None and isinstance(trial.training, Training):
+                save_weights(trial.training, self._keep[spec.digest])
         trial.seconds += time.perf_counter() - start
         return replace(measured, worker_seconds=trial.seconds)
 
-    def _time(self, spec: TrialSpec, with_errors: bool) -> Measurement:
+    def _preview(self, spec: TrialSpec) -> Measurement:
+        """What is known without timing."""
+        return Measurement(density=self._density(spec), device=self.device.type, device_name=device_name(self.device))
+
+    def _density(self, spec: TrialSpec) -> float:
         with self._lock.shared():
-            density = sum(layer_density(spec, index) for index in range(spec.num_layers)) / spec.num_layers
+            return sum(layer_density(spec, index) for index in range(spec.num_layers)) / spec.num_layers
+
+    def _time(self, spec: TrialSpec, with_errors: bool) -> Measurement:
+        density = self._density(spec)
         errors = self._errors(spec) if with_errors else (None, None)
         own, dense = measure_beside_dense(spec, self.device, self._lock, repeats=self._repeats, budget_s=self._budget_s)
         return Measurement(

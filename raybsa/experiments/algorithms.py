@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
@@ -74,7 +75,9 @@ class Sampled:
         return config
 
     def tell(self, config: Config, values: Values) -> None:
-        distributions = self._space.distributions(config) if "density" in config else {}  # a fixed point draws nothing
+        """A fixed point draws nothing and is not told: samplers look for the parameters that all trials have."""
+        if "density" not in config:
+            return
         if values is not None and not all(map(math.isfinite, values)):
             values = None
         bounds = [] if values is None else zip(self._objectives, values, strict=True)
@@ -85,9 +88,9 @@ class Sampled:
                 trial.set_constraint(name, excess)
             self._study.tell(trial, values, TrialState.FAIL if values is None else None)
         elif values is not None:
-            params = config if distributions else {}
+            distributions = self._space.distributions(config)
             self._study.add_trial(
-                optuna.create_trial(params=params, distributions=distributions, values=values, constraints=broken)
+                optuna.create_trial(params=config, distributions=distributions, values=values, constraints=broken)
             )
 
 
@@ -96,6 +99,14 @@ def _sampled(make: Callable[[int, int], BaseSampler]) -> Callable[..., Algorithm
         return Sampled(space, objectives, make(seed, len(space.openings())), seed)
 
     return algorithm
+
+
+def _tpe(seed: int, first: int) -> BaseSampler:
+    """One that learns which densities suit which family, not of each parameter alone: alone it was hardly better than
+    chance (docs/search.md)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # what both arguments still are
+        return TPESampler(n_startup_trials=first, seed=seed, multivariate=True, group=True)
 
 
 def _grid(space: SearchSpace, objectives: Sequence[Objective], seed: int) -> Algorithm:
@@ -108,7 +119,7 @@ def _grid(space: SearchSpace, objectives: Sequence[Objective], seed: int) -> Alg
 
 # name -> (space, objectives, seed) -> Algorithm
 ALGORITHMS: dict[str, Callable[[SearchSpace, Sequence[Objective], int], Algorithm]] = {
-    "tpe": _sampled(lambda seed, first: TPESampler(n_startup_trials=first, seed=seed)),
+    "tpe": _sampled(_tpe),
     "nsga2": _sampled(lambda seed, first: NSGAIISampler(population_size=max(8, first), seed=seed)),
     "random": _sampled(lambda seed, first: RandomSampler(seed=seed)),
     "grid": _grid,

@@ -5,7 +5,8 @@
 
 A line a folder: its trials (and how many of them were stopped early), the first trial that keeps all bounds, seconds
 of workers, what a trial costs beside its own work, and the hypervolume of the front, on one scale for all folders. Then
-the worker-seconds that the first folder and each other one needed to the hypervolume that both come to.
+the worker-seconds and the training steps that the first folder and each other one needed to the hypervolume that both
+come to: seconds count waits for neighbours too, steps are the same on any machine but leave out all else.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from statistics import median
 
 from raybsa.results.hypervolume import Scale
@@ -28,16 +29,18 @@ _REACHED = 0.99  # of a hypervolume: times are measured, so the last percent is 
 
 @dataclass(frozen=True)
 class Course:
-    """One search by the order in which its trials ended: seconds of workers and hypervolume after each."""
+    """One search in the order in which its trials ended: worker-seconds, training steps and hypervolume after each."""
 
     name: str
     records: Sequence[Record]
     seconds: list[float]
+    steps: list[int]
     volumes: list[float]
 
-    def seconds_to(self, volume: float) -> float | None:
-        """Worker-seconds until the front had this hypervolume; None where it never had."""
-        return next((s for s, v in zip(self.seconds, self.volumes, strict=True) if v >= volume), None)
+    def spent_to(self, volume: float) -> tuple[float, int] | None:
+        """Worker-seconds and training steps until the front had this hypervolume; None where it never had."""
+        courses = zip(self.seconds, self.steps, self.volumes, strict=True)
+        return next(((seconds, steps) for seconds, steps, reached in courses if reached >= volume), None)
 
     def trials_to(self, objectives: Sequence[Objective]) -> int | None:
         """Trials until one kept all bounds, this one included; None where none did."""
@@ -47,12 +50,10 @@ class Course:
 
 def course(name: str, records: Sequence[Record], scale: Scale) -> Course:
     """The course of a search's ``records``, in the order in which they ended."""
-    seconds, volumes, total = [], [], 0.0
-    for count, record in enumerate(records, 1):
-        total += record.worker_seconds or 0.0
-        seconds.append(total)
-        volumes.append(scale.volume(records[:count]))
-    return Course(name, records, seconds, volumes)
+    seconds = list(accumulate(record.worker_seconds or 0.0 for record in records))
+    steps = list(accumulate(record.trained_steps or 0 for record in records))
+    volumes = [scale.volume(records[:count]) for count in range(1, len(records) + 1)]
+    return Course(name, records, seconds, steps, volumes)
 
 
 def fixed_seconds(records: Sequence[Record]) -> float | None:
@@ -92,12 +93,13 @@ def table(courses: Sequence[Course], objectives: Sequence[Objective]) -> list[st
 
 def _saving(first: Course, other: Course) -> str:
     goal = _REACHED * min(first.volumes[-1], other.volumes[-1])
-    long, short = first.seconds_to(goal), other.seconds_to(goal)
+    long, short = first.spent_to(goal), other.spent_to(goal)
     assert long is not None
     assert short is not None
+    ratios = [f"{a:.0f} and {b:.0f}, ratio {a / max(b, 1e-9):.2f}" for a, b in zip(long, short, strict=True)]
     return (
-        f"worker-seconds to a hypervolume of {goal:.4f}: {first.name} {long:.0f}, {other.name} {short:.0f}, "
-        f"ratio {long / max(short, 1e-9):.2f}"
+        f"to a hypervolume of {goal:.4f}, {first.name} and {other.name}: "
+        f"worker-seconds {ratios[0]}; training steps {ratios[1]}"
     )
 
 

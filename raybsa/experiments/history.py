@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from raybsa.experiments.previews import PREVIEW, previewed
 from raybsa.experiments.space import Config, SearchSpace
 from raybsa.results.pareto import Objective
 from raybsa.results.record import Measured, Record
@@ -21,16 +22,23 @@ class Answered(NamedTuple):
     record: Record
 
 
-def history(space: SearchSpace, records: Iterable[Record]) -> list[Answered]:
-    """The records that answer a question of ``space``, each question once (the last answer), in order."""
+def history(space: SearchSpace, records: Iterable[Record], previews: bool = False) -> list[Answered]:
+    """The records that answer a question of ``space``, each question once (the last answer), in order.
+
+    Args:
+        previews: their previews too, whose configurations name the weights.
+    """
     found: dict[str, Answered] = {}
     for record in records:
         if record.task != space.base.task or record.seq_len != space.base.seq_len:
             continue
         spec = TrialSpec.from_dict(json.loads(record.spec))
-        config = space.config(spec)
+        if spec.weights is not None and not previews:
+            continue
+        config = space.config(previewed(spec))
         if config is not None:
-            found[record.spec_hash] = Answered(config, spec, record)
+            of = {} if spec.weights is None else {PREVIEW: spec.weights}
+            found[record.spec_hash] = Answered(config | of, previewed(spec), record)
     return list(found.values())
 
 

@@ -11,10 +11,12 @@ from ray.tune.search import Searcher
 
 from raybsa.experiments.algorithms import Algorithm
 from raybsa.experiments.history import Answered, values_of
+from raybsa.experiments.previews import PREVIEW, Previews
 from raybsa.experiments.space import Config, SearchSpace
 from raybsa.experiments.validity import Rejections
 from raybsa.results.pareto import Objective
-from raybsa.spec import TrialSpec
+from raybsa.results.record import Measured
+from raybsa.spec import DENSE, TrialSpec
 
 _FUTILE = 500  # rejections in a row after which a space counts as exhausted
 
@@ -24,11 +26,15 @@ Screen = Callable[[TrialSpec], str | None]
 class Questions(Searcher):
     """Asks ``algorithm`` until a question may be asked, at most ``trials`` times, none once the time is up.
 
+    With ``previews``, most questions are only looked at, which is no trial; what promises most is asked again, as one.
+
     Args:
-        earlier: finished trials of earlier runs; they count, are told to the algorithm and are not asked again.
+        earlier: finished trials of earlier runs; they count, are told to the algorithm and are not asked again (their
+            previews, which do not count, neither).
         screen: says why a question is not worth its training; None where it is.
         trials: how many in all, earlier ones included.
         deadline: ``time.monotonic()`` after which no trial begins.
+        previews: what to look at before it is trained; None trains all.
     """
 
     def __init__(
@@ -41,16 +47,20 @@ class Questions(Searcher):
         earlier: Sequence[Answered] = (),
         screen: Screen = lambda spec: None,
         deadline: float = math.inf,
+        previews: Previews | None = None,
     ) -> None:
         super().__init__()
         self._algorithm, self._objectives, self._screen, self._deadline = algorithm, objectives, screen, deadline
+        self._space, self._previews = space, previews
         self.rejections = Rejections(space)
         self._under_way: dict[str, Config] = {}
-        self._left = trials - len(earlier)
+        self._left = trials - sum(PREVIEW not in answered.config for answered in earlier)
         self.ended = ""  # why, where it was before all trials were asked
         for config, spec, record in earlier:
             self.rejections.remember(spec)
-            if record.status in ("ok", "pruned"):
+            if previews is not None:
+                self._learn(previews, config, record, values_of(record, objectives))
+            elif record.status in ("ok", "pruned"):
                 algorithm.tell(config, values_of(record, objectives))
 
     def suggest(self, trial_id: str) -> Any:
@@ -67,7 +77,25 @@ class Questions(Searcher):
         if time.monotonic() >= self._deadline:
             self.ended = "its time is up"
             return None
-        self.ended = "nothing is left to ask"
+        return self._trial(self._new()) if self._previews is None else self._previewed(self._previews)
+
+    def _previewed(self, previews: Previews) -> Config | None:
+        """A trial that is due, else a new question, if only to look at it; in the end what is left of the old ones."""
+        if previews.in_vain:
+            return self._trial(None)
+        if due := previews.due():
+            return self._trial(due)
+        config = self._new()
+        return (config and previews.of(config)) or self._trial(config or previews.best())
+
+    def _trial(self, config: Config | None) -> Config | None:
+        """Counts a trial; None where there is nothing left to ask."""
+        self.ended = "nothing is left to ask" if config is None else ""
+        self._left -= config is not None
+        return config
+
+    def _new(self) -> Config | None:
+        """A configuration that may be asked; None where none is found."""
         for refused in range(_FUTILE):
             config = self._algorithm.ask(refused)
             if config is None:
@@ -75,7 +103,6 @@ class Questions(Searcher):
             spec = self.rejections.admit(config)
             reason = None if spec is None else self._screen(spec)
             if spec is not None and reason is None:
-                self._left, self.ended = self._left - 1, ""
                 return config
             if reason:
                 self.rejections.counts[reason] += 1
@@ -87,7 +114,18 @@ class Questions(Searcher):
         if config is None:
             return
         values = None if error or result is None else [float(result[o.name]) for o in self._objectives]
-        self._algorithm.tell(config, values)
+        if self._previews is None:
+            self._algorithm.tell(config, values)
+        else:
+            self._learn(self._previews, config, result["outcome"].measurement if result and not error else None, values)
+
+    def _learn(self, previews: Previews, config: Config, measured: Measured | None, values: list[float] | None) -> None:
+        """What was looked at first is told to the algorithm by its look alone: so it compares like with like."""
+        plain = {name: value for name, value in config.items() if name != PREVIEW}
+        if plain != config or plain["family"] == DENSE:
+            self._algorithm.tell(plain, previews.learn(plain, measured) if measured else None)
+        elif not previews.was_trained(self._space.spec(config)):
+            self._algorithm.tell(config, values)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: a search goes on from its records."""

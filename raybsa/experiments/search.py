@@ -23,6 +23,7 @@ from raybsa.cluster.resources import Say, Share, await_resources
 from raybsa.experiments.algorithms import ALGORITHMS
 from raybsa.experiments.history import Answered, history, values_of
 from raybsa.experiments.keeping import keep
+from raybsa.experiments.previews import LOOKED, PREVIEW, Previews, preview_of
 from raybsa.experiments.questions import Questions
 from raybsa.experiments.recording import Run
 from raybsa.experiments.screen import Screen
@@ -31,7 +32,7 @@ from raybsa.experiments.strata import QUALITY, STEPS, StratifiedHalving
 from raybsa.results.pareto import Objective
 from raybsa.results.record import Outcome, Record
 from raybsa.results.store import Store
-from raybsa.spec import UNTRAINED
+from raybsa.spec import DENSE, UNTRAINED, TrialSpec
 from raybsa.tasks.goals import QUALITIES
 
 _TUNE_SETTINGS = {
@@ -53,6 +54,7 @@ class Pool:
         wait_s: the longest wait for the cluster to have room for all of them (for one, where None).
         trial_s: the longest that one step of a trial may take.
         timing: ``repeats`` and ``budget_s`` of ``timing.measure_in_turn``.
+        keep: digest of a question -> the file that its weights are written to once it is trained.
     """
 
     share: Share
@@ -60,6 +62,7 @@ class Pool:
     wait_s: float = 60.0
     trial_s: float = 1800.0
     timing: dict[str, Any] = field(default_factory=dict)
+    keep: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class Plan:
         time_budget_s: no trial begins later; those under way end.
         early_stopping: stop trials whose quality falls behind others of about their density.
         screening: do not train what is predicted to be beaten by a wide margin.
+        previews: look at so many questions for each one that is trained (previews.py); 0 trains all.
         resume: go on from the records that the store holds of this space.
     """
 
@@ -84,11 +88,17 @@ class Plan:
     time_budget_s: float = math.inf
     early_stopping: bool = False
     screening: bool = False
+    previews: int = 0
     resume: bool = False
 
     def __post_init__(self) -> None:
         if self.algorithm not in ALGORITHMS:
             raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {self.algorithm!r}")
+        if self.previews < 0 or (self.previews and all(o.column != "quality" for o in self.objectives)):
+            raise ValueError(
+                f"previews are of quality, which must be an objective, and at least 0 for each training; got "
+                f"{self.previews} with {', '.join(map(str, self.objectives))}"
+            )
 
 
 @dataclass(frozen=True)
@@ -130,13 +140,15 @@ def search(
     """
     await_resources(pool.share, pool.num_workers or 1, pool.wait_s, say)
     os.environ.update(_TUNE_SETTINGS)
-    earlier = history(space, store.read_records()) if plan.resume else []
+    earlier = history(space, store.read_records(), plan.previews > 0) if plan.resume else []
     screen = Screen(plan.objectives)
-    questions = make_questions(space, plan, earlier, screen)
+    weights = _weights(space, store) if plan.previews else None
+    questions = make_questions(space, plan, earlier, screen, weights)
+    keeping = replace(pool, keep={space.spec({"family": DENSE}).digest: weights}) if weights else pool
     halving = _halving(space, plan, earlier, store)
     recorder = _Recorder(space, store, run, (screen.learn, tell))
     rungs = halving.rungs if halving else []
-    actor = tune.with_parameters(_TrialActor, space=space, pool=pool, plan=plan, rungs=rungs)
+    actor = tune.with_parameters(_TrialActor, space=space, pool=keeping, plan=plan, rungs=rungs)
     bundles = tune.PlacementGroupFactory([{}, pool.share.bundle])
     with tempfile.TemporaryDirectory(prefix="raybsa-tune-") as scratch:
         tune.Tuner(
@@ -144,7 +156,7 @@ def search(
             tune_config=tune.TuneConfig(
                 search_alg=questions,
                 scheduler=halving,
-                num_samples=max(1, plan.trials - len(earlier)),
+                num_samples=-1 if plan.previews else max(1, plan.trials - len(earlier)),
                 max_concurrent_trials=pool.num_workers,
                 reuse_actors=True,
             ),
@@ -158,12 +170,27 @@ def search(
             ),
         ).fit()
     return Found(
-        recorder.records, [answered.record for answered in earlier], str(questions.rejections), questions.ended
+        recorder.records,
+        [answered.record for answered in earlier if PREVIEW not in answered.config],
+        str(questions.rejections),
+        questions.ended,
     )
 
 
-def make_questions(space: SearchSpace, plan: Plan, earlier: Sequence[Answered], screen: Screen) -> Questions:
-    """What the plan asks, after ``earlier`` trials, which ``screen`` learns too."""
+def _weights(space: SearchSpace, store: Store) -> str:
+    """The file of the dense baseline's weights, which every worker must be able to read."""
+    if "://" in store.root or space.base.task in UNTRAINED:
+        raise ValueError(
+            f"previews need a trained baseline's weights in a folder that all workers see, "
+            f"got results in {store.root!r} and task {space.base.task!r}"
+        )
+    return os.path.join(os.path.abspath(store.root), "weights", f"{space.base.digest}.pt")
+
+
+def make_questions(
+    space: SearchSpace, plan: Plan, earlier: Sequence[Answered], screen: Screen, weights: str | None = None
+) -> Questions:
+    """What the plan asks, after ``earlier`` trials, which ``screen`` learns too; previews borrow from ``weights``."""
     for answered in earlier:
         screen.learn(answered.record)
     return Questions(
@@ -174,6 +201,7 @@ def make_questions(space: SearchSpace, plan: Plan, earlier: Sequence[Answered], 
         earlier=earlier,
         screen=screen if plan.screening else lambda spec: None,
         deadline=time.monotonic() + plan.time_budget_s,
+        previews=Previews(space, plan.objectives, weights, plan.previews, lambda: screen.model) if weights else None,
     )
 
 
@@ -200,17 +228,25 @@ class _TrialActor(tune.Trainable):
             pool.share,
             wait_s=pool.wait_s,
             trial_s=pool.trial_s,
-            timing=pool.timing,
+            timing={**pool.timing, "keep": pool.keep},
             group=get_current_placement_group(),
         )
 
     def step(self) -> dict[str, Any]:
         spec = self._space.spec(self.config)
+        if PREVIEW in self.config:
+            return self._look(preview_of(spec, self.config[PREVIEW]))
         outcome = self._out_of_bounds(self._coordinator.run(spec, 0)) if self._bounds and not self._rung else None
         outcome = outcome or self._coordinator.run(spec, self._rungs[self._rung])
         self._rung += 1
         ended = outcome.error is not None or outcome.pruned is not None or self._rung == len(self._rungs)
         return {**self._result(outcome), "outcome": outcome, "done": ended}
+
+    def _look(self, spec: TrialSpec) -> dict[str, Any]:
+        """A preview: one step, which is no trial."""
+        outcome = self._coordinator.run(spec)
+        outcome = outcome if outcome.error else replace(outcome, pruned=LOOKED)
+        return {**self._result(outcome), "outcome": outcome, "done": True}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._rung = 0
@@ -264,6 +300,8 @@ class _Recorder(tune.Callback):
 
     def _keep(self, index: int, outcome: Outcome) -> None:
         record = keep(self._store, outcome, self._run, self._run.trial_id(index))
+        if outcome.spec.weights is not None:
+            return
         self.records.append(record)
         for listener in self._tell:
             listener(record)

@@ -30,10 +30,11 @@ class StratifiedHalving(FIFOScheduler):
         steps: of a whole training.
         goal: of the quality, ``"min"`` or ``"max"``.
         factor: between rungs, in steps and in trials.
-        rungs: where trials are compared before the end of their training.
+        rungs: how often trials are compared before the end of their training: at ``1 / factor`` of it, and with more
+            rungs at powers of that. Earlier ones mislead: what needs no attention is learned first.
     """
 
-    def __init__(self, steps: int, goal: str, *, factor: int = 3, rungs: int = 2) -> None:
+    def __init__(self, steps: int, goal: str, *, factor: int = 3, rungs: int = 1) -> None:
         super().__init__()
         self._steps, self._goal, self._factor = steps, goal, factor
         self._first = max(1, math.ceil(steps / factor**rungs))

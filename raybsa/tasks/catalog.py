@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 
 from raybsa.own import own
-from raybsa.spec import TrialSpec
+from raybsa.spec import WEIGHTS, TrialSpec
 from raybsa.tasks import byte_lm, captured, recall
-from raybsa.tasks.training import Quality
+from raybsa.tasks.preview import Preview
+from raybsa.tasks.training import Quality, Training
 from raybsa.timing import DeviceLock
 
 
@@ -32,7 +34,17 @@ TRAININGS: dict[str, Prepare] = {
 
 
 def prepare_training(spec: TrialSpec, device: torch.device, lock: DeviceLock) -> Judgement | None:
-    """What trains and evaluates for a task, not begun; None where only speed is asked for."""
+    """What trains and evaluates for a task, not begun; None where only speed is asked for.
+
+    Raises:
+        ValueError: an unknown task, or a preview of one that is no Training.
+    """
+    if spec.weights is not None:
+        plain = {name: value for name, value in spec.task_params.items() if name != WEIGHTS}
+        training = prepare_training(replace(spec, task_params=plain), device, lock)
+        if not isinstance(training, Training):
+            raise ValueError(f"only what is trained can be previewed, got task {spec.task!r}")
+        return Preview(training, spec.weights)
     if spec.task == SPEED_ONLY:
         return None
     prepare = TRAININGS[spec.task] if spec.task in TRAININGS else own(spec.task, "task", (*TRAININGS, SPEED_ONLY))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -91,11 +91,25 @@ class Training:
         self._qualities.append((len(self._losses), value))
         return Quality(self._name, self._goal, value, self._seconds, self._curves(), len(self._losses))
 
+    def weights(self) -> dict[str, Tensor]:
+        """The model's, as they are."""
+        return self._model.state_dict()
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> Quality:
+        """The quality with another training's weights, which the model then keeps; nothing is trained.
+
+        Raises:
+            RuntimeError: they are not those of this model.
+        """
+        self._model.load_state_dict(weights)
+        return Quality(self._name, self._goal, self._evaluate(), 0.0, (), 0)
+
     def _curves(self) -> tuple[tuple[str, int, float], ...]:
-        """The loss (nats a token) at some fifty steps; the quality where it was looked at more than once."""
-        stride, last = max(1, len(self._rates) // _CURVE_POINTS), len(self._losses) - 1
-        kept = [*range(0, last + 1, stride), *([last] if last % stride else [])]
-        losses = [("train_loss", step, float(self._losses[step])) for step in kept]
+        """The loss (nats a token) as means of some fifty stretches of steps, each at its first step; the quality where
+        it was looked at more than once."""
+        stretch = max(1, len(self._rates) // _CURVE_POINTS)
+        parts = [(start, self._losses[start : start + stretch]) for start in range(0, len(self._losses), stretch)]
+        losses = [("train_loss", start, float(torch.stack(part).mean())) for start, part in parts]
         return (*losses, *((self._name, *point) for point in self._qualities if len(self._qualities) > 1))
 
 

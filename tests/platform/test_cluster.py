@@ -225,3 +225,22 @@ def test_a_search_records_every_trial_at_once_and_outlives_those_that_fail(tmp_p
         assert (record.status == "failed") == (record.variant == "no_such"), record.error
         assert record.error is None or "got 'no_such'" in record.error
     assert sorted(os.listdir(tmp_path)) == ["blocks.parquet", "results"], "nothing of Tune's stays"
+
+
+def test_a_search_that_looks_first_trains_what_promises_most_and_keeps_both_apart(tmp_path, monkeypatch):
+    store = Store.create(tmp_path / "results")
+    base = replace(SPEC, task="recall", train_len=32, train_steps=2)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    found = search(
+        SearchSpace(base, {"sliding_window": {}, "random": {}}, block_sizes=(8,), densities=(0.3, 0.9)),
+        store,
+        Run("run", "test"),
+        Pool(Share(), timing={"repeats": 5, "budget_s": 0.01}),
+        Plan(3, named_objectives(["quality", "density"], "max"), previews=2),
+    )
+    records = store.read_records()
+    looked = {record.pattern for record in records if record.status == "pruned"}
+    assert [record.status for record in found.records] == ["ok"] * 3
+    assert looked == {"sliding_window", "random"}
+    assert all(record.trained_steps == 0 and record.forward_ms_p50 is None for record in records if record.error)
+    assert len(records) > len(found.all) == 3

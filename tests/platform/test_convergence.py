@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 
 from raybsa.experiments.convergence import course, fixed_seconds, main, table
+from raybsa.experiments.foresight import table as foresight
+from raybsa.experiments.previews import preview_of
 from raybsa.results.hypervolume import Scale, hypervolume
 from raybsa.results.pareto import LATENCY, named_objectives, quality_objective
+from raybsa.results.record import SeriesPoint
 from raybsa.results.store import Store
+from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec, canonical_json
 
 GOALS = (quality_objective("min"), LATENCY)
 
@@ -49,14 +53,14 @@ def test_fronts_without_a_point_cannot_be_compared(trial):
 
 
 def test_the_saving_is_told_in_seconds_of_workers_to_the_same_volume(trial):
-    slow = [trial("a", 3.0, 8.0, 100), trial("b", 2.0, 4.0, 200), trial("c", 5.0, 9.0, 300)]
+    slow = [trial("a", 3.0, 8.0, 100), trial("b", 2.0, 4.0, 200, trained_steps=60), trial("c", 5.0, 9.0, 300)]
     fast = [trial("d", 2.0, 4.0, 50), trial("e", 1.9, 9.0, 50, status="pruned")]
     scale = Scale([slow, fast], GOALS)
     courses = [course("slow", slow, scale), course("fast", fast, scale)]
     assert courses[0].seconds == [100, 300, 600]
-    assert courses[0].seconds_to(courses[1].volumes[-1]) == 300
+    assert courses[0].spent_to(courses[1].volumes[-1]) == (300, courses[0].steps[1])
     lines = table(courses, GOALS)
-    assert lines[-1].endswith("slow 300, fast 50, ratio 6.00")
+    assert "slow and fast: worker-seconds 300 and 50, ratio 6.00; training steps " in lines[-1]
     assert lines[2].split()[:3] == ["fast", "2", "1"]
 
 
@@ -87,3 +91,25 @@ def test_the_command_reads_results_folders_and_refuses_empty_ones(trial, tmp_pat
         main([str(tmp_path), other.root])
     with pytest.raises(ValueError, match=r"results of a search were wanted, found none under .*none"):
         main([str(tmp_path / "none")])
+
+
+def test_foresight_tells_how_early_looks_would_have_ranked_the_trials(record):
+    spec = TrialSpec("byte_lm", (AttentionSpec("base", PatternSpec("random"), 0.5, 16),), train_steps=90)
+    generator = np.random.default_rng(0)
+    ends, records, curves = generator.random(12), [], []
+    for number, end in enumerate(ends.tolist()):
+        asked = replace(spec, attention=(replace(spec.attention[0], density=0.1 + number / 20),))
+        density, name = 0.1 + number / 20, f"t{number}"
+        measured = {"density": density, "seed": 0, "quality_goal": "min", "pattern": "random"}
+        whole = record(name, quality=end, **measured, trained_steps=90)
+        look = record(f"p{number}", quality=2 * end + 1, **measured, status="pruned")
+        records.append(replace(whole, spec=canonical_json(asked.to_dict())))
+        records.append(replace(look, spec=canonical_json(preview_of(asked, "dense.pt").to_dict())))
+        curves += [SeriesPoint(name, "train_loss", step, 0, end if step > 45 else -end) for step in range(90)]
+    lines = [line.rsplit(maxsplit=3) for line in foresight(records, curves)]
+    assert lines[1] == ["preview, nothing trained", "12", "1.00", "1.00"]
+    by_share = {name.split()[-1]: (float(every), float(level)) for name, _, every, level in lines[2:]}
+    assert by_share["33%"] == (-1.0, -1.0)
+    assert by_share["100%"] == (1.0, 1.0)
+    with pytest.raises(ValueError, match="at least 8 finished sparse trials were wanted to rank, got 3"):
+        list(foresight(records[:6], curves))

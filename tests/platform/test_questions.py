@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from ray.tune.schedulers import TrialScheduler
 
+from raybsa.experiments import landscape
 from raybsa.experiments.advantage import advantage
 from raybsa.experiments.algorithms import ALGORITHMS
 from raybsa.experiments.costs import ENOUGH, CostModel
@@ -156,7 +157,7 @@ def decisions(halving, values, density):
 
 def test_a_trial_is_stopped_for_what_others_of_its_density_reached_only():
     halving = StratifiedHalving(90, "min")
-    assert halving.rungs == [10, 30]
+    assert halving.rungs == [30]
     dense = decisions(halving, [2.0, 2.1, 2.2, 2.3], density=0.4)
     sparse = decisions(halving, [3.0, 3.5, 3.6, 2.9], density=0.05)
     go, stop = TrialScheduler.CONTINUE, TrialScheduler.STOP
@@ -168,7 +169,7 @@ def test_a_trial_is_stopped_for_what_others_of_its_density_reached_only():
 
 def test_a_resumed_search_compares_with_what_earlier_trials_reached():
     records = answers(9)
-    points = [SeriesPoint(r.trial_id, "bits_per_byte", 10, 0, 1.0) for r in records]
+    points = [SeriesPoint(r.trial_id, "bits_per_byte", 30, 0, 1.0) for r in records]
     earlier = history(SPACE, records)
     halving = StratifiedHalving(90, "min")
     halving.replay(earlier, points)
@@ -304,3 +305,17 @@ def test_an_unknown_algorithm_is_refused():
     with pytest.raises(ValueError, match="algorithm must be one of tpe, nsga2, random, grid, got 'luck'"):
         Plan(3, GOALS, algorithm="luck")
     assert math.isinf(Plan(3, GOALS).time_budget_s)
+
+
+def test_a_sampler_that_learns_comes_to_a_better_front_than_chance():
+    learned, chance = (
+        [landscape.volumes(landscape_space(), algorithm, seed, [40])[0] for seed in range(2)]
+        for algorithm in ("tpe", "random")
+    )
+    assert min(learned) > max(chance)
+
+
+def landscape_space():
+    return SearchSpace(
+        BASE, {name: {} for name in ("sliding_window", "dilated", "random", "strided")}, (0.05, 0.5), (16,)
+    )

@@ -63,6 +63,22 @@ def test_a_question_asked_for_more_steps_goes_on_and_is_timed_once(worker):
     assert again.forward_ms_p50 != whole.forward_ms_p50, "a question that was answered is measured anew"
 
 
+def test_a_preview_is_judged_with_the_weights_of_another_training_and_neither_trained_nor_timed(tmp_path):
+    dense = replace(SPEC, task="recall", train_len=32, train_steps=6, num_layers=1, attention=(AttentionSpec("dense"),))
+    path = str(tmp_path / "weights" / "dense.pt")
+    trained = Worker(repeats=5, budget_s=0.05, keep={dense.digest: path}).run(dense)
+    worker = Worker()
+    own, other = (replace(spec, task_params={"weights": path}) for spec in (dense, replace(dense, attention=(WINDOW,))))
+    found = worker.run(own)
+    assert (found.quality, found.trained_steps, found.forward_ms_p50) == (trained.quality, 0, None)
+    assert worker.run(other).density < 1
+    learned = replace(WINDOW, variant="adaptive", pattern=PatternSpec("adaptive"))
+    with pytest.raises(ValueError, match="do not fit the model"):
+        worker.run(replace(other, attention=(learned,)))
+    with pytest.raises(ValueError, match="only what is trained can be previewed"):
+        worker.run(replace(SPEC, task_params={"weights": path}))
+
+
 def test_what_cannot_be_timed_is_not_trained(worker, monkeypatch):
     monkeypatch.setattr(Training, "advance", lambda self, step=None: pytest.fail("it trained"))
     spec = replace(SPEC, task="recall", train_len=32, train_steps=3, seq_len=100, num_layers=1)
