@@ -1,17 +1,10 @@
-"""The forward on Hopper, with warps that only load: FlashAttention-3's schedule (2407.08608) in Triton's Gluon.
+"""The forward on Hopper, with warps that only load (``gluon_walk``): FlashAttention-3's schedule (2407.08608) in Gluon.
 
-A processor runs one program, which takes every n-th work (an item of the plan, 128 of its queries). Its warps form
-three groups. One issues the loads: queries, then tiles of K and V, and on to the next work while this one is computed.
-Two take 64 queries each, and start the product of the next scores before the softmax of these, so that tensor cores and
-exponentials overlap. Blocks of 64 have one such group, and a processor two programs. For plain calls (no mask,
-segments, bias or dropout) of 16 bits and the sizes that ``Form`` knows; the result equals ``triton_forward``'s up to
-rounding.
+A group of warps starts the product of the next scores before the softmax of these, so that tensor cores and
+exponentials overlap. The result equals ``triton_forward``'s up to rounding.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 from triton.experimental import gluon
@@ -23,108 +16,52 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from raybsa.kernels.call import AttentionCall
+from raybsa.kernels.gluon_walk import GROUP_ROWS, Form, Walk, hide_keys, is_plain, meet, part, place, walk_together
 from raybsa.kernels.triton_arguments import feature_tensors, numbers
-from raybsa.kernels.triton_descriptors import Boxes, boxes_of
-from raybsa.kernels.triton_launch import Launcher, Tensors, launcher
+from raybsa.kernels.triton_descriptors import Boxes
+from raybsa.kernels.triton_launch import Tensors
 from raybsa.kernels.triton_plan import Work
-from raybsa.kernels.triton_setup import processors
-from raybsa.kernels.triton_tiles import Tile
-
-GROUP_ROWS = gl.constexpr(64)  # queries of one group of warps
-KEPT = gl.constexpr(2)  # works whose queries shared memory holds
-CACHED = 25 << 20  # bytes of K and V of a head, half of L2
 
 
-@dataclass(frozen=True)
-class Form:
-    """How a program is cut.
-
-    Args:
-        groups: of warps that compute, 64 queries each; with one of them a processor runs two programs.
-        cols: keys of a tile.
-        stages: tiles of K and of V that shared memory holds, beside two works' queries.
-    """
-
-    groups: int
-    cols: int
-    stages: int
-
-    @property
-    def programs(self) -> int:
-        """A processor's."""
-        return 2 // self.groups
-
-    @staticmethod
-    def of(q_block: int, kv_block: int, head_dim: int, kv_tokens: int) -> Form | None:
-        """For these sizes and 16 bits; None where there is none, or where the tiled kernel was measured to be faster:
-        one group of warps with head_dim 64, or with more keys than L2 holds."""
-        if q_block % 128 == 0 and kv_block % 128 == 0 and head_dim in (64, 128):
-            return Form(2, 128, 4 if head_dim == 64 else 2)
-        if q_block == kv_block == 64 and head_dim == 128 and 4 * kv_tokens * head_dim <= CACHED:
-            return Form(1, 64, 2)
-        return None
+def forward_form(call: AttentionCall, work: Work) -> Form | None:
+    """How these kernels serve the call; None where they do not, or where the tiled kernel was measured to be faster."""
+    layout, head_dim = call.layout, call.q.shape[-1]
+    form = None
+    if layout.q_block_size % 128 == 0 and layout.kv_block_size % 128 == 0 and head_dim in (64, 128):
+        form = Form(2, 128, 2, 4 if head_dim == 64 else 2)
+    elif layout.q_block_size == layout.kv_block_size == 64 and head_dim == 128:
+        form = Form(1, 64, 2, 2)
+    return form if form and is_plain(call) and _boxes(call, form, call.q) else None
 
 
-class HopperWalk:
-    """The launch of ``hopper_forward_kernel``."""
+class ForwardWalk:
+    """The launch of ``forward_walk_kernel``."""
 
     def __init__(self, call: AttentionCall, work: Work, form: Form) -> None:
-        layout, (batch, heads) = call.layout, call.q.shape[:2]
-        works = work.items.shape[0] * (layout.q_block_size // (form.groups * GROUP_ROWS.value))
-        total = works * (batch * heads // layout.num_groups)
+        layout, (batch, heads, _, head_dim) = call.layout, call.q.shape
+        together = walk_together(work, layout.kv_tokens, head_dim)
+        copies = batch * heads // layout.num_groups
+        self._walk = Walk(forward_walk_kernel, form, work, layout.q_block_size, copies, call.q, together)
         plain = numbers(call)[:5]  # without what serves dropout
-        self._numbers = (layout.num_groups, layout.num_q_blocks, work.parts, *plain, works, total)
-        self._programs = (min(form.programs * processors(call.q.device), total), 1)
+        sizes = (layout.num_groups, layout.num_q_blocks, work.parts)
+        self._numbers = (*sizes, *plain, self._walk.works, self._walk.total)
+        cuts = layout.causal or layout.kv_tokens % layout.kv_block_size != 0
+        blocks = (layout.q_block_size, layout.kv_block_size)
+        self._constants = (*blocks, form.cols, head_dim, form.kept, form.stages, form.groups, layout.causal, cuts)
         self._form = form
-        self._launch: Launcher | None = None
 
     def __call__(self, call: AttentionCall, tensors: Tensors) -> None:
-        tensors = (*tensors, *feature_tensors(call)[:2])  # where the blocks lie in the sequence
-        if self._launch is None:
-            self._launch = self._launcher(call, tensors)
-        self._launch(self._programs, tensors, self._numbers)
-
-    def _launcher(self, call: AttentionCall, tensors: Tensors) -> Launcher:
-        layout, form = call.layout, self._form
-        boxes = boxes_for(call, form, tensors[3])
-        cuts = layout.causal or layout.kv_tokens % layout.kv_block_size != 0
-        sizes = (layout.q_block_size, layout.kv_block_size, form.cols, call.q.shape[-1], form.stages, form.groups)
-        constants = (*sizes, layout.causal, cuts)
-        registers = 128 if form.programs == 2 else None  # of a thread, before the groups trade them
-        return launcher(
-            hopper_forward_kernel, tensors, (), constants, 4, 1, boxes, describe=_descriptor, registers=registers
-        )
+        boxes = _boxes(call, self._form, tensors[3])
+        tensors = (*tensors, *feature_tensors(call)[:2], self._walk.meeting)  # where the blocks lie in the sequence
+        self._walk(tensors, self._numbers, boxes, self._constants)
 
 
-def boxes_for(call: AttentionCall, form: Form, out: Tensor | None) -> Boxes:
-    """What goes in as descriptors, and its tiles; empty where a tensor's strides or address do not allow it."""
-    layout, tile = call.layout, Tile(GROUP_ROWS.value, form.cols, 4, form.stages, True)
-    kept = boxes_of(tile, layout.q_block_size, tile.rows, {0: call.q, 3: out})
-    walked = boxes_of(tile, layout.kv_block_size, tile.cols, {1: call.k, 2: call.v})
-    return kept + walked if kept and walked else ()
-
-
-def _descriptor(tensor: Tensor, box: tuple[int, ...]) -> Any:
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(box), layout)
-
-
-@gluon.jit
-def _place(items, index, total, groups, q_blocks, parts, item_count, Q_BLOCK: gl.constexpr, GROUPS: gl.constexpr):
-    """Of work ``index``: its flat head, query block, first query in it, begin, turn and end, and its part or -1."""
-    TURNS: gl.constexpr = Q_BLOCK // (GROUPS * GROUP_ROWS)
-    index = gl.minimum(index, total - 1)
-    copy = index // item_count
-    number = index % item_count
-    item = items + (number // TURNS) * 8
-    line, begin, turn = gl.load(item), gl.load(item + 1), gl.load(item + 2)
-    end, part = gl.load(item + 3), gl.load(item + 4)
-    flat_head = copy * groups + line // q_blocks
-    part_row = gl.where(part >= 0, copy * parts + part, -1)
-    return flat_head, line % q_blocks, (number % TURNS) * GROUPS * GROUP_ROWS, begin, turn, end, part_row
+def _boxes(call: AttentionCall, form: Form, out: Tensor | None) -> Boxes:
+    layout = call.layout
+    kept, walked = {0: call.q, 3: out}, {1: call.k, 2: call.v}
+    return form.boxes(layout.q_block_size, layout.kv_block_size, kept, walked)
 
 
 @gluon.jit
@@ -133,11 +70,13 @@ def _produce(
     k,
     v,
     queries_per_kv,
+    meeting,
     shared,
     plan,
     Q_BLOCK: gl.constexpr,
     KV_BLOCK: gl.constexpr,
     COLS: gl.constexpr,
+    KEPT: gl.constexpr,
     STAGES: gl.constexpr,
     GROUPS: gl.constexpr,
 ):
@@ -148,13 +87,14 @@ def _produce(
     loaded = 0
     for index in range(gl.program_id(0), total, gl.num_programs(0)):
         done = index // gl.num_programs(0)
-        flat_head, q_block, in_block, begin, _turn, end, _part_row = _place(
+        flat_head, q_block, in_block, begin, _turn, end, _part_row = place(
             items, index, total, groups, q_blocks, parts, item_count, Q_BLOCK, GROUPS
         )
         b, h = flat_head // heads, flat_head % heads
         kv_head = h // queries_per_kv
         slot = done % KEPT
         first = q_block * Q_BLOCK + in_block
+        meet(meeting, done, total)
         mbarrier.wait(q_empty.index(slot), ((done // KEPT) & 1) ^ 1)
         mbarrier.expect(q_full.index(slot), GROUPS * q.block_type.nbytes)
         for group in gl.static_range(GROUPS):
@@ -171,35 +111,7 @@ def _produce(
             mbarrier.expect(v_full.index(stage), v.block_type.nbytes)
             tma.async_copy_global_to_shared(v, [b, kv_head, token, 0], v_full.index(stage), v_tiles.index(stage))
             loaded += 1
-
-
-@gluon.jit
-def _hide(
-    s,
-    i,
-    whole,
-    col_indices,
-    kv_starts,
-    begin,
-    q_position,
-    kv_tokens,
-    KV_BLOCK: gl.constexpr,
-    COLS: gl.constexpr,
-    CAUSAL: gl.constexpr,
-    LAYOUT: gl.constexpr,
-):
-    """Scores of tile ``i`` with what the diagonal or the ragged end cuts at -inf; nothing is cut before ``whole``."""
-    if i >= whole:
-        PER: gl.constexpr = KV_BLOCK // COLS
-        block = gl.load(col_indices + begin + i // PER)
-        lane = (i % PER) * COLS + gl.arange(0, COLS, gl.SliceLayout(0, LAYOUT))
-        s = gl.where((block * KV_BLOCK + lane < kv_tokens)[None, :], s, float("-inf"))
-        if CAUSAL:
-            first = block * KV_BLOCK
-            if kv_starts is not None:
-                first = gl.load(kv_starts + block).to(gl.int32)
-            s = gl.where((first + lane)[None, :] <= q_position[:, None], s, float("-inf"))
-    return s
+    part(meeting)
 
 
 @gluon.jit
@@ -212,6 +124,7 @@ def _consume(
     Q_BLOCK: gl.constexpr,
     KV_BLOCK: gl.constexpr,
     COLS: gl.constexpr,
+    KEPT: gl.constexpr,
     STAGES: gl.constexpr,
     GROUPS: gl.constexpr,
     D: gl.constexpr,
@@ -231,14 +144,14 @@ def _consume(
     ROW_OUT: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     PER: gl.constexpr = KV_BLOCK // COLS
     used = 0  # tiles of K and V so far
-    next_head, next_q_block, next_in_block, next_begin, next_turn, next_end, next_part_row = _place(
+    next_head, next_q_block, next_in_block, next_begin, next_turn, next_end, next_part_row = place(
         items, gl.program_id(0), total, groups, q_blocks, parts, item_count, Q_BLOCK, GROUPS
     )
     for index in range(gl.program_id(0), total, gl.num_programs(0)):
         done = index // gl.num_programs(0)
         flat_head, q_block, in_block, part_row = next_head, next_q_block, next_in_block, next_part_row
         begin, whole, tiles = next_begin, (next_turn - next_begin) * PER, (next_end - next_begin) * PER
-        next_head, next_q_block, next_in_block, next_begin, next_turn, next_end, next_part_row = _place(
+        next_head, next_q_block, next_in_block, next_begin, next_turn, next_end, next_part_row = place(
             items, index + gl.num_programs(0), total, groups, q_blocks, parts, item_count, Q_BLOCK, GROUPS
         )
         b, h = flat_head // heads, flat_head % heads
@@ -263,7 +176,7 @@ def _consume(
             s = warpgroup_mma_wait(0, deps=[token])
             mbarrier.arrive(k_empty.index(stage))
             if CUTS:
-                s = _hide(
+                s = hide_keys(
                     s, 0, whole, col_indices, kv_starts, begin, q_position, kv_tokens, KV_BLOCK, COLS, CAUSAL, S_LAYOUT
                 )
             top = gl.max(s, 1) * scale
@@ -283,7 +196,7 @@ def _consume(
                 o_token = warpgroup_mma(p, values, acc, is_async=True)
                 s = warpgroup_mma_wait(1, deps=[s_token])
                 if CUTS:
-                    s = _hide(
+                    s = hide_keys(
                         s,
                         i,
                         whole,
@@ -351,7 +264,7 @@ def _consume(
         "total",
     ]
 )
-def hopper_forward_kernel(
+def forward_walk_kernel(
     q,
     k,
     v,
@@ -363,6 +276,7 @@ def hopper_forward_kernel(
     col_indices,
     q_starts,
     kv_starts,
+    meeting,
     groups,
     q_blocks,
     parts,
@@ -377,6 +291,7 @@ def hopper_forward_kernel(
     KV_BLOCK: gl.constexpr,
     COLS: gl.constexpr,
     D: gl.constexpr,
+    KEPT: gl.constexpr,
     STAGES: gl.constexpr,
     GROUPS: gl.constexpr,
     CAUSAL: gl.constexpr,
@@ -410,13 +325,46 @@ def hopper_forward_kernel(
             [
                 (
                     _consume,
-                    (0, shared, plan, results, optional, Q_BLOCK, KV_BLOCK, COLS, STAGES, GROUPS, D, CUTS, CAUSAL),
+                    (
+                        0,
+                        shared,
+                        plan,
+                        results,
+                        optional,
+                        Q_BLOCK,
+                        KV_BLOCK,
+                        COLS,
+                        KEPT,
+                        STAGES,
+                        GROUPS,
+                        D,
+                        CUTS,
+                        CAUSAL,
+                    ),
                 ),
                 (
                     _consume,
-                    (1, shared, plan, results, optional, Q_BLOCK, KV_BLOCK, COLS, STAGES, GROUPS, D, CUTS, CAUSAL),
+                    (
+                        1,
+                        shared,
+                        plan,
+                        results,
+                        optional,
+                        Q_BLOCK,
+                        KV_BLOCK,
+                        COLS,
+                        KEPT,
+                        STAGES,
+                        GROUPS,
+                        D,
+                        CUTS,
+                        CAUSAL,
+                    ),
                 ),
-                (_produce, (q, k, v, queries_per_kv, shared, plan, Q_BLOCK, KV_BLOCK, COLS, STAGES, GROUPS)),
+                (
+                    _produce,
+                    (q, k, v, queries_per_kv, meeting, shared, plan, Q_BLOCK, KV_BLOCK, COLS, KEPT, STAGES, GROUPS),
+                ),
             ],
             [4, 1],
             [240, 24],
@@ -426,9 +374,27 @@ def hopper_forward_kernel(
             [
                 (
                     _consume,
-                    (0, shared, plan, results, optional, Q_BLOCK, KV_BLOCK, COLS, STAGES, GROUPS, D, CUTS, CAUSAL),
+                    (
+                        0,
+                        shared,
+                        plan,
+                        results,
+                        optional,
+                        Q_BLOCK,
+                        KV_BLOCK,
+                        COLS,
+                        KEPT,
+                        STAGES,
+                        GROUPS,
+                        D,
+                        CUTS,
+                        CAUSAL,
+                    ),
                 ),
-                (_produce, (q, k, v, queries_per_kv, shared, plan, Q_BLOCK, KV_BLOCK, COLS, STAGES, GROUPS)),
+                (
+                    _produce,
+                    (q, k, v, queries_per_kv, meeting, shared, plan, Q_BLOCK, KV_BLOCK, COLS, KEPT, STAGES, GROUPS),
+                ),
             ],
             [1],
             [24],
