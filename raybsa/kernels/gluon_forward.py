@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from raybsa.kernels.call import AttentionCall
-from raybsa.kernels.gluon_walk import GROUP_ROWS, Form, Walk, hide_keys, is_plain, meet, part, place, walk_together
+from raybsa.kernels.gluon_walk import FACTS, GROUP_ROWS, Form, Walk, hear, hide_keys, is_plain, place, take, tell
 from raybsa.kernels.triton_arguments import feature_tensors, numbers
 from raybsa.kernels.triton_descriptors import Boxes
 from raybsa.kernels.triton_launch import Tensors
@@ -41,9 +41,8 @@ class ForwardWalk:
 
     def __init__(self, call: AttentionCall, work: Work, form: Form) -> None:
         layout, (batch, heads, _, head_dim) = call.layout, call.q.shape
-        together = walk_together(work, layout.kv_tokens, head_dim)
         copies = batch * heads // layout.num_groups
-        self._walk = Walk(forward_walk_kernel, form, work, layout.q_block_size, copies, call.q, together)
+        self._walk = Walk(forward_walk_kernel, form, work, layout.q_block_size, copies, call.q.device)
         plain = numbers(call)[:5]  # without what serves dropout
         sizes = (layout.num_groups, layout.num_q_blocks, work.parts)
         self._numbers = (*sizes, *plain, self._walk.works, self._walk.total)
@@ -54,7 +53,7 @@ class ForwardWalk:
 
     def __call__(self, call: AttentionCall, tensors: Tensors) -> None:
         boxes = _boxes(call, self._form, tensors[3])
-        tensors = (*tensors, *feature_tensors(call)[:2], self._walk.meeting)  # where the blocks lie in the sequence
+        tensors = (*tensors, *feature_tensors(call)[:2])  # where the blocks lie in the sequence
         self._walk(tensors, self._numbers, boxes, self._constants)
 
 
@@ -70,7 +69,7 @@ def _produce(
     k,
     v,
     queries_per_kv,
-    meeting,
+    dealt,
     shared,
     plan,
     Q_BLOCK: gl.constexpr,
@@ -81,21 +80,22 @@ def _produce(
     GROUPS: gl.constexpr,
 ):
     """Loads queries and tiles in turn, each when both groups have done with what lay there."""
-    q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, q_empty, k_empty, v_empty = shared
+    q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, q_empty, k_empty, v_empty, told = shared
     items, col_indices, total, groups, q_blocks, parts, item_count, heads = plan
     PER: gl.constexpr = KV_BLOCK // COLS
     loaded = 0
-    for index in range(gl.program_id(0), total, gl.num_programs(0)):
-        done = index // gl.num_programs(0)
-        flat_head, q_block, in_block, begin, _turn, end, _part_row = place(
+    done = 0
+    index = take(dealt, total, False)
+    while index < total:
+        flat_head, q_block, in_block, begin, turn, end, part_row = place(
             items, index, total, groups, q_blocks, parts, item_count, Q_BLOCK, GROUPS
         )
         b, h = flat_head // heads, flat_head % heads
         kv_head = h // queries_per_kv
         slot = done % KEPT
         first = q_block * Q_BLOCK + in_block
-        meet(meeting, done, total)
         mbarrier.wait(q_empty.index(slot), ((done // KEPT) & 1) ^ 1)
+        tell(told, slot, flat_head, q_block, in_block, begin, turn, end, part_row)
         mbarrier.expect(q_full.index(slot), GROUPS * q.block_type.nbytes)
         for group in gl.static_range(GROUPS):
             at = [b, h, first + group * GROUP_ROWS, 0]
@@ -111,14 +111,19 @@ def _produce(
             mbarrier.expect(v_full.index(stage), v.block_type.nbytes)
             tma.async_copy_global_to_shared(v, [b, kv_head, token, 0], v_full.index(stage), v_tiles.index(stage))
             loaded += 1
-    part(meeting)
+        done += 1
+        index = take(dealt, total, False)
+    slot = done % KEPT
+    mbarrier.wait(q_empty.index(slot), ((done // KEPT) & 1) ^ 1)
+    tell(told, slot, -1, 0, 0, 0, 0, 0, -1)
+    mbarrier.arrive(q_full.index(slot))
 
 
 @gluon.jit
 def _consume(
     group: gl.constexpr,
     shared,
-    plan,
+    lists,
     results,
     optional,
     Q_BLOCK: gl.constexpr,
@@ -132,8 +137,8 @@ def _consume(
     CAUSAL: gl.constexpr,
 ):
     """The online softmax of 64 queries over the tiles, and the store of what comes of it."""
-    q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, q_empty, k_empty, v_empty = shared
-    items, col_indices, total, groups, q_blocks, parts, item_count, heads = plan
+    q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, q_empty, k_empty, v_empty, told = shared
+    col_indices, heads = lists
     out, lse, q_tokens, kv_tokens, scale = results
     part_out, part_lse, q_starts, kv_starts = optional
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLS, 16])
@@ -144,16 +149,11 @@ def _consume(
     ROW_OUT: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     PER: gl.constexpr = KV_BLOCK // COLS
     used = 0  # tiles of K and V so far
-    next_head, next_q_block, next_in_block, next_begin, next_turn, next_end, next_part_row = place(
-        items, gl.program_id(0), total, groups, q_blocks, parts, item_count, Q_BLOCK, GROUPS
-    )
-    for index in range(gl.program_id(0), total, gl.num_programs(0)):
-        done = index // gl.num_programs(0)
-        flat_head, q_block, in_block, part_row = next_head, next_q_block, next_in_block, next_part_row
-        begin, whole, tiles = next_begin, (next_turn - next_begin) * PER, (next_end - next_begin) * PER
-        next_head, next_q_block, next_in_block, next_begin, next_turn, next_end, next_part_row = place(
-            items, index + gl.num_programs(0), total, groups, q_blocks, parts, item_count, Q_BLOCK, GROUPS
-        )
+    done = 0
+    mbarrier.wait(q_full.index(0), 0)
+    flat_head, q_block, in_block, begin, turn, end, part_row = hear(told, 0)
+    while flat_head >= 0:
+        whole, tiles = (turn - begin) * PER, (end - begin) * PER
         b, h = flat_head // heads, flat_head % heads
         slot = done % KEPT
         q_tile = q_tiles.index(GROUPS * slot + group)._reinterpret(q_tiles.dtype, [GROUP_ROWS, D], FLAT)
@@ -166,7 +166,6 @@ def _consume(
         acc = gl.zeros([GROUP_ROWS, D], gl.float32, O_LAYOUT)
         top = gl.full([GROUP_ROWS], float("-inf"), gl.float32, ROW)
         sums = gl.zeros([GROUP_ROWS], gl.float32, ROW)
-        mbarrier.wait(q_full.index(slot), (done // KEPT) & 1)
         if tiles > 0:
             nothing = gl.zeros([GROUP_ROWS, COLS], gl.float32, S_LAYOUT)
             stage = used % STAGES
@@ -249,6 +248,9 @@ def _consume(
             tma.async_copy_shared_to_global(out, [b, h, first, 0], q_tiles.index(GROUPS * slot + group))
             tma.store_wait(0)
         mbarrier.arrive(q_empty.index(slot))
+        done += 1
+        mbarrier.wait(q_full.index(done % KEPT), (done // KEPT) & 1)
+        flat_head, q_block, in_block, begin, turn, end, part_row = hear(told, done % KEPT)
 
 
 @gluon.jit(
@@ -276,7 +278,7 @@ def forward_walk_kernel(
     col_indices,
     q_starts,
     kv_starts,
-    meeting,
+    dealt,
     groups,
     q_blocks,
     parts,
@@ -297,7 +299,7 @@ def forward_walk_kernel(
     CAUSAL: gl.constexpr,
     CUTS: gl.constexpr,
 ):
-    """A program walks every n-th of the works (item and 128 queries within the query block, copy of the group)."""
+    """A program takes works (item, 64 queries a group of warps, copy of the layout's group) until none is left."""
     q_tiles = gl.allocate_shared_memory(q.dtype, [GROUPS * KEPT, 1, 1, GROUP_ROWS, D], q.layout)
     k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, COLS, D], k.layout)
     v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, COLS, D], v.layout)
@@ -307,6 +309,7 @@ def forward_walk_kernel(
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    told = gl.allocate_shared_memory(gl.int32, [KEPT * FACTS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     for i in gl.static_range(KEPT):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=GROUPS)
@@ -316,8 +319,9 @@ def forward_walk_kernel(
         mbarrier.init(k_empty.index(i), count=GROUPS)
         mbarrier.init(v_empty.index(i), count=GROUPS)
     fence_async_shared()
-    shared = (q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, q_empty, k_empty, v_empty)
+    shared = (q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, q_empty, k_empty, v_empty, told)
     plan = (items, col_indices, total, groups, q_blocks, parts, item_count, heads)
+    lists = (col_indices, heads)
     results = (out, lse, q_tokens, kv_tokens, scale)
     optional = (part_out, part_lse, q_starts, kv_starts)
     if GROUPS == 2:
@@ -328,7 +332,7 @@ def forward_walk_kernel(
                     (
                         0,
                         shared,
-                        plan,
+                        lists,
                         results,
                         optional,
                         Q_BLOCK,
@@ -347,7 +351,7 @@ def forward_walk_kernel(
                     (
                         1,
                         shared,
-                        plan,
+                        lists,
                         results,
                         optional,
                         Q_BLOCK,
@@ -363,7 +367,7 @@ def forward_walk_kernel(
                 ),
                 (
                     _produce,
-                    (q, k, v, queries_per_kv, meeting, shared, plan, Q_BLOCK, KV_BLOCK, COLS, KEPT, STAGES, GROUPS),
+                    (q, k, v, queries_per_kv, dealt, shared, plan, Q_BLOCK, KV_BLOCK, COLS, KEPT, STAGES, GROUPS),
                 ),
             ],
             [4, 1],
@@ -377,7 +381,7 @@ def forward_walk_kernel(
                     (
                         0,
                         shared,
-                        plan,
+                        lists,
                         results,
                         optional,
                         Q_BLOCK,
@@ -393,7 +397,7 @@ def forward_walk_kernel(
                 ),
                 (
                     _produce,
-                    (q, k, v, queries_per_kv, meeting, shared, plan, Q_BLOCK, KV_BLOCK, COLS, KEPT, STAGES, GROUPS),
+                    (q, k, v, queries_per_kv, dealt, shared, plan, Q_BLOCK, KV_BLOCK, COLS, KEPT, STAGES, GROUPS),
                 ),
             ],
             [1],

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from raybsa.kernels.call import AttentionCall
-from raybsa.kernels.gluon_walk import GROUP_ROWS, LOG2E, Form, Walk, is_plain, place
+from raybsa.kernels.gluon_walk import FACTS, GROUP_ROWS, LOG2E, Form, Walk, hear, is_plain, place, take, tell
 from raybsa.kernels.triton_arguments import feature_tensors, numbers
 from raybsa.kernels.triton_descriptors import Boxes
 from raybsa.kernels.triton_launch import Tensors
@@ -50,7 +50,7 @@ class GradKVWalk:
     def __init__(self, call: AttentionCall, columns: Columns, form: Form) -> None:
         layout, (batch, kv_heads, _, head_dim) = call.layout, call.k.shape
         work, copies = columns.work, batch * kv_heads // columns.groups
-        self._walk = Walk(grad_kv_walk_kernel, form, work, layout.kv_block_size, copies, call.q, False)
+        self._walk = Walk(grad_kv_walk_kernel, form, work, layout.kv_block_size, copies, call.q.device)
         sizes = (columns.groups, layout.num_kv_blocks, work.parts)
         self._numbers = (*sizes, *numbers(call)[:5], self._walk.works, self._walk.total)
         blocks = (layout.q_block_size, layout.kv_block_size)
@@ -91,6 +91,7 @@ def _produce(
     delta,
     queries_per_kv,
     q_tokens,
+    dealt,
     shared,
     plan,
     Q_BLOCK: gl.constexpr,
@@ -102,20 +103,22 @@ def _produce(
 ):
     """Loads keys and values, and in turn tiles with lse and delta, each when what lay there is done with."""
     k_tiles, v_tiles, q_tiles, do_tiles, lse_tiles, delta_tiles = shared[0]
-    k_full, q_full, do_full, k_empty, q_empty, do_empty = shared[1]
+    k_full, q_full, do_full, k_empty, q_empty, do_empty, told = shared[1]
     items, entries, total, groups, kv_blocks, parts, item_count, kv_heads = plan
     LINE: gl.constexpr = gl.BlockedLayout([COLS // LANES], [LANES], [1], [0])
     PER: gl.constexpr = Q_BLOCK // COLS
     loaded = 0
-    for index in range(gl.program_id(0), total, gl.num_programs(0)):
-        done = index // gl.num_programs(0)
-        flat_head, kv_block, in_block, begin, _turn, end, _part_row = place(
+    done = 0
+    index = take(dealt, total, False)
+    while index < total:
+        flat_head, kv_block, in_block, begin, turn, end, part_row = place(
             items, index, total, groups, kv_blocks, parts, item_count, KV_BLOCK, GROUPS
         )
         b, kv_head = flat_head // kv_heads, flat_head % kv_heads
         slot = done % KEPT
         first = kv_block * KV_BLOCK + in_block
         mbarrier.wait(k_empty.index(slot), ((done // KEPT) & 1) ^ 1)
+        tell(told, slot, flat_head, kv_block, in_block, begin, turn, end, part_row)
         mbarrier.expect(k_full.index(slot), 2 * GROUPS * k.block_type.nbytes)
         for group in gl.static_range(GROUPS):
             at = [b, kv_head, first + group * GROUP_ROWS, 0]
@@ -138,6 +141,12 @@ def _produce(
             mbarrier.expect(do_full.index(stage), grad_out.block_type.nbytes)
             tma.async_copy_global_to_shared(grad_out, [b, h, token, 0], do_full.index(stage), do_tiles.index(stage))
             loaded += 1
+        done += 1
+        index = take(dealt, total, False)
+    slot = done % KEPT
+    mbarrier.wait(k_empty.index(slot), ((done // KEPT) & 1) ^ 1)
+    tell(told, slot, -1, 0, 0, 0, 0, 0, -1)
+    mbarrier.arrive(k_full.index(slot))
 
 
 @gluon.jit
@@ -177,7 +186,7 @@ def _weigh(
 def _consume(
     group: gl.constexpr,
     shared,
-    plan,
+    lists,
     results,
     optional,
     Q_BLOCK: gl.constexpr,
@@ -191,8 +200,8 @@ def _consume(
 ):
     """The gradients of 64 keys and values over the tiles, and the store of what comes of it."""
     k_tiles, v_tiles, q_tiles, do_tiles, lse_tiles, delta_tiles = shared[0]
-    k_full, q_full, do_full, k_empty, q_empty, do_empty = shared[1]
-    items, entries, total, groups, kv_blocks, parts, item_count, kv_heads = plan
+    k_full, q_full, do_full, k_empty, q_empty, do_empty, told = shared[1]
+    entries, kv_heads = lists
     grad_k, grad_v, scale = results
     part_k, part_v, q_starts, kv_starts = optional
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLS, 16])
@@ -203,11 +212,10 @@ def _consume(
     COL: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     PER: gl.constexpr = Q_BLOCK // COLS
     used = 0  # stages so far
-    for index in range(gl.program_id(0), total, gl.num_programs(0)):
-        done = index // gl.num_programs(0)
-        flat_head, kv_block, in_block, begin, turn, end, part_row = place(
-            items, index, total, groups, kv_blocks, parts, item_count, KV_BLOCK, GROUPS
-        )
+    done = 0
+    mbarrier.wait(k_full.index(0), 0)
+    flat_head, kv_block, in_block, begin, turn, end, part_row = hear(told, 0)
+    while flat_head >= 0:
         cut, tiles = (turn - begin) * PER, (end - begin) * PER
         b, kv_head = flat_head // kv_heads, flat_head % kv_heads
         slot = done % KEPT
@@ -220,20 +228,18 @@ def _consume(
         sums_k = gl.zeros([GROUP_ROWS, D], gl.float32, O_LAYOUT)
         sums_v = gl.zeros([GROUP_ROWS, D], gl.float32, O_LAYOUT)
         nothing = gl.zeros([GROUP_ROWS, COLS], gl.float32, S_LAYOUT)
-        mbarrier.wait(k_full.index(slot), (done // KEPT) & 1)
-        for i in range(tiles):
-            at = used + i
-            stage = at % STAGES
+        if tiles > 0:
+            stage = used % STAGES
             queries = q_tiles.index(stage)._reinterpret(q_tiles.dtype, [COLS, D], FLAT)
             grads = do_tiles.index(stage)._reinterpret(q_tiles.dtype, [COLS, D], FLAT)
-            mbarrier.wait(q_full.index(stage), (at // STAGES) & 1)
+            mbarrier.wait(q_full.index(stage), (used // STAGES) & 1)
             s_token = warpgroup_mma(keys, queries.permute((1, 0)), nothing, use_acc=False, is_async=True)
-            mbarrier.wait(do_full.index(stage), (at // STAGES) & 1)
+            mbarrier.wait(do_full.index(stage), (used // STAGES) & 1)
             w_token = warpgroup_mma(values, grads.permute((1, 0)), nothing, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(1, deps=[s_token])
             weights = _weigh(
                 s,
-                i,
+                0,
                 cut,
                 stage,
                 entries,
@@ -247,17 +253,59 @@ def _consume(
                 CAUSAL,
                 S_LAYOUT,
             )
-            p = gl.convert_layout(weights.to(q_tiles.dtype), P_LAYOUT)
             of_weights = warpgroup_mma_wait(0, deps=[w_token])
-            v_token = warpgroup_mma(p, grads, sums_v, is_async=True)
             of_scores = weights * (of_weights - delta_tiles.index(stage).load(COL)[None, :])
+            p = gl.convert_layout(weights.to(q_tiles.dtype), P_LAYOUT)
             d = gl.convert_layout(of_scores.to(q_tiles.dtype), P_LAYOUT)
+            for i in range(1, tiles):
+                at = used + i
+                stage = at % STAGES
+                before = (at - 1) % STAGES
+                queries = q_tiles.index(stage)._reinterpret(q_tiles.dtype, [COLS, D], FLAT)
+                grads = do_tiles.index(stage)._reinterpret(q_tiles.dtype, [COLS, D], FLAT)
+                queries_before = q_tiles.index(before)._reinterpret(q_tiles.dtype, [COLS, D], FLAT)
+                grads_before = do_tiles.index(before)._reinterpret(q_tiles.dtype, [COLS, D], FLAT)
+                mbarrier.wait(q_full.index(stage), (at // STAGES) & 1)
+                s_token = warpgroup_mma(keys, queries.permute((1, 0)), nothing, use_acc=False, is_async=True)
+                v_token = warpgroup_mma(p, grads_before, sums_v, is_async=True)
+                k_token = warpgroup_mma(d, queries_before, sums_k, is_async=True)
+                s = warpgroup_mma_wait(2, deps=[s_token])
+                weights = _weigh(
+                    s,
+                    i,
+                    cut,
+                    stage,
+                    entries,
+                    q_starts,
+                    begin,
+                    k_position,
+                    scale,
+                    lse_tiles,
+                    Q_BLOCK,
+                    COLS,
+                    CAUSAL,
+                    S_LAYOUT,
+                )
+                mbarrier.wait(do_full.index(stage), (at // STAGES) & 1)
+                sums_v = warpgroup_mma_wait(1, deps=[v_token])
+                mbarrier.arrive(do_empty.index(before))
+                sums_k = warpgroup_mma_wait(0, deps=[k_token])
+                mbarrier.arrive(q_empty.index(before))
+                w_token = warpgroup_mma(values, grads.permute((1, 0)), nothing, use_acc=False, is_async=True)
+                p = gl.convert_layout(weights.to(q_tiles.dtype), P_LAYOUT)
+                of_weights = warpgroup_mma_wait(0, deps=[w_token])
+                of_scores = weights * (of_weights - delta_tiles.index(stage).load(COL)[None, :])
+                d = gl.convert_layout(of_scores.to(q_tiles.dtype), P_LAYOUT)
+            used += tiles
+            stage = (used - 1) % STAGES
+            queries = q_tiles.index(stage)._reinterpret(q_tiles.dtype, [COLS, D], FLAT)
+            grads = do_tiles.index(stage)._reinterpret(q_tiles.dtype, [COLS, D], FLAT)
+            v_token = warpgroup_mma(p, grads, sums_v, is_async=True)
             k_token = warpgroup_mma(d, queries, sums_k, is_async=True)
             sums_v = warpgroup_mma_wait(1, deps=[v_token])
             mbarrier.arrive(do_empty.index(stage))
             sums_k = warpgroup_mma_wait(0, deps=[k_token])
             mbarrier.arrive(q_empty.index(stage))
-        used += tiles
         sums_k = sums_k * (scale / LOG2E)
         if part_k is not None:
             if part_row >= 0:
@@ -275,6 +323,9 @@ def _consume(
             tma.async_copy_shared_to_global(grad_v, at_first, v_tiles.index(GROUPS * slot + group))
             tma.store_wait(0)
         mbarrier.arrive(k_empty.index(slot))
+        done += 1
+        mbarrier.wait(k_full.index(done % KEPT), (done // KEPT) & 1)
+        flat_head, kv_block, in_block, begin, turn, end, part_row = hear(told, done % KEPT)
 
 
 @gluon.jit(
@@ -305,6 +356,7 @@ def grad_kv_walk_kernel(
     entries,
     q_starts,
     kv_starts,
+    dealt,
     groups,
     kv_blocks,
     parts,
@@ -324,7 +376,7 @@ def grad_kv_walk_kernel(
     GROUPS: gl.constexpr,
     CAUSAL: gl.constexpr,
 ):
-    """A program walks every n-th of the works (item, 64 keys a group of warps, copy of the columns' group)."""
+    """A program takes works (item, 64 keys a group of warps, copy of the columns' group) until none is left."""
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     k_tiles = gl.allocate_shared_memory(q.dtype, [GROUPS * KEPT, 1, 1, GROUP_ROWS, D], k.layout)
     v_tiles = gl.allocate_shared_memory(q.dtype, [GROUPS * KEPT, 1, 1, GROUP_ROWS, D], v.layout)
@@ -338,6 +390,7 @@ def grad_kv_walk_kernel(
     do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     do_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    told = gl.allocate_shared_memory(gl.int32, [KEPT * FACTS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     for i in gl.static_range(KEPT):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=GROUPS)
@@ -348,8 +401,9 @@ def grad_kv_walk_kernel(
         mbarrier.init(do_empty.index(i), count=GROUPS)
     fence_async_shared()
     tiles = (k_tiles, v_tiles, q_tiles, do_tiles, lse_tiles, delta_tiles)
-    shared = (tiles, (k_full, q_full, do_full, k_empty, q_empty, do_empty))
+    shared = (tiles, (k_full, q_full, do_full, k_empty, q_empty, do_empty, told))
     plan = (items, entries, total, groups, kv_blocks, parts, item_count, heads // queries_per_kv)
+    lists = (entries, heads // queries_per_kv)
     results = (grad_k, grad_v, scale)
     optional = (part_k, part_v, q_starts, kv_starts)
     if GROUPS == 2:
@@ -357,11 +411,11 @@ def grad_kv_walk_kernel(
             [
                 (
                     _consume,
-                    (0, shared, plan, results, optional, Q_BLOCK, KV_BLOCK, COLS, KEPT, STAGES, GROUPS, D, CAUSAL),
+                    (0, shared, lists, results, optional, Q_BLOCK, KV_BLOCK, COLS, KEPT, STAGES, GROUPS, D, CAUSAL),
                 ),
                 (
                     _consume,
-                    (1, shared, plan, results, optional, Q_BLOCK, KV_BLOCK, COLS, KEPT, STAGES, GROUPS, D, CAUSAL),
+                    (1, shared, lists, results, optional, Q_BLOCK, KV_BLOCK, COLS, KEPT, STAGES, GROUPS, D, CAUSAL),
                 ),
                 (
                     _produce,
@@ -374,6 +428,7 @@ def grad_kv_walk_kernel(
                         delta,
                         queries_per_kv,
                         q_tokens,
+                        dealt,
                         shared,
                         plan,
                         Q_BLOCK,
@@ -393,7 +448,7 @@ def grad_kv_walk_kernel(
             [
                 (
                     _consume,
-                    (0, shared, plan, results, optional, Q_BLOCK, KV_BLOCK, COLS, KEPT, STAGES, GROUPS, D, CAUSAL),
+                    (0, shared, lists, results, optional, Q_BLOCK, KV_BLOCK, COLS, KEPT, STAGES, GROUPS, D, CAUSAL),
                 ),
                 (
                     _produce,
@@ -406,6 +461,7 @@ def grad_kv_walk_kernel(
                         delta,
                         queries_per_kv,
                         q_tokens,
+                        dealt,
                         shared,
                         plan,
                         Q_BLOCK,

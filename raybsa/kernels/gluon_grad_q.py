@@ -20,15 +20,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from raybsa.kernels.call import AttentionCall
 from raybsa.kernels.gluon_walk import (
+    FACTS,
     GROUP_ROWS,
     LOG2E,
     Form,
     Walk,
+    hear,
     hide_keys,
     is_plain,
-    meet,
-    part,
     place,
+    take,
+    tell,
     walk_together,
 )
 from raybsa.kernels.triton_arguments import Softmax, feature_tensors, numbers
@@ -56,12 +58,22 @@ class GradQWalk:
         layout, (batch, heads, _, head_dim) = call.layout, call.q.shape
         together = walk_together(work, layout.kv_tokens, head_dim)
         copies = batch * heads // layout.num_groups
-        self._walk = Walk(grad_q_walk_kernel, form, work, layout.q_block_size, copies, call.q, together)
+        self._walk = Walk(grad_q_walk_kernel, form, work, layout.q_block_size, copies, call.q.device)
         sizes = (layout.num_groups, layout.num_q_blocks, work.parts)
         self._numbers = (*sizes, *numbers(call)[:5], self._walk.works, self._walk.total)
         cuts = layout.causal or layout.kv_tokens % layout.kv_block_size != 0
         blocks = (layout.q_block_size, layout.kv_block_size)
-        self._constants = (*blocks, form.cols, head_dim, form.kept, form.stages, form.groups, layout.causal, cuts)
+        self._constants = (
+            *blocks,
+            form.cols,
+            head_dim,
+            form.kept,
+            form.stages,
+            form.groups,
+            layout.causal,
+            cuts,
+            together,
+        )
         self._form = form
 
     def __call__(
@@ -77,7 +89,7 @@ class GradQWalk:
         boxes = _boxes(call, self._form, forward, grad_out, grad)
         tensors: Tensors = (call.q, call.k, call.v, grad_out, forward.out, grad, _flat(forward.grad_lse), forward.lse)
         tensors = (*tensors, delta, parts, work.items, call.layout.col_indices)
-        self._walk((*tensors, *feature_tensors(call)[:2], self._walk.meeting), self._numbers, boxes, self._constants)
+        self._walk((*tensors, *feature_tensors(call)[:2]), self._numbers, boxes, self._constants)
 
 
 def _boxes(call: AttentionCall, form: Form, forward: Softmax, grad_out: Tensor, grad: Tensor) -> Boxes:
@@ -98,7 +110,7 @@ def _produce(
     grad_out,
     out,
     queries_per_kv,
-    meeting,
+    dealt,
     shared,
     plan,
     Q_BLOCK: gl.constexpr,
@@ -107,22 +119,23 @@ def _produce(
     KEPT: gl.constexpr,
     STAGES: gl.constexpr,
     GROUPS: gl.constexpr,
+    TOGETHER: gl.constexpr,
 ):
     """Loads queries and gradients, rows of the output, and tiles in turn, each when what lay there is done with."""
-    q_tiles, do_tiles, k_tiles, v_tiles, q_full, k_full, v_full, q_empty, k_empty, v_empty = shared
+    q_tiles, do_tiles, k_tiles, v_tiles, q_full, k_full, v_full, q_empty, k_empty, v_empty, told = shared
     items, col_indices, total, groups, q_blocks, parts, item_count, heads = plan
     PER: gl.constexpr = KV_BLOCK // COLS
     loaded = 0
-    for index in range(gl.program_id(0), total, gl.num_programs(0)):
-        done = index // gl.num_programs(0)
-        flat_head, q_block, in_block, begin, _turn, end, _part_row = place(
+    done = 0
+    index = take(dealt, total, TOGETHER)
+    while index < total:
+        flat_head, q_block, in_block, begin, turn, end, part_row = place(
             items, index, total, groups, q_blocks, parts, item_count, Q_BLOCK, GROUPS
         )
         b, h = flat_head // heads, flat_head % heads
         kv_head = h // queries_per_kv
         slot = done % KEPT
         first = q_block * Q_BLOCK + in_block
-        meet(meeting, done, total)
         if out is not None:
             stage = loaded % STAGES
             phase = (loaded // STAGES) & 1
@@ -138,6 +151,7 @@ def _produce(
                 mbarrier.arrive(v_full.index(stage))
             loaded += 1
         mbarrier.wait(q_empty.index(slot), ((done // KEPT) & 1) ^ 1)
+        tell(told, slot, flat_head, q_block, in_block, begin, turn, end, part_row)
         mbarrier.expect(q_full.index(slot), 2 * GROUPS * q.block_type.nbytes)
         for group in gl.static_range(GROUPS):
             at = [b, h, first + group * GROUP_ROWS, 0]
@@ -154,14 +168,19 @@ def _produce(
             mbarrier.expect(v_full.index(stage), v.block_type.nbytes)
             tma.async_copy_global_to_shared(v, [b, kv_head, token, 0], v_full.index(stage), v_tiles.index(stage))
             loaded += 1
-    part(meeting)
+        done += 1
+        index = take(dealt, total, TOGETHER)
+    slot = done % KEPT
+    mbarrier.wait(q_empty.index(slot), ((done // KEPT) & 1) ^ 1)
+    tell(told, slot, -1, 0, 0, 0, 0, 0, -1)
+    mbarrier.arrive(q_full.index(slot))
 
 
 @gluon.jit
 def _consume(
     group: gl.constexpr,
     shared,
-    plan,
+    lists,
     results,
     optional,
     Q_BLOCK: gl.constexpr,
@@ -175,8 +194,8 @@ def _consume(
     CAUSAL: gl.constexpr,
 ):
     """The gradients of 64 queries over the tiles: the products of the next scores start before this tile's last one."""
-    q_tiles, do_tiles, k_tiles, v_tiles, q_full, k_full, v_full, q_empty, k_empty, v_empty = shared
-    items, col_indices, total, groups, q_blocks, parts, item_count, heads = plan
+    q_tiles, do_tiles, k_tiles, v_tiles, q_full, k_full, v_full, q_empty, k_empty, v_empty, told = shared
+    col_indices, heads = lists
     grad, lse, delta, q_tokens, kv_tokens, scale = results
     out, grad_lse, part_grad, q_starts, kv_starts = optional
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLS, 16])
@@ -186,11 +205,10 @@ def _consume(
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     PER: gl.constexpr = KV_BLOCK // COLS
     used = 0  # stages so far
-    for index in range(gl.program_id(0), total, gl.num_programs(0)):
-        done = index // gl.num_programs(0)
-        flat_head, q_block, in_block, begin, turn, end, part_row = place(
-            items, index, total, groups, q_blocks, parts, item_count, Q_BLOCK, GROUPS
-        )
+    done = 0
+    mbarrier.wait(q_full.index(0), 0)
+    flat_head, q_block, in_block, begin, turn, end, part_row = hear(told, 0)
+    while flat_head >= 0:
         whole, tiles = (turn - begin) * PER, (end - begin) * PER
         b, h = flat_head // heads, flat_head % heads
         slot = done % KEPT
@@ -205,7 +223,6 @@ def _consume(
         inside = q_token < q_tokens
         row_lse = gl.load(lse + at_row, mask=inside, other=float("inf"))
         row_lse = gl.where(row_lse == float("-inf"), float("inf"), row_lse) * LOG2E
-        mbarrier.wait(q_full.index(slot), (done // KEPT) & 1)
         if out is not None:
             stage = used % STAGES
             mbarrier.wait(k_full.index(stage), (used // STAGES) & 1)
@@ -299,6 +316,9 @@ def _consume(
             tma.async_copy_shared_to_global(grad, [b, h, first, 0], q_tiles.index(GROUPS * slot + group))
             tma.store_wait(0)
         mbarrier.arrive(q_empty.index(slot))
+        done += 1
+        mbarrier.wait(q_full.index(done % KEPT), (done // KEPT) & 1)
+        flat_head, q_block, in_block, begin, turn, end, part_row = hear(told, done % KEPT)
 
 
 @gluon.jit(
@@ -329,7 +349,7 @@ def grad_q_walk_kernel(
     col_indices,
     q_starts,
     kv_starts,
-    meeting,
+    dealt,
     groups,
     q_blocks,
     parts,
@@ -349,8 +369,9 @@ def grad_q_walk_kernel(
     GROUPS: gl.constexpr,
     CAUSAL: gl.constexpr,
     CUTS: gl.constexpr,
+    TOGETHER: gl.constexpr,
 ):
-    """A program walks every n-th of the works (item, 64 queries a group of warps, copy of the layout's group)."""
+    """A program takes works (item, 64 queries a group of warps, copy of the layout's group) until none is left."""
     gl.static_assert(COLS == GROUP_ROWS)  # rows of the output lie where a tile does
     q_tiles = gl.allocate_shared_memory(q.dtype, [GROUPS * KEPT, 1, 1, GROUP_ROWS, D], q.layout)
     do_tiles = gl.allocate_shared_memory(q.dtype, [GROUPS * KEPT, 1, 1, GROUP_ROWS, D], q.layout)
@@ -362,6 +383,7 @@ def grad_q_walk_kernel(
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    told = gl.allocate_shared_memory(gl.int32, [KEPT * FACTS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     for i in gl.static_range(KEPT):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=GROUPS)
@@ -371,8 +393,9 @@ def grad_q_walk_kernel(
         mbarrier.init(k_empty.index(i), count=GROUPS)
         mbarrier.init(v_empty.index(i), count=GROUPS)
     fence_async_shared()
-    shared = (q_tiles, do_tiles, k_tiles, v_tiles, q_full, k_full, v_full, q_empty, k_empty, v_empty)
+    shared = (q_tiles, do_tiles, k_tiles, v_tiles, q_full, k_full, v_full, q_empty, k_empty, v_empty, told)
     plan = (items, col_indices, total, groups, q_blocks, parts, item_count, heads)
+    lists = (col_indices, heads)
     results = (grad, lse, delta, q_tokens, kv_tokens, scale)
     optional = (out, grad_lse, part_grad, q_starts, kv_starts)
     if GROUPS == 2:
@@ -383,7 +406,7 @@ def grad_q_walk_kernel(
                     (
                         0,
                         shared,
-                        plan,
+                        lists,
                         results,
                         optional,
                         Q_BLOCK,
@@ -402,7 +425,7 @@ def grad_q_walk_kernel(
                     (
                         1,
                         shared,
-                        plan,
+                        lists,
                         results,
                         optional,
                         Q_BLOCK,
@@ -425,7 +448,7 @@ def grad_q_walk_kernel(
                         grad_out,
                         out,
                         queries_per_kv,
-                        meeting,
+                        dealt,
                         shared,
                         plan,
                         Q_BLOCK,
@@ -434,6 +457,7 @@ def grad_q_walk_kernel(
                         KEPT,
                         STAGES,
                         GROUPS,
+                        TOGETHER,
                     ),
                 ),
             ],
@@ -448,7 +472,7 @@ def grad_q_walk_kernel(
                     (
                         0,
                         shared,
-                        plan,
+                        lists,
                         results,
                         optional,
                         Q_BLOCK,
@@ -471,7 +495,7 @@ def grad_q_walk_kernel(
                         grad_out,
                         out,
                         queries_per_kv,
-                        meeting,
+                        dealt,
                         shared,
                         plan,
                         Q_BLOCK,
@@ -480,6 +504,7 @@ def grad_q_walk_kernel(
                         KEPT,
                         STAGES,
                         GROUPS,
+                        TOGETHER,
                     ),
                 ),
             ],

@@ -1,9 +1,9 @@
 """What the kernels on Hopper share, whose loads have warps of their own (FlashAttention-3's schedule, 2407.08608).
 
-A processor runs one or two programs, which stay: each takes every n-th work, an item of the plan and so many of its
-tokens as its groups of warps hold, 64 each. One more warp issues the loads: the tokens that are kept, the tiles that
-are walked, and on to the next work while this one is computed. For plain calls (no mask, segments, bias or dropout) of
-16 bits.
+A processor runs one or two programs, which stay and take one work after another: an item of the plan, and so many of
+its tokens as the program's groups of warps hold, 64 each. One more warp takes the works and issues the loads: the
+tokens that are kept, the tiles that are walked, and on to the next work while this one is computed. For plain calls (no
+mask, segments, bias or dropout) of 16 bits.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from raybsa.kernels.call import AttentionCall
 from raybsa.kernels.triton_descriptors import Boxes, boxes_of
 from raybsa.kernels.triton_launch import Launcher, Tensors, launcher
 from raybsa.kernels.triton_plan import Work
-from raybsa.kernels.triton_setup import is_hopper, processors
+from raybsa.kernels.triton_setup import current_stream, is_hopper, processors
 from raybsa.kernels.triton_tiles import Tile
 
 LOG2E = gl.constexpr(1.4426950408889634)
 GROUP_ROWS = gl.constexpr(64)  # tokens of one group of warps
 PATIENCE = gl.constexpr(64)  # looks, of somewhat under a microsecond, at how far the others are
+FACTS = gl.constexpr(8)  # room for what is told of a work
 CACHED = 25 << 20  # bytes of two tensors of a head, half of L2
 ALIKE = 1.1  # lists are alike where the longest is no longer than so many times the mean
 
@@ -71,20 +72,22 @@ class Walk:
     Args:
         block: tokens of a block of the kept side.
         copies: how many heads share each list of the plan.
-        together: programs begin their works together, so that what they load at one time lies close in the sequence:
-            for lists that are alike and walk over more than L2 holds.
     """
 
-    def __init__(self, kernel: Any, form: Form, work: Work, block: int, copies: int, like: Tensor, together: bool):
+    def __init__(self, kernel: Any, form: Form, work: Work, block: int, copies: int, device: torch.device) -> None:
         self._kernel, self._form = kernel, form
         self.works = work.items.shape[0] * (block // (form.groups * GROUP_ROWS.value))
         self.total = self.works * copies
-        self._programs = (max(1, min(form.programs * processors(like.device), self.total)), 1)
-        self.meeting = like.new_zeros(2, dtype=torch.int32) if together else None
+        self._programs = (max(1, min(form.programs * processors(device), self.total)), 1)
+        self._device, self._dealt = device, dict[int, Tensor]()
         self._launch: Launcher | None = None
 
-    def __call__(self, tensors: Tensors, numbers: tuple[int | float, ...], boxes: Boxes, constants: tuple[Any, ...]):
-        """Runs it; boxes and constants matter in the first call only."""
+    def __call__(
+        self, tensors: Tensors, numbers: tuple[int | float, ...], boxes: Boxes, constants: tuple[Any, ...]
+    ) -> None:
+        """Runs it on ``(*tensors, how many works programs have taken)``; boxes and constants matter in the first call
+        only."""
+        tensors = (*tensors, self._count())
         if self._launch is None:
             registers = 128 if self._form.programs == 2 else None  # of a thread, before the groups trade them
             self._launch = launcher(
@@ -92,9 +95,20 @@ class Walk:
             )
         self._launch(self._programs, tensors, numbers)
 
+    def _count(self) -> Tensor:
+        """(1,) int32 zero, which the kernel leaves as zero: one a stream, as launches on two may run at one time, and
+        one a launch in a CUDA graph, which may be replayed on any."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return torch.zeros(1, dtype=torch.int32, device=self._device)
+        stream = current_stream(self._device.index)
+        if stream not in self._dealt:
+            self._dealt[stream] = torch.zeros(1, dtype=torch.int32, device=self._device)
+        return self._dealt[stream]
+
 
 def walk_together(work: Work, walked_tokens: int, head_dim: int) -> bool:
-    """Whether programs should begin the works of a plan together: see ``Walk``. Reads the longest list back."""
+    """Whether programs should begin the works of a plan together, so that what they load at one time lies close in the
+    sequence: where lists are alike and walk over more than L2 holds. Reads the longest list back."""
     if 4 * walked_tokens * head_dim <= CACHED or work.parts or not work.items.shape[0]:
         return False
     lengths = (work.items[:, 3] - work.items[:, 1]).float()
@@ -107,21 +121,75 @@ def _descriptor(tensor: Tensor, box: tuple[int, ...]) -> Any:
 
 
 @gluon.jit
+def take(dealt, total, TOGETHER: gl.constexpr):
+    """The number of the next work, ``total`` or more where none is left; the last to ask makes ``dealt`` ready for the
+    next launch.
+
+    With ``TOGETHER`` it waits until as many programs as there are have taken one of these works, or for so long that
+    somebody must be kept away: nothing but speed depends on it.
+    """
+    programs = gl.num_programs(0)
+    index = gl.atomic_add(dealt, 1, sem="relaxed")
+    if TOGETHER:
+        wanted = gl.minimum((index // programs + 1) * programs, total)
+        seen = index + 1
+        looks = 0
+        while (seen < wanted) & (looks < PATIENCE):
+            seen = gl.load(dealt, volatile=True)
+            looks += 1
+    if index == total + programs - 1:
+        gl.store(dealt, 0)
+    return index
+
+
+@gluon.jit
 def place(items, index, total, groups, blocks, parts, item_count, BLOCK: gl.constexpr, GROUPS: gl.constexpr):
     """Of work ``index``: its flat head, block, first token in it, begin, turn and end, and its part.
 
-    The part is a row of all copies' parts; -1 for a whole list, less for work that is none.
+    The flat head is -1 where there is no such work; the part is a row of all copies' parts, -1 for a whole list, less
+    for work that writes nothing.
     """
     TURNS: gl.constexpr = BLOCK // (GROUPS * GROUP_ROWS)
-    index = gl.minimum(index, total - 1)
-    copy = index // item_count
-    number = index % item_count
+    known = gl.minimum(index, total - 1)
+    copy = known // item_count
+    number = known % item_count
     item = items + (number // TURNS) * 8
     line, begin, turn = gl.load(item), gl.load(item + 1), gl.load(item + 2)
     end, part = gl.load(item + 3), gl.load(item + 4)
-    flat_head = copy * groups + line // blocks
+    flat_head = gl.where(index < total, copy * groups + line // blocks, -1)
     part_row = gl.where(part >= 0, copy * parts + part, part)
     return flat_head, line % blocks, (number % TURNS) * GROUPS * GROUP_ROWS, begin, turn, end, part_row
+
+
+@gluon.jit
+def _tell(told, at, value):
+    told.index(at).store(gl.full([1], value, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+
+
+@gluon.jit
+def _hear(told, at):
+    return gl.sum(told.index(at).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
+def tell(told, slot, flat_head, block, in_block, begin, turn, end, part_row):
+    """Leaves what ``place`` said in shared memory, for the groups that compute."""
+    _tell(told, slot * FACTS, flat_head)
+    _tell(told, slot * FACTS + 1, block)
+    _tell(told, slot * FACTS + 2, in_block)
+    _tell(told, slot * FACTS + 3, begin)
+    _tell(told, slot * FACTS + 4, turn)
+    _tell(told, slot * FACTS + 5, end)
+    _tell(told, slot * FACTS + 6, part_row)
+
+
+@gluon.jit
+def hear(told, slot):
+    """What ``tell`` left."""
+    at = slot * FACTS
+    head, block, in_block = _hear(told, at), _hear(told, at + 1), _hear(told, at + 2)
+    begin, turn, end = _hear(told, at + 3), _hear(told, at + 4), _hear(told, at + 5)
+    return head, block, in_block, begin, turn, end, _hear(told, at + 6)
 
 
 @gluon.jit
@@ -154,29 +222,3 @@ def hide_keys(
                 first = gl.load(kv_starts + block).to(gl.int32)
             s = gl.where((first + lane)[None, :] <= q_position[:, None], s, float("-inf"))
     return s
-
-
-@gluon.jit
-def meet(meeting, number, total):
-    """Waits until all programs have come to their work ``number``, or for so long that somebody must be kept away.
-
-    Nothing but speed depends on it. ``meeting`` counts the arrivals of a launch; works that only some programs have are
-    not waited for.
-    """
-    if meeting is not None:
-        programs = gl.num_programs(0)
-        if (number > 0) & (number < total // programs):
-            seen = gl.atomic_add(meeting, 1) + 1
-            looks = 0
-            while (seen < number * programs) & (looks < PATIENCE):
-                seen = gl.load(meeting, volatile=True)
-                looks += 1
-
-
-@gluon.jit
-def part(meeting):
-    """After its last work: the last program to leave makes the count ready for the next launch."""
-    if meeting is not None:
-        if gl.atomic_add(meeting + 1, 1) == gl.num_programs(0) - 1:
-            gl.store(meeting, 0)
-            gl.store(meeting + 1, 0)
