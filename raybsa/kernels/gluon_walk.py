@@ -122,14 +122,25 @@ def _descriptor(tensor: Tensor, box: tuple[int, ...]) -> Any:
 
 @gluon.jit
 def take(dealt, total, TOGETHER: gl.constexpr):
-    """The number of the next work, ``total`` or more where none is left; the last to ask makes ``dealt`` ready for the
-    next launch.
+    """The number of the next work, ``total`` or more where none is left; when all programs have heard so, ``dealt`` is
+    zero again, for the next launch.
 
     With ``TOGETHER`` it waits until as many programs as there are have taken one of these works, or for so long that
     somebody must be kept away: nothing but speed depends on it.
     """
     programs = gl.num_programs(0)
-    index = gl.atomic_add(dealt, 1, sem="relaxed")
+    # `atom.inc` wraps around by itself; and of one `atom.add` for all lanes ptxas makes a branch after which the lanes
+    # of this warp go on apart (of Triton 3.6).
+    lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    counted = gl.inline_asm_elementwise(
+        "{ .reg .pred first; setp.eq.s32 first, $1, 0; mov.u32 $0, 0; @first atom.global.inc.u32 $0, [$2], $3; }",
+        "=r,r,l,r",
+        [lane, dealt + lane * 0, lane * 0 + (total + programs - 1)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+    index = gl.sum(counted, 0)
     if TOGETHER:
         wanted = gl.minimum((index // programs + 1) * programs, total)
         seen = index + 1
@@ -137,8 +148,6 @@ def take(dealt, total, TOGETHER: gl.constexpr):
         while (seen < wanted) & (looks < PATIENCE):
             seen = gl.load(dealt, volatile=True)
             looks += 1
-    if index == total + programs - 1:
-        gl.store(dealt, 0)
     return index
 
 
