@@ -25,7 +25,7 @@ from raybsa.kernels.triton_launch import Tensors
 from raybsa.kernels.triton_plan import Work
 
 
-def forward_form(call: AttentionCall, work: Work) -> Form | None:
+def forward_form(call: AttentionCall) -> Form | None:
     """How these kernels serve the call; None where they do not, or where the tiled kernel was measured to be faster."""
     layout, head_dim = call.layout, call.q.shape[-1]
     form = None
@@ -52,9 +52,8 @@ class ForwardWalk:
         self._form = form
 
     def __call__(self, call: AttentionCall, tensors: Tensors) -> None:
-        boxes = _boxes(call, self._form, tensors[3])
-        tensors = (*tensors, *feature_tensors(call)[:2])  # where the blocks lie in the sequence
-        self._walk(tensors, self._numbers, boxes, self._constants)
+        out, tensors = tensors[3], (*tensors, *feature_tensors(call)[:2])  # where the blocks lie in the sequence
+        self._walk(tensors, self._numbers, self._constants, lambda: _boxes(call, self._form, out))
 
 
 def _boxes(call: AttentionCall, form: Form, out: Tensor | None) -> Boxes:
@@ -85,7 +84,7 @@ def _produce(
     PER: gl.constexpr = KV_BLOCK // COLS
     loaded = 0
     done = 0
-    index = take(dealt, total, False)
+    index = take(dealt, total)
     while index < total:
         flat_head, q_block, in_block, begin, turn, end, part_row = place(
             items, index, total, groups, q_blocks, parts, item_count, Q_BLOCK, GROUPS
@@ -112,7 +111,7 @@ def _produce(
             tma.async_copy_global_to_shared(v, [b, kv_head, token, 0], v_full.index(stage), v_tiles.index(stage))
             loaded += 1
         done += 1
-        index = take(dealt, total, False)
+        index = take(dealt, total)
     slot = done % KEPT
     mbarrier.wait(q_empty.index(slot), ((done // KEPT) & 1) ^ 1)
     tell(told, slot, -1, 0, 0, 0, 0, 0, -1)

@@ -67,10 +67,9 @@ class GradKVWalk:
         parts: tuple[Tensor | None, Tensor | None],
         columns: Columns,
     ) -> None:
-        boxes = _boxes(call, self._form, grad_out, *grads)
         tensors: Tensors = (call.q, call.k, call.v, grad_out, *grads, lse, delta, *parts)
         tensors = (*tensors, columns.work.items, columns.entries, *feature_tensors(call)[:2])
-        self._walk(tensors, self._numbers, boxes, self._constants)
+        self._walk(tensors, self._numbers, self._constants, lambda: _boxes(call, self._form, grad_out, *grads))
 
 
 def _boxes(
@@ -109,7 +108,7 @@ def _produce(
     PER: gl.constexpr = Q_BLOCK // COLS
     loaded = 0
     done = 0
-    index = take(dealt, total, False)
+    index = take(dealt, total)
     while index < total:
         flat_head, kv_block, in_block, begin, turn, end, part_row = place(
             items, index, total, groups, kv_blocks, parts, item_count, KV_BLOCK, GROUPS
@@ -142,7 +141,7 @@ def _produce(
             tma.async_copy_global_to_shared(grad_out, [b, h, token, 0], do_full.index(stage), do_tiles.index(stage))
             loaded += 1
         done += 1
-        index = take(dealt, total, False)
+        index = take(dealt, total)
     slot = done % KEPT
     mbarrier.wait(k_empty.index(slot), ((done // KEPT) & 1) ^ 1)
     tell(told, slot, -1, 0, 0, 0, 0, 0, -1)

@@ -31,7 +31,6 @@ from raybsa.kernels.gluon_walk import (
     place,
     take,
     tell,
-    walk_together,
 )
 from raybsa.kernels.triton_arguments import Softmax, feature_tensors, numbers
 from raybsa.kernels.triton_descriptors import Boxes
@@ -56,24 +55,14 @@ class GradQWalk:
 
     def __init__(self, call: AttentionCall, work: Work, form: Form) -> None:
         layout, (batch, heads, _, head_dim) = call.layout, call.q.shape
-        together = walk_together(work, layout.kv_tokens, head_dim)
         copies = batch * heads // layout.num_groups
         self._walk = Walk(grad_q_walk_kernel, form, work, layout.q_block_size, copies, call.q.device)
-        sizes = (layout.num_groups, layout.num_q_blocks, work.parts)
-        self._numbers = (*sizes, *numbers(call)[:5], self._walk.works, self._walk.total)
+        counts = (layout.num_groups, layout.num_q_blocks, work.parts)
+        self._numbers = (*counts, *numbers(call)[:5], self._walk.works, self._walk.total)
         cuts = layout.causal or layout.kv_tokens % layout.kv_block_size != 0
         blocks = (layout.q_block_size, layout.kv_block_size)
-        self._constants = (
-            *blocks,
-            form.cols,
-            head_dim,
-            form.kept,
-            form.stages,
-            form.groups,
-            layout.causal,
-            cuts,
-            together,
-        )
+        sizes = (form.cols, head_dim, form.kept, form.stages, form.groups)
+        self._constants = (*blocks, *sizes, layout.causal, cuts)
         self._form = form
 
     def __call__(
@@ -86,10 +75,10 @@ class GradQWalk:
         parts: Tensor | None,
         work: Work,
     ) -> None:
-        boxes = _boxes(call, self._form, forward, grad_out, grad)
         tensors: Tensors = (call.q, call.k, call.v, grad_out, forward.out, grad, _flat(forward.grad_lse), forward.lse)
         tensors = (*tensors, delta, parts, work.items, call.layout.col_indices)
-        self._walk((*tensors, *feature_tensors(call)[:2]), self._numbers, boxes, self._constants)
+        tensors = (*tensors, *feature_tensors(call)[:2])
+        self._walk(tensors, self._numbers, self._constants, lambda: _boxes(call, self._form, forward, grad_out, grad))
 
 
 def _boxes(call: AttentionCall, form: Form, forward: Softmax, grad_out: Tensor, grad: Tensor) -> Boxes:
@@ -119,7 +108,6 @@ def _produce(
     KEPT: gl.constexpr,
     STAGES: gl.constexpr,
     GROUPS: gl.constexpr,
-    TOGETHER: gl.constexpr,
 ):
     """Loads queries and gradients, rows of the output, and tiles in turn, each when what lay there is done with."""
     q_tiles, do_tiles, k_tiles, v_tiles, q_full, k_full, v_full, q_empty, k_empty, v_empty, told = shared
@@ -127,7 +115,7 @@ def _produce(
     PER: gl.constexpr = KV_BLOCK // COLS
     loaded = 0
     done = 0
-    index = take(dealt, total, TOGETHER)
+    index = take(dealt, total)
     while index < total:
         flat_head, q_block, in_block, begin, turn, end, part_row = place(
             items, index, total, groups, q_blocks, parts, item_count, Q_BLOCK, GROUPS
@@ -169,7 +157,7 @@ def _produce(
             tma.async_copy_global_to_shared(v, [b, kv_head, token, 0], v_full.index(stage), v_tiles.index(stage))
             loaded += 1
         done += 1
-        index = take(dealt, total, TOGETHER)
+        index = take(dealt, total)
     slot = done % KEPT
     mbarrier.wait(q_empty.index(slot), ((done // KEPT) & 1) ^ 1)
     tell(told, slot, -1, 0, 0, 0, 0, 0, -1)
@@ -369,7 +357,6 @@ def grad_q_walk_kernel(
     GROUPS: gl.constexpr,
     CAUSAL: gl.constexpr,
     CUTS: gl.constexpr,
-    TOGETHER: gl.constexpr,
 ):
     """A program takes works (item, 64 queries a group of warps, copy of the layout's group) until none is left."""
     gl.static_assert(COLS == GROUP_ROWS)  # rows of the output lie where a tile does
@@ -457,7 +444,6 @@ def grad_q_walk_kernel(
                         KEPT,
                         STAGES,
                         GROUPS,
-                        TOGETHER,
                     ),
                 ),
             ],
@@ -504,7 +490,6 @@ def grad_q_walk_kernel(
                         KEPT,
                         STAGES,
                         GROUPS,
-                        TOGETHER,
                     ),
                 ),
             ],

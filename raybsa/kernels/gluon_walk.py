@@ -8,6 +8,7 @@ mask, segments, bias or dropout) of 16 bits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +27,7 @@ from raybsa.kernels.triton_tiles import Tile
 
 LOG2E = gl.constexpr(1.4426950408889634)
 GROUP_ROWS = gl.constexpr(64)  # tokens of one group of warps
-PATIENCE = gl.constexpr(64)  # looks, of somewhat under a microsecond, at how far the others are
 FACTS = gl.constexpr(8)  # room for what is told of a work
-CACHED = 25 << 20  # bytes of two tensors of a head, half of L2
-ALIKE = 1.1  # lists are alike where the longest is no longer than so many times the mean
 
 
 @dataclass(frozen=True)
@@ -83,15 +81,15 @@ class Walk:
         self._launch: Launcher | None = None
 
     def __call__(
-        self, tensors: Tensors, numbers: tuple[int | float, ...], boxes: Boxes, constants: tuple[Any, ...]
+        self, tensors: Tensors, numbers: tuple[int | float, ...], constants: tuple[Any, ...], boxes: Callable[[], Boxes]
     ) -> None:
-        """Runs it on ``(*tensors, how many works programs have taken)``; boxes and constants matter in the first call
+        """Runs it on ``(*tensors, how many works programs have taken)``; constants and boxes matter in the first call
         only."""
         tensors = (*tensors, self._count())
         if self._launch is None:
             registers = 128 if self._form.programs == 2 else None  # of a thread, before the groups trade them
             self._launch = launcher(
-                self._kernel, tensors, (), constants, 4, 1, boxes, describe=_descriptor, registers=registers
+                self._kernel, tensors, (), constants, 4, 1, boxes(), describe=_descriptor, registers=registers
             )
         self._launch(self._programs, tensors, numbers)
 
@@ -106,49 +104,27 @@ class Walk:
         return self._dealt[stream]
 
 
-def walk_together(work: Work, walked_tokens: int, head_dim: int) -> bool:
-    """Whether programs should begin the works of a plan together, so that what they load at one time lies close in the
-    sequence: where lists are alike and walk over more than L2 holds. Reads the longest list back."""
-    if 4 * walked_tokens * head_dim <= CACHED or work.parts or not work.items.shape[0]:
-        return False
-    lengths = (work.items[:, 3] - work.items[:, 1]).float()
-    return bool(lengths.max() <= ALIKE * lengths.mean())
-
-
 def _descriptor(tensor: Tensor, box: tuple[int, ...]) -> Any:
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(box), layout)
 
 
 @gluon.jit
-def take(dealt, total, TOGETHER: gl.constexpr):
+def take(dealt, total):
     """The number of the next work, ``total`` or more where none is left; when all programs have heard so, ``dealt`` is
-    zero again, for the next launch.
-
-    With ``TOGETHER`` it waits until as many programs as there are have taken one of these works, or for so long that
-    somebody must be kept away: nothing but speed depends on it.
-    """
-    programs = gl.num_programs(0)
+    zero again, for the next launch."""
     # `atom.inc` wraps around by itself; and of one `atom.add` for all lanes ptxas makes a branch after which the lanes
     # of this warp go on apart (of Triton 3.6).
     lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
     counted = gl.inline_asm_elementwise(
         "{ .reg .pred first; setp.eq.s32 first, $1, 0; mov.u32 $0, 0; @first atom.global.inc.u32 $0, [$2], $3; }",
         "=r,r,l,r",
-        [lane, dealt + lane * 0, lane * 0 + (total + programs - 1)],
+        [lane, dealt + lane * 0, lane * 0 + (total + gl.num_programs(0) - 1)],
         dtype=gl.int32,
         is_pure=False,
         pack=1,
     )
-    index = gl.sum(counted, 0)
-    if TOGETHER:
-        wanted = gl.minimum((index // programs + 1) * programs, total)
-        seen = index + 1
-        looks = 0
-        while (seen < wanted) & (looks < PATIENCE):
-            seen = gl.load(dealt, volatile=True)
-            looks += 1
-    return index
+    return gl.sum(counted, 0)
 
 
 @gluon.jit

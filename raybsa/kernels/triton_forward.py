@@ -62,7 +62,7 @@ class _Forward:
         items, splits = self._work.sizes()
         rows = min(MERGE_ROWS, layout.q_block_size)
         self._merge_grid = (splits * (layout.q_block_size // rows), self._copies)
-        self._empty, form = not items, forward_form(call, self._work)
+        self._empty, form = not items, forward_form(call)
         self._walk = ForwardWalk(call, self._work, form) if form else _Walk(call, self._work, tile)
         self._merge: Launcher | None = None
 
