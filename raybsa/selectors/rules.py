@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raybsa.layout import check_geometry
+from raybsa.axis import check_geometry
 from raybsa.patterns.budgets import level
 from raybsa.patterns.parameters import integer
 from raybsa.patterns.pattern import check_density
