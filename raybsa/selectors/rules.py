@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from raybsa.axis import check_geometry
 from raybsa.patterns.budgets import level
+from raybsa.patterns.dilated import Dilated
 from raybsa.patterns.parameters import integer
 from raybsa.patterns.pattern import check_density
 
@@ -124,3 +126,17 @@ class Rules:
             high = ((last // length + 1) * length - 1) // self.block_size
             found |= (j >= low) & (j <= high) & ((j - i) % rate == 0)
         return found
+
+
+def segment_pairs(
+    segment_lengths: Sequence[int] | None, dilation_rates: Sequence[int] | None
+) -> tuple[tuple[int, int], ...] | None:
+    """The ``segments`` of ``Rules`` from two lists of equal length, checked as the pattern ``dilated`` checks them."""
+    lists = {"segment_lengths": segment_lengths, "dilation_rates": dilation_rates}
+    given = [name for name, value in lists.items() if value is not None]
+    if len(given) == 1:
+        raise ValueError(f"segment_lengths and dilation_rates go together, got only {given[0]}")
+    if segment_lengths is None or dilation_rates is None:
+        return None
+    rule = Dilated(tuple(segment_lengths), tuple(dilation_rates))
+    return tuple(zip(rule.segment_lengths, rule.dilation_rates, strict=True))
