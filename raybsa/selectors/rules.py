@@ -47,7 +47,7 @@ class Rules:
     sinks: int = 0
     window: int = 2
     max_blocks: int | None = None
-    even: bool = False
+    even: bool = True
 
     def __post_init__(self) -> None:
         check_geometry(1, 1, self.block_size, self.block_size)
@@ -98,8 +98,8 @@ class Rules:
         return self.diagonal(rows, columns) + 1 if self.causal else torch.full_like(rows, columns)
 
     def budget(self, rows: Tensor, num_rows: int, columns: int, density: float) -> Tensor:
-        """(R,) int64 of ``rows`` among ``num_rows``: ``max(1, round(density * allowed))``, or with ``even`` the same in
-        all rows, of which the first have one more; but no more than there are candidates or ``max_blocks``."""
+        """(R,) int64 of ``rows`` among ``num_rows``: the same in all rows, of which the first have one more, or without
+        ``even`` ``max(1, round(density * allowed))``; but no more than there are candidates or ``max_blocks``."""
         check_density(density)
         if not self.even:
             wanted = (density * self.allowed(rows, columns).double()).round().long().clamp(min=1)

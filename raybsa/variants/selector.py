@@ -33,9 +33,9 @@ METHODS = ("distill", "bias", "compressed", "mean-pool")
 class BlockSelector(nn.Module):
     """Chooses blocks by pooled q and k, one choice a sample and KV head, which its query heads share.
 
-    Each row keeps ``max(1, round(density * allowed))`` blocks (no more than there are candidates): the diagonal, sinks
-    and a local window first, then the best by the gate. A causal row chooses by the tokens before its own block and
-    its first token, so no output depends on a later token. Samples do not influence each other.
+    All rows keep the same number of blocks, as far as they have candidates (``even``), with the density exact in total:
+    the diagonal, sinks and a local window first, then the best by the gate. A causal row chooses by the tokens before
+    its own block and its first token, so no output depends on a later token. Samples do not influence each other.
 
     What trains the gate is ``method``:
 
@@ -85,10 +85,10 @@ class BlockSelector(nn.Module):
         causal: bool = False,
         method: str = "distill",
         gate_dim: int = 32,
-        sinks: int = 0,
-        window: int = 2,
-        max_blocks: int | None = None,
-        even: bool = True,
+        sinks: int = Rules.sinks,
+        window: int = Rules.window,
+        max_blocks: int | None = Rules.max_blocks,
+        even: bool = Rules.even,
         top_p: float | None = None,
         warmup: int = 0,
         anneal: int = 0,
