@@ -9,7 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from raybsa.layout import BlockLayout, check_geometry, num_blocks
+from raybsa.axis import check_geometry, num_blocks
+from raybsa.layout import BlockLayout
 
 
 @dataclass(frozen=True, eq=False)
