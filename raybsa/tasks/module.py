@@ -37,8 +37,8 @@ def prepare_training(spec: TrialSpec, device: torch.device, lock: DeviceLock) ->
     ``modules`` (the names of those that attend, by number), as ``question_of`` finds them.
 
     Raises:
-        ValueError, NotImplementedError, TypeError: the function breaks its contract, another attention than the spec's
-            sizes say, or one that cannot be swapped exactly.
+        ValueError: the function breaks its contract, or attends otherwise than the spec's sizes say.
+        NotImplementedError: an attention that cannot be swapped exactly; the message names the module.
     """
     function = known_params(spec, {"function": None, "modules": None})["function"]
     if not function:
@@ -76,7 +76,7 @@ def question_of(function: str, base: TrialSpec) -> TrialSpec:
     The function is called here too, with the seed of ``base``, and its loss once.
 
     Raises:
-        ValueError, NotImplementedError, TypeError: as ``prepare_training``.
+        ValueError, NotImplementedError: as ``prepare_training``.
     """
     asked = ask(function, base.seed, torch.device("cpu"))
     return _sized(base, function, _attending(function, asked))

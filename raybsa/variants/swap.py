@@ -42,8 +42,7 @@ def attending(model: nn.Module, run: Callable[[], object]) -> list[Attending]:
     """What of ``model`` attends while ``run()`` calls it, by number. ``run`` sees what the model computes by itself.
 
     Raises:
-        NotImplementedError, ValueError, TypeError: an attention that cannot be swapped exactly; the message names the
-            module.
+        NotImplementedError: an attention that cannot be swapped exactly; the message names the module.
     """
     found: dict[str, Attending] = {}
     alike: dict[tuple[int, bool], AttentionCall] = {}
@@ -69,7 +68,7 @@ def swap(model: nn.Module, served: Mapping[str, Served | None]) -> Callable[[], 
     """From now on the modules of these names attend as they are served; one that has None is left as it is.
 
     A learned source becomes a part of its module. ``state_dict`` is otherwise what it was. A call that its source
-    cannot serve exactly raises NotImplementedError, ValueError or TypeError, and names the module.
+    cannot serve exactly raises NotImplementedError, and names the module.
 
     Returns:
         What undoes it.
@@ -103,8 +102,8 @@ def swap_attention(
         What undoes it.
 
     Raises:
-        NotImplementedError, ValueError, TypeError: an attention that cannot be swapped exactly, or another number of
-            them than attend.
+        NotImplementedError: an attention that cannot be swapped exactly; the message names the module.
+        ValueError: another number of attentions than of modules that attend, or a variant that is not for them.
     """
     specs = [_spec(one) for one in attentions]
     return swap(model, served_by(attending(model, run), specs, model))

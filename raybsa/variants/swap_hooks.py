@@ -48,7 +48,9 @@ class Swapped:
     def apply(self) -> None:
         for name, module in list(self.model.named_modules()):
             if isinstance(module, BlockSparseMultihead):
-                raise ValueError(f"{named(name)}: nn.MultiheadAttention was wanted, it is block-sparse already")
+                raise NotImplementedError(
+                    f"{named(name)}: nn.MultiheadAttention was wanted, it is block-sparse already"
+                )
             if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
                 raise NotImplementedError(f"{named(name)}: a model that is not compiled was wanted, got torch.compile")
             before = module.register_forward_pre_hook(partial(self._enter, name), prepend=True)
@@ -188,11 +190,11 @@ def named(name: str) -> str:
 
 @contextmanager
 def _naming(module: str) -> Iterator[None]:
-    """An error says which module it is about."""
+    """What we do not serve says which module it is about."""
     try:
         yield
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise type(error)(f"{module}: {error}") from error
+        raise NotImplementedError(f"{module}: {error}") from error
 
 
 def _opposite(mask: Tensor | None) -> Tensor | None:
