@@ -47,13 +47,15 @@ class Swapped:
 
     def apply(self) -> None:
         for name, module in list(self.model.named_modules()):
+            if any(isinstance(hook, _Enter) for hook in module._forward_pre_hooks.values()):
+                raise NotImplementedError(f"{named(name)}: it is swapped already, undo that first")
             if isinstance(module, BlockSparseMultihead):
                 raise NotImplementedError(
                     f"{named(name)}: nn.MultiheadAttention was wanted, it is block-sparse already"
                 )
             if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
                 raise NotImplementedError(f"{named(name)}: a model that is not compiled was wanted, got torch.compile")
-            before = module.register_forward_pre_hook(partial(self._enter, name), prepend=True)
+            before = module.register_forward_pre_hook(_Enter(self._enter, name), prepend=True)
             after = module.register_forward_hook(self._leave, always_call=True)
             self.undo.callback(before.remove)
             self.undo.callback(after.remove)
@@ -103,6 +105,10 @@ class Swapped:
         self.trail.pop()
         if not self.trail:
             self.mode.__exit__(None, None, None)
+
+
+class _Enter(partial[None]):
+    """Our own hook, to be known again."""
 
 
 class _Mode(TorchFunctionMode):

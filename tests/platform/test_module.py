@@ -15,6 +15,7 @@ from raybsa import patterns
 from raybsa.cluster.worker import Worker
 from raybsa.experiments.front import write_front
 from raybsa.experiments.recording import Run, record_of
+from raybsa.own import own_of_file
 from raybsa.results.pareto import named_objectives
 from raybsa.results.record import Outcome
 from raybsa.results.store import Store
@@ -188,6 +189,16 @@ def test_a_learned_pattern_learns_in_it_and_a_preview_judges_it_untrained(own, t
     made.advance()
     assert len(gates) >= 2
     assert any(not torch.equal(p, gates[name]) for name, p in made._model.named_parameters() if name in gates)
+
+
+def test_a_file_is_run_once_and_again_where_it_changed(folder):
+    (folder / "mine.py").write_text("from beside import STEPS\nSTEPS.append(1)\ndef one(): return 1\n")
+    name = f"{folder / 'mine.py'}:one"
+    assert own_of_file(name, "a function") is own_of_file(name, "a function")
+    (folder / "mine.py").write_text("from beside import STEPS\nSTEPS.append(2)\ndef one(): return 2\n")
+    os.utime(folder / "mine.py", ns=(0, 0))
+    assert own_of_file(name, "a function")() == 2
+    assert sys.modules["beside"].STEPS == [1, 2]
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------

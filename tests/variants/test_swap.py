@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -290,3 +291,15 @@ def test_a_compiled_model_is_refused():
     model[0].compile(backend="eager")
     with pytest.raises(NotImplementedError, match="module '0': a model that is not compiled was wanted"):
         attending(model, lambda: model(x))
+
+
+def test_a_swapped_model_is_copied_whole_and_not_swapped_twice():
+    model, x = nn.Sequential(Attention(CALLS["plain"]), Multihead()), torch.randn(B, S, H * D)
+    undo = swap_attention(model, [WINDOW], lambda: model(x))
+    wanted, copied = model(x), copy.deepcopy(model)
+    with pytest.raises(NotImplementedError, match="the model itself: it is swapped already"):
+        swap_attention(model, [ALL], lambda: model(x))
+    assert torch.equal(model(x), wanted), "a refusal undoes nothing"
+    undo()
+    assert torch.equal(copied(x), wanted)
+    assert not torch.allclose(model(x), wanted, atol=1e-3)
