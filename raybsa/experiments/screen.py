@@ -48,9 +48,8 @@ class Screen:
         return self._model
 
     def __call__(self, spec: TrialSpec) -> str | None:
-        if self.model is None or all(
-            a.density is None for a in spec.attention
-        ):  # the baseline and references are asked anyway
+        asked_anyway = all(layer.density is None for layer in spec.attention)  # the baseline and references
+        if self.model is None or asked_anyway:
             return None
         hopeful = self._hopeful(spec, self.model)
         if hopeful is None:
