@@ -54,6 +54,7 @@ def stable_hash(value: Any) -> str:
 DENSE = "dense"
 ADAPTIVE = "adaptive"  # in the place of a pattern's name: blocks that a learned selector chooses
 WEIGHTS = "weights"  # task parameter of a preview: the file of weights that it borrows
+MODULE = "module"  # the task whose model, data and loss are a user's own
 UNTRAINED = ("speed", "ring", "ring_peers", "ring_longest", "peers")  # tasks that only measure
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -120,8 +121,8 @@ class TrialSpec:
     """One question: how good and how fast is this attention on this task at this size?
 
     Args:
-        task: ``"byte_lm"``, ``"recall"``, ``"captured"`` (quality and speed), ``"speed"`` (one attention call, no
-            training), ``"peers"`` (one library's kernels beside others'), ``"compression"`` (a training whose
+        task: ``"byte_lm"``, ``"recall"``, ``"captured"``, ``"module"`` (quality and speed), ``"speed"`` (one attention
+            call, no training), ``"peers"`` (one library's kernels beside others'), ``"compression"`` (a training whose
             gradients travel by a ``codec``), ``"ring"`` (attention over ``world_size`` ranks, dealt by a
             ``partition``: its ``task_params``), ``"ring_peers"`` (the same by another library, or dense on one
             device) or ``"ring_longest"`` (whether one step of so long a sequence fits).

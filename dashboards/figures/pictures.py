@@ -60,9 +60,17 @@ def drawing_info(spec: TrialSpec, own_patterns: bool = False, most: int = MAX_PA
         return Drawing(tokens, (), problems[0])
     if len(layers) == 1:
         return Drawing(tokens, panels[0])
-    first = (spec.attention.index(layer) for layer in layers)
-    named = (Panel(f"layer {n}, {own[0].caption}", own[0].rows) for n, own in zip(first, panels, strict=True))
+    named = (
+        Panel(f"{_which(layer, spec)}, {own[0].caption}", own[0].rows)
+        for layer, own in zip(layers, panels, strict=True)
+    )
     return Drawing(tokens, tuple(named))
+
+
+def _which(attention: AttentionSpec, spec: TrialSpec) -> str:
+    """``layer 1``, or ``layers 0, 2``: those that attend so."""
+    numbers = [str(number) for number, layer in enumerate(spec.attention) if layer == attention]
+    return f"layer{'s' * (len(numbers) > 1)} {', '.join(numbers)}"
 
 
 def picture_plot(drawing: Drawing) -> go.Figure:

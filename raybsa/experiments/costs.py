@@ -16,14 +16,14 @@ from statistics import median
 import numpy as np
 import torch
 
-from raybsa import patterns
 from raybsa.layout import BlockLayout
 from raybsa.results.record import Measurement, Record
 from raybsa.ring.cost import Sizes, compute_seconds
 from raybsa.ring.fitting import Timed, fit
 from raybsa.ring.hardware import Hardware, Pass
 from raybsa.ring.work import Work
-from raybsa.spec import TrialSpec
+from raybsa.spec import DENSE, TrialSpec
+from raybsa.variants.source import layout_source
 
 ENOUGH = 5  # measured sparse trials before anything is predicted
 _MOST = 100  # of them, the latest
@@ -108,15 +108,20 @@ def _training_attention(spec: TrialSpec, hardware: Hardware) -> float:
 
 
 def _layout(spec: TrialSpec, layer: int, length: int) -> BlockLayout:
-    """The blocks of a layer; those of the dense baseline all."""
+    """The blocks of a layer; those of the dense baseline all, of a learned pattern as many as it keeps."""
     attention = spec.layer(layer)
-    return patterns.build(attention.pattern or "dense").layout(
-        length,
-        num_heads=spec.num_heads,
-        q_block_size=attention.block_size,
-        causal=spec.causal,
+    source = layout_source(
+        attention.pattern or DENSE,
+        None,
+        None,
         density=attention.density,
+        block_size=attention.block_size,
+        causal=spec.causal,
+        num_heads=spec.num_heads,
+        head_dim=spec.head_dim,
+        num_kv_heads=spec.num_kv_heads,
     )
+    return source.layout(length, length, spec.num_heads, torch.device("cpu"))
 
 
 @lru_cache(maxsize=1024)

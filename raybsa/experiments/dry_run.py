@@ -11,7 +11,7 @@ from raybsa.experiments.screen import Screen
 from raybsa.experiments.search import Plan, make_questions
 from raybsa.experiments.space import SearchSpace
 from raybsa.results.record import Record
-from raybsa.spec import TrialSpec
+from raybsa.spec import AttentionSpec, TrialSpec
 
 _HEAD = ("pattern", "block", "asked", "f+b ms", "MiB", "trial s")
 
@@ -44,8 +44,8 @@ def dry_run(
 
 
 def _line(spec: TrialSpec, model: CostModel | None) -> str:
-    attention = spec.attention[0]
-    name = "dense" if attention.pattern is None else _name(attention.pattern.name, attention.pattern.params)
+    attention = next((layer for layer in spec.attention if layer.pattern), spec.attention[0])
+    name = " / ".join(map(_name, spec.attention))[:58].rstrip()
     asked = "-" if attention.density is None else f"{attention.density:.3g}"
     if model is None:
         return _row(name, attention.block_size, asked, "-", "-", "-")
@@ -63,9 +63,12 @@ def _line(spec: TrialSpec, model: CostModel | None) -> str:
     )
 
 
-def _name(name: str, params: object) -> str:
+def _name(attention: AttentionSpec) -> str:
+    if attention.pattern is None:
+        return attention.variant
+    params = attention.pattern.params
     text = json.dumps(params, separators=(",", ":")) if params else ""
-    return f"{name} {text}"[:58].rstrip()
+    return f"{attention.pattern.name} {text}".rstrip()
 
 
 def _row(name: str, *cells: object) -> str:

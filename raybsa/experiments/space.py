@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
+from raybsa.experiments.layers import followed, in_turn, layer_names, named_layers
 from raybsa.spec import ADAPTIVE, DENSE, AttentionSpec, PatternSpec, TrialSpec, canonical_json
 from raybsa.variants.source import layout_source
 
 MIXTURE = "per_head"
+PER_LAYER = "per_layer"
 REFERENCE = "reference"
 Config = dict[str, Any]
+_LARGEST_GRID = 4096  # ways to give each layer its family
 
 # Density sets a family's own free parameter; what else shapes it is searched.
 DEFAULT_FAMILIES: dict[str, dict[str, list[Any]]] = {
@@ -49,9 +52,11 @@ class SearchSpace:
         shares: how many of a mixture's heads follow the first of its pair, in (0, 1).
         variants: which of the factory's variants compute it ("adaptive" is one of its own).
         references: attentions that are asked as they are, after the baseline: what the front has to beat.
+        per_layer: also ask questions whose layers differ: each follows one of the families or stays dense. Density,
+            block size and the parameters of a family are the same in all of them.
 
     Raises:
-        ValueError: an unknown family or parameter, or a range that is none.
+        ValueError: an unknown family or parameter, a range that is none, or layers that differ where there is only one.
     """
 
     base: TrialSpec
@@ -62,6 +67,7 @@ class SearchSpace:
     shares: tuple[float, ...] = (0.25, 0.5, 0.75)
     variants: tuple[str, ...] = ("base",)
     references: tuple[AttentionSpec, ...] = ()
+    per_layer: bool = False
 
     def __post_init__(self) -> None:
         low, high = self.densities
@@ -77,6 +83,8 @@ class SearchSpace:
                 raise ValueError(f"a mixture is a pair of {sorted(self.families)}, got {list(pair)}")
         if not all(0 < share < 1 for share in self.shares):
             raise ValueError(f"a share of the heads lies between 0 and 1, got {list(self.shares)}")
+        if self.per_layer and self.base.num_layers < 2:
+            raise ValueError(f"per_layer needs at least two layers that can differ, got {self.base.num_layers}")
         object.__setattr__(self, "densities", (_three_digits(low), _three_digits(high)))
         for config in self.first_points()[1 + len(self.references) :]:
             attention = self.spec(config).layer(0)
@@ -105,18 +113,11 @@ class SearchSpace:
     def first_points(self) -> list[Config]:
         """The baseline, the references, then each family once at the middle density and the first block size: all get
         a hearing."""
-        low, high = self.densities
-        points = self.fixed_points()
-        for family in self.families:
-            config: Config = {"family": family, "density": _three_digits((low * high) ** 0.5)}
-            while name := self._next(config):
-                config[name] = self.choices(name)[0]
-            points.append(config)
-        return points
+        return self.fixed_points() + [self._middle({"family": family}) for family in self.families]
 
     def openings(self) -> list[Config]:
         """The first points, then these again with each other choice of a family's parameters, one at a time: what was
-        never asked cannot be learned from."""
+        never asked cannot be learned from. Where layers may differ, last a question whose layers take turns."""
         first = self.first_points()
         others = [
             point | {name: choice}
@@ -125,7 +126,8 @@ class SearchSpace:
             if "." in name
             for choice in self.choices(name)[1:]
         ]
-        return first + others
+        turns = {"family": PER_LAYER} | in_turn(self.families, self.base.num_layers)
+        return first + others + [self._middle(turns)] * self.per_layer
 
     def fixed_points(self) -> list[Config]:
         """What is asked whatever an algorithm thinks of it: the baseline and the references."""
@@ -133,7 +135,14 @@ class SearchSpace:
         return [{"family": DENSE}, *({"family": REFERENCE, REFERENCE: index} for index in references)]
 
     def grid(self, densities: int = 4) -> Iterator[Config]:
-        """The fixed points, then every combination at so many densities, evenly spaced on a logarithmic scale."""
+        """The fixed points, then every combination at so many densities, evenly spaced on a logarithmic scale.
+
+        Raises:
+            ValueError: layers may differ in more ways than can be listed.
+        """
+        ways = (len(self.families) + 1) ** self.base.num_layers
+        if self.per_layer and ways > _LARGEST_GRID:
+            raise ValueError(f"a grid lists at most {_LARGEST_GRID} ways to give layers their families, got {ways}")
         steps = list(dict.fromkeys(_three_digits(float(d)) for d in np.geomspace(*self.densities, densities)))
 
         def complete(config: Config) -> Iterator[Config]:
@@ -150,7 +159,7 @@ class SearchSpace:
     def choices(self, name: str) -> list[Any]:
         """What a parameter of a configuration can be; parameters of a family are JSON texts."""
         choices: dict[str, Sequence[Any]] = {
-            "family": [*self.families, *([MIXTURE] if self.mixtures else [])],
+            "family": [*self.families, *[MIXTURE] * bool(self.mixtures), *[PER_LAYER] * self.per_layer],
             "block_size": self.block_sizes,
             "variant": self.variants,
             "mixture": ["+".join(pair) for pair in self.mixtures],
@@ -158,6 +167,8 @@ class SearchSpace:
         }
         if name in choices:
             return list(choices[name])
+        if name in layer_names(self.base.num_layers):
+            return list(dict.fromkeys([*self.families, DENSE]))
         family, _, parameter = name.partition(".")
         return [canonical_json(choice) for choice in self.families[family][parameter]]
 
@@ -176,20 +187,25 @@ class SearchSpace:
             return replace(self.base, attention=(AttentionSpec(DENSE),))
         if config["family"] == REFERENCE:
             return replace(self.base, attention=(self.references[config[REFERENCE]],))
-        density = _three_digits(config["density"])  # what is pasted from a report should be readable
-        variant = ADAPTIVE if config["family"] == ADAPTIVE else config.get("variant", self.variants[0])
-        pattern = self._mixture(config) if config["family"] == MIXTURE else self._pattern(config["family"], config)
-        attention = AttentionSpec(variant, pattern, density=density, block_size=config["block_size"])
-        return replace(self.base, attention=(attention,))
+        families = followed(config) if config["family"] == PER_LAYER else [config["family"]]
+        layers = tuple(self._attention(family, config) for family in families)
+        return replace(self.base, attention=layers if len(set(layers)) > 1 else layers[:1])
 
     def config(self, spec: TrialSpec) -> Config | None:
         """The configuration that asks ``spec``; None where it is no question of this space. Undoes ``spec``."""
-        attention = spec.attention[0]
-        if attention.pattern is None or attention in self.references:
+        sparse = [layer for layer in spec.attention if layer.pattern is not None]
+        patterns = [layer.pattern for layer in spec.attention if layer.pattern is not None]
+        if not sparse or sparse[0] in self.references:
             return next((config for config in self.fixed_points() if self.spec(config) == spec), None)
-        config = {"density": attention.density, "block_size": attention.block_size, **self._named(attention.pattern)}
-        if len(self.variants) > 1 and attention.variant != ADAPTIVE:
-            config["variant"] = attention.variant
+        config: Config = {"density": sparse[0].density, "block_size": sparse[0].block_size}
+        if len(spec.attention) == 1:
+            config |= self._named(patterns[0])
+        elif len(spec.attention) == self.base.num_layers:
+            config |= {"family": PER_LAYER, **named_layers(spec.attention)}
+            for pattern in patterns:
+                config |= _parameters(pattern)
+        if len(self.variants) > 1 and config.get("family") != ADAPTIVE:
+            config["variant"] = next((layer.variant for layer in sparse if layer.variant != ADAPTIVE), self.variants[0])
         return config if self._has(config) and self.spec(config) == spec else None
 
     # ---- for ourselves -----------------------------------------------------------------------------------------
@@ -203,10 +219,31 @@ class SearchSpace:
         family = config.get("family")
         choose_variant = len(self.variants) > 1 and family != ADAPTIVE
         names = ["family", "density", "block_size", *(["variant"] if choose_variant else [])]
+        rules = [str(family)]
         if family == MIXTURE:
             names += ["mixture", "share"]
-        rules = config["mixture"].split("+") if "mixture" in config else [str(family)]
+            rules = config.get("mixture", "").split("+")
+        elif family == PER_LAYER:
+            names += layer_names(self.base.num_layers)
+            rules = list(dict.fromkeys(followed(config)))
         return names + [f"{rule}.{name}" for rule in rules if rule in self.families for name in self.families[rule]]
+
+    def _middle(self, config: Config) -> Config:
+        """Completed with the middle density and each parameter's first choice."""
+        low, high = self.densities
+        config = config | {"density": _three_digits((low * high) ** 0.5)}
+        while name := self._next(config):
+            config[name] = self.choices(name)[0]
+        return config
+
+    def _attention(self, family: str, config: Config) -> AttentionSpec:
+        """What one layer attends with; all of them, where they do not differ."""
+        if family == DENSE:
+            return AttentionSpec(DENSE, block_size=config["block_size"])
+        pattern = self._mixture(config) if family == MIXTURE else self._pattern(family, config)
+        variant = ADAPTIVE if family == ADAPTIVE else config.get("variant", self.variants[0])
+        density = _three_digits(config["density"])  # what is pasted from a report should be readable
+        return AttentionSpec(variant, pattern, density=density, block_size=config["block_size"])
 
     def _pattern(self, family: str, config: Config) -> PatternSpec:
         return PatternSpec(family, {name: json.loads(config[f"{family}.{name}"]) for name in self.families[family]})
@@ -222,7 +259,7 @@ class SearchSpace:
         return PatternSpec(MIXTURE, {"parts": [first] * (count // turns) + [second] * ((heads - count) // turns)})
 
     def _named(self, pattern: PatternSpec) -> Config:
-        """The part of a configuration that names the pattern."""
+        """The part of a configuration that names the pattern of all layers."""
         if pattern.name != MIXTURE:
             return {"family": pattern.name, **_parameters(pattern)}
         parts = [PatternSpec.from_dict(part) for part in pattern.params["parts"]]
@@ -234,7 +271,7 @@ class SearchSpace:
 
     def _has(self, config: Config) -> bool:
         """Whether exactly the parameters of a question are there, each one of its choices."""
-        if config["family"] not in self.choices("family") or set(self._names(config)) != set(config):
+        if config.get("family") not in self.choices("family") or set(self._names(config)) != set(config):
             return False
         density = config["density"]
         fits = density is not None and self.densities[0] <= density <= self.densities[1]

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from raybsa import patterns
 from raybsa.experiments.space import Config, SearchSpace
-from raybsa.spec import UNTRAINED, AttentionSpec, TrialSpec, canonical_json
+from raybsa.spec import ADAPTIVE, UNTRAINED, AttentionSpec, TrialSpec, canonical_json
 
 _COMPARED_BLOCKS = 512  # longer sequences are compared by their first so many blocks
 TOO_SHORT = "fewer than two blocks"
@@ -73,7 +73,8 @@ def fingerprint(spec: TrialSpec, length: int) -> str:
     Raises:
         ValueError: a layer's pattern cannot be built.
     """
-    return canonical_json([_blocks(spec, attention, length) for attention in spec.attention])
+    layers = [canonical_json(_blocks(spec, attention, length)) for attention in spec.attention]
+    return canonical_json(layers if len(set(layers)) > 1 else layers[:1])
 
 
 def _lengths(spec: TrialSpec) -> tuple[int, ...]:
@@ -83,6 +84,8 @@ def _lengths(spec: TrialSpec) -> tuple[int, ...]:
 def _blocks(spec: TrialSpec, attention: AttentionSpec, length: int) -> list[str]:
     if attention.pattern is None:
         return [attention.variant]
+    if attention.pattern.name == ADAPTIVE:  # its blocks are not known before
+        return [canonical_json(attention.to_dict())]
     layout = patterns.build(attention.pattern).layout(
         min(length, _COMPARED_BLOCKS * attention.block_size),
         num_heads=spec.num_heads,

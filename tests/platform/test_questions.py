@@ -215,6 +215,18 @@ def test_a_question_that_cannot_keep_a_bound_is_screened():
     assert screen(SPACE.spec({"family": "random", "density": 0.5, "block_size": 16})) == OUT_OF_BOUNDS
 
 
+def test_where_layers_differ_it_is_the_same_rules_that_are_compared():
+    space = replace(SPACE, per_layer=True)
+    asked = {"family": "per_layer", "density": 0.3, "block_size": 16, "layer0": "random", "layer1": "dense"}
+    screen = Screen(GOALS)
+    for record in [*answers(9), answer(space.spec(asked | {"density": 0.4}), 90, 9.0)]:
+        screen.learn(record)
+    fast = {"family": "strided", "density": 0.1, "block_size": 16, "strided.stride": "2"}
+    screen.learn(answer(space.spec(fast), 91, 2.5))
+    assert screen(space.spec(asked)) == DOMINATED, "denser, it was worse than 2.5"
+    assert screen(space.spec(asked | {"layer0": "dense", "layer1": "random"})) is None
+
+
 def test_a_dry_run_lists_what_would_be_asked_with_its_costs():
     plan = Plan(6, GOALS, algorithm="random")
     plain = list(dry_run(SPACE, plan, [], []))
@@ -227,6 +239,9 @@ def test_a_dry_run_lists_what_would_be_asked_with_its_costs():
     assert "4 trials would run after 2 that are done" in lines[-2]
     assert "on 2 worker(s) of machine (fitted on" in lines[-1]
     assert all(float(line.split()[-1]) > 8 for line in lines[1:5])
+    learned = replace(SPACE, families={"adaptive": {}, "random": {}}, per_layer=True)
+    lines = list(dry_run(learned, Plan(4, GOALS), [], records))
+    assert [line.split("  ")[0] for line in lines[1:5]] == ["dense", "adaptive", "random", "adaptive / random"]
 
 
 # ---- the front as files --------------------------------------------------------------------------------------------
@@ -248,6 +263,17 @@ def test_a_best_file_loads_into_the_factory_and_names_its_question(tmp_path):
     assert best["metrics"]["quality"] == record.quality
     assert best["objectives"] == {"quality": record.quality, "latency": record.forward_backward_ms_p50}
     assert f"--again {paths[0]}" in best["command"]
+
+
+def test_a_best_file_of_layers_that_differ_has_a_list_that_loads(tmp_path):
+    space = replace(SPACE, per_layer=True)
+    asked = {"family": "per_layer", "density": 0.3, "block_size": 16, "layer0": "random", "layer1": "dense"}
+    (path,) = write_front(Store.create(tmp_path), [answer(space.spec(asked), 0)], GOALS)
+    best = json.loads(Path(path).read_text())
+    modules = [create_block_sparse_attention(**layer) for layer in best["attention"]]
+    assert ["Random" in repr(modules[0]), "Dense" in repr(modules[1])] == [True, True]
+    assert best["layers"] == best["attention"]
+    assert read_best(path).spec == space.spec(asked)
 
 
 def test_the_dense_baseline_on_the_front_loads_too(tmp_path):
