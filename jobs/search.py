@@ -53,6 +53,8 @@ SIZES = {
     "num_layers": int,
     "num_heads": int,
     "head_dim": int,
+    "batch": int,
+    "dtype": str,
 }
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
