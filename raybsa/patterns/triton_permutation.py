@@ -1,4 +1,4 @@
-"""``permuted`` on a GPU: all rounds of a value in one program, instead of some twenty operations a round over memory."""
+"""``permuted`` on a GPU: all rounds of a value in one program, not twenty operations a round over memory."""
 
 from __future__ import annotations
 
