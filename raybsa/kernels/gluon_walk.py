@@ -96,7 +96,7 @@ class Walk:
     def _count(self) -> Tensor:
         """(1,) int32 zero, which the kernel leaves as zero: one a stream, as launches on two may run at one time, and
         one a launch in a CUDA graph, which may be replayed on any."""
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return torch.zeros(1, dtype=torch.int32, device=self._device)
         stream = current_stream(self._device.index)
         if stream not in self._dealt:
