@@ -81,28 +81,17 @@ def _boxes(
 
 
 @gluon.jit
-def _produce(
-    q,
-    k,
-    v,
-    grad_out,
-    lse,
-    delta,
-    queries_per_kv,
-    q_tokens,
-    dealt,
-    shared,
-    plan,
-    Q_BLOCK: gl.constexpr,
-    KV_BLOCK: gl.constexpr,
-    COLS: gl.constexpr,
-    KEPT: gl.constexpr,
-    STAGES: gl.constexpr,
-    GROUPS: gl.constexpr,
-):
+def _produce(q, k, v, grad_out, rows, queries_per_kv, dealt, shared, barriers, plan, form: gl.constexpr):
     """Loads keys and values, and in turn tiles with lse and delta, each when what lay there is done with."""
-    k_tiles, v_tiles, q_tiles, do_tiles, lse_tiles, delta_tiles = shared[0]
-    k_full, q_full, do_full, k_empty, q_empty, do_empty, told = shared[1]
+    Q_BLOCK: gl.constexpr = form[0]
+    KV_BLOCK: gl.constexpr = form[1]
+    COLS: gl.constexpr = form[2]
+    KEPT: gl.constexpr = form[3]
+    STAGES: gl.constexpr = form[4]
+    GROUPS: gl.constexpr = form[5]
+    lse, delta, q_tokens = rows
+    k_tiles, v_tiles, q_tiles, do_tiles, lse_tiles, delta_tiles = shared
+    k_full, q_full, do_full, k_empty, q_empty, do_empty, told = barriers
     items, entries, total, groups, kv_blocks, parts, item_count, kv_heads = plan
     LINE: gl.constexpr = gl.BlockedLayout([COLS // LANES], [LANES], [1], [0])
     PER: gl.constexpr = Q_BLOCK // COLS
@@ -182,24 +171,18 @@ def _weigh(
 
 
 @gluon.jit
-def _consume(
-    group: gl.constexpr,
-    shared,
-    lists,
-    results,
-    optional,
-    Q_BLOCK: gl.constexpr,
-    KV_BLOCK: gl.constexpr,
-    COLS: gl.constexpr,
-    KEPT: gl.constexpr,
-    STAGES: gl.constexpr,
-    GROUPS: gl.constexpr,
-    D: gl.constexpr,
-    CAUSAL: gl.constexpr,
-):
+def _consume(group: gl.constexpr, shared, barriers, lists, results, optional, form: gl.constexpr):
     """The gradients of 64 keys and values over the tiles, and the store of what comes of it."""
-    k_tiles, v_tiles, q_tiles, do_tiles, lse_tiles, delta_tiles = shared[0]
-    k_full, q_full, do_full, k_empty, q_empty, do_empty, told = shared[1]
+    Q_BLOCK: gl.constexpr = form[0]
+    KV_BLOCK: gl.constexpr = form[1]
+    COLS: gl.constexpr = form[2]
+    KEPT: gl.constexpr = form[3]
+    STAGES: gl.constexpr = form[4]
+    GROUPS: gl.constexpr = form[5]
+    D: gl.constexpr = form[6]
+    CAUSAL: gl.constexpr = form[7]
+    k_tiles, v_tiles, q_tiles, do_tiles, lse_tiles, delta_tiles = shared
+    k_full, q_full, do_full, k_empty, q_empty, do_empty, told = barriers
     entries, kv_heads = lists
     grad_k, grad_v, scale = results
     part_k, part_v, q_starts, kv_starts = optional
@@ -399,45 +382,20 @@ def grad_kv_walk_kernel(
         mbarrier.init(q_empty.index(i), count=GROUPS)
         mbarrier.init(do_empty.index(i), count=GROUPS)
     fence_async_shared()
-    tiles = (k_tiles, v_tiles, q_tiles, do_tiles, lse_tiles, delta_tiles)
-    shared = (tiles, (k_full, q_full, do_full, k_empty, q_empty, do_empty, told))
+    shared = (k_tiles, v_tiles, q_tiles, do_tiles, lse_tiles, delta_tiles)
+    barriers = (k_full, q_full, do_full, k_empty, q_empty, do_empty, told)
     plan = (items, entries, total, groups, kv_blocks, parts, item_count, heads // queries_per_kv)
     lists = (entries, heads // queries_per_kv)
     results = (grad_k, grad_v, scale)
     optional = (part_k, part_v, q_starts, kv_starts)
+    rows = (lse, delta, q_tokens)
+    form: gl.constexpr = (Q_BLOCK, KV_BLOCK, COLS, KEPT, STAGES, GROUPS, D, CAUSAL)
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (
-                    _consume,
-                    (0, shared, lists, results, optional, Q_BLOCK, KV_BLOCK, COLS, KEPT, STAGES, GROUPS, D, CAUSAL),
-                ),
-                (
-                    _consume,
-                    (1, shared, lists, results, optional, Q_BLOCK, KV_BLOCK, COLS, KEPT, STAGES, GROUPS, D, CAUSAL),
-                ),
-                (
-                    _produce,
-                    (
-                        q,
-                        k,
-                        v,
-                        grad_out,
-                        lse,
-                        delta,
-                        queries_per_kv,
-                        q_tokens,
-                        dealt,
-                        shared,
-                        plan,
-                        Q_BLOCK,
-                        KV_BLOCK,
-                        COLS,
-                        KEPT,
-                        STAGES,
-                        GROUPS,
-                    ),
-                ),
+                (_consume, (0, shared, barriers, lists, results, optional, form)),
+                (_consume, (1, shared, barriers, lists, results, optional, form)),
+                (_produce, (q, k, v, grad_out, rows, queries_per_kv, dealt, shared, barriers, plan, form)),
             ],
             [4, 1],
             [240, 24],
@@ -445,32 +403,8 @@ def grad_kv_walk_kernel(
     else:
         gl.warp_specialize(
             [
-                (
-                    _consume,
-                    (0, shared, lists, results, optional, Q_BLOCK, KV_BLOCK, COLS, KEPT, STAGES, GROUPS, D, CAUSAL),
-                ),
-                (
-                    _produce,
-                    (
-                        q,
-                        k,
-                        v,
-                        grad_out,
-                        lse,
-                        delta,
-                        queries_per_kv,
-                        q_tokens,
-                        dealt,
-                        shared,
-                        plan,
-                        Q_BLOCK,
-                        KV_BLOCK,
-                        COLS,
-                        KEPT,
-                        STAGES,
-                        GROUPS,
-                    ),
-                ),
+                (_consume, (0, shared, barriers, lists, results, optional, form)),
+                (_produce, (q, k, v, grad_out, rows, queries_per_kv, dealt, shared, barriers, plan, form)),
             ],
             [1],
             [24],

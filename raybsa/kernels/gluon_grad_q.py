@@ -19,19 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from raybsa.kernels.call import AttentionCall
-from raybsa.kernels.gluon_walk import (
-    FACTS,
-    GROUP_ROWS,
-    LOG2E,
-    Form,
-    Walk,
-    hear,
-    hide_keys,
-    is_plain,
-    place,
-    take,
-    tell,
-)
+from raybsa.kernels.gluon_rows import hide_keys, produce_rows, row_barriers
+from raybsa.kernels.gluon_walk import GROUP_ROWS, LOG2E, Form, Walk, hear, is_plain
 from raybsa.kernels.triton_arguments import Softmax, feature_tensors, numbers
 from raybsa.kernels.triton_descriptors import Boxes
 from raybsa.kernels.triton_launch import Tensors
@@ -92,97 +81,19 @@ def _flat(grad_lse: Tensor | None) -> Tensor | None:
 
 
 @gluon.jit
-def _produce(
-    q,
-    k,
-    v,
-    grad_out,
-    out,
-    queries_per_kv,
-    dealt,
-    shared,
-    plan,
-    Q_BLOCK: gl.constexpr,
-    KV_BLOCK: gl.constexpr,
-    COLS: gl.constexpr,
-    KEPT: gl.constexpr,
-    STAGES: gl.constexpr,
-    GROUPS: gl.constexpr,
-):
-    """Loads queries and gradients, rows of the output, and tiles in turn, each when what lay there is done with."""
-    q_tiles, do_tiles, k_tiles, v_tiles, q_full, k_full, v_full, q_empty, k_empty, v_empty, told = shared
-    items, col_indices, total, groups, q_blocks, parts, item_count, heads = plan
-    PER: gl.constexpr = KV_BLOCK // COLS
-    loaded = 0
-    done = 0
-    index = take(dealt, total)
-    while index < total:
-        flat_head, q_block, in_block, begin, turn, end, part_row = place(
-            items, index, total, groups, q_blocks, parts, item_count, Q_BLOCK, GROUPS
-        )
-        b, h = flat_head // heads, flat_head % heads
-        kv_head = h // queries_per_kv
-        slot = done % KEPT
-        first = q_block * Q_BLOCK + in_block
-        if out is not None:
-            stage = loaded % STAGES
-            phase = (loaded // STAGES) & 1
-            mbarrier.wait(k_empty.index(stage), phase ^ 1)
-            mbarrier.expect(k_full.index(stage), out.block_type.nbytes)
-            tma.async_copy_global_to_shared(out, [b, h, first, 0], k_full.index(stage), k_tiles.index(stage))
-            mbarrier.wait(v_empty.index(stage), phase ^ 1)
-            if GROUPS == 2:
-                mbarrier.expect(v_full.index(stage), out.block_type.nbytes)
-                at = [b, h, first + GROUP_ROWS, 0]
-                tma.async_copy_global_to_shared(out, at, v_full.index(stage), v_tiles.index(stage))
-            else:
-                mbarrier.arrive(v_full.index(stage))
-            loaded += 1
-        mbarrier.wait(q_empty.index(slot), ((done // KEPT) & 1) ^ 1)
-        tell(told, slot, flat_head, q_block, in_block, begin, turn, end, part_row)
-        mbarrier.expect(q_full.index(slot), 2 * GROUPS * q.block_type.nbytes)
-        for group in gl.static_range(GROUPS):
-            at = [b, h, first + group * GROUP_ROWS, 0]
-            tma.async_copy_global_to_shared(q, at, q_full.index(slot), q_tiles.index(GROUPS * slot + group))
-            tma.async_copy_global_to_shared(grad_out, at, q_full.index(slot), do_tiles.index(GROUPS * slot + group))
-        for i in range((end - begin) * PER):
-            stage = loaded % STAGES
-            phase = (loaded // STAGES) & 1
-            token = gl.load(col_indices + begin + i // PER) * KV_BLOCK + (i % PER) * COLS
-            mbarrier.wait(k_empty.index(stage), phase ^ 1)
-            mbarrier.expect(k_full.index(stage), k.block_type.nbytes)
-            tma.async_copy_global_to_shared(k, [b, kv_head, token, 0], k_full.index(stage), k_tiles.index(stage))
-            mbarrier.wait(v_empty.index(stage), phase ^ 1)
-            mbarrier.expect(v_full.index(stage), v.block_type.nbytes)
-            tma.async_copy_global_to_shared(v, [b, kv_head, token, 0], v_full.index(stage), v_tiles.index(stage))
-            loaded += 1
-        done += 1
-        index = take(dealt, total)
-    slot = done % KEPT
-    mbarrier.wait(q_empty.index(slot), ((done // KEPT) & 1) ^ 1)
-    tell(told, slot, -1, 0, 0, 0, 0, 0, -1)
-    mbarrier.arrive(q_full.index(slot))
-
-
-@gluon.jit
-def _consume(
-    group: gl.constexpr,
-    shared,
-    lists,
-    results,
-    optional,
-    Q_BLOCK: gl.constexpr,
-    KV_BLOCK: gl.constexpr,
-    COLS: gl.constexpr,
-    KEPT: gl.constexpr,
-    STAGES: gl.constexpr,
-    GROUPS: gl.constexpr,
-    D: gl.constexpr,
-    CUTS: gl.constexpr,
-    CAUSAL: gl.constexpr,
-):
+def _consume(group: gl.constexpr, shared, barriers, lists, results, optional, form: gl.constexpr):
     """The gradients of 64 queries over the tiles: the products of the next scores start before this tile's last one."""
-    q_tiles, do_tiles, k_tiles, v_tiles, q_full, k_full, v_full, q_empty, k_empty, v_empty, told = shared
+    Q_BLOCK: gl.constexpr = form[0]
+    KV_BLOCK: gl.constexpr = form[1]
+    COLS: gl.constexpr = form[2]
+    KEPT: gl.constexpr = form[3]
+    STAGES: gl.constexpr = form[4]
+    GROUPS: gl.constexpr = form[5]
+    D: gl.constexpr = form[6]
+    CUTS: gl.constexpr = form[7]
+    CAUSAL: gl.constexpr = form[8]
+    q_tiles, do_tiles, k_tiles, v_tiles = shared
+    q_full, k_full, v_full, q_empty, k_empty, v_empty, told = barriers
     col_indices, heads = lists
     grad, lse, delta, q_tokens, kv_tokens, scale = results
     out, grad_lse, part_grad, q_starts, kv_starts = optional
@@ -364,88 +275,19 @@ def grad_q_walk_kernel(
     do_tiles = gl.allocate_shared_memory(q.dtype, [GROUPS * KEPT, 1, 1, GROUP_ROWS, D], q.layout)
     k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, COLS, D], k.layout)
     v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, COLS, D], v.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [KEPT, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [KEPT, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    told = gl.allocate_shared_memory(gl.int32, [KEPT * FACTS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    for i in gl.static_range(KEPT):
-        mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(q_empty.index(i), count=GROUPS)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=GROUPS)
-        mbarrier.init(v_empty.index(i), count=GROUPS)
-    fence_async_shared()
-    shared = (q_tiles, do_tiles, k_tiles, v_tiles, q_full, k_full, v_full, q_empty, k_empty, v_empty, told)
+    shared = (q_tiles, do_tiles, k_tiles, v_tiles)
+    barriers = row_barriers(KEPT, STAGES, GROUPS)
     plan = (items, col_indices, total, groups, q_blocks, parts, item_count, heads)
     lists = (col_indices, heads)
     results = (grad, lse, delta, q_tokens, kv_tokens, scale)
     optional = (out, grad_lse, part_grad, q_starts, kv_starts)
+    form: gl.constexpr = (Q_BLOCK, KV_BLOCK, COLS, KEPT, STAGES, GROUPS, D, CUTS, CAUSAL)
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (
-                    _consume,
-                    (
-                        0,
-                        shared,
-                        lists,
-                        results,
-                        optional,
-                        Q_BLOCK,
-                        KV_BLOCK,
-                        COLS,
-                        KEPT,
-                        STAGES,
-                        GROUPS,
-                        D,
-                        CUTS,
-                        CAUSAL,
-                    ),
-                ),
-                (
-                    _consume,
-                    (
-                        1,
-                        shared,
-                        lists,
-                        results,
-                        optional,
-                        Q_BLOCK,
-                        KV_BLOCK,
-                        COLS,
-                        KEPT,
-                        STAGES,
-                        GROUPS,
-                        D,
-                        CUTS,
-                        CAUSAL,
-                    ),
-                ),
-                (
-                    _produce,
-                    (
-                        q,
-                        k,
-                        v,
-                        grad_out,
-                        out,
-                        queries_per_kv,
-                        dealt,
-                        shared,
-                        plan,
-                        Q_BLOCK,
-                        KV_BLOCK,
-                        COLS,
-                        KEPT,
-                        STAGES,
-                        GROUPS,
-                    ),
-                ),
+                (_consume, (0, shared, barriers, lists, results, optional, form)),
+                (_consume, (1, shared, barriers, lists, results, optional, form)),
+                (produce_rows, (q, k, v, grad_out, out, queries_per_kv, dealt, shared, barriers, plan, form)),
             ],
             [4, 1],
             [240, 24],
@@ -453,45 +295,8 @@ def grad_q_walk_kernel(
     else:
         gl.warp_specialize(
             [
-                (
-                    _consume,
-                    (
-                        0,
-                        shared,
-                        lists,
-                        results,
-                        optional,
-                        Q_BLOCK,
-                        KV_BLOCK,
-                        COLS,
-                        KEPT,
-                        STAGES,
-                        GROUPS,
-                        D,
-                        CUTS,
-                        CAUSAL,
-                    ),
-                ),
-                (
-                    _produce,
-                    (
-                        q,
-                        k,
-                        v,
-                        grad_out,
-                        out,
-                        queries_per_kv,
-                        dealt,
-                        shared,
-                        plan,
-                        Q_BLOCK,
-                        KV_BLOCK,
-                        COLS,
-                        KEPT,
-                        STAGES,
-                        GROUPS,
-                    ),
-                ),
+                (_consume, (0, shared, barriers, lists, results, optional, form)),
+                (produce_rows, (q, k, v, grad_out, out, queries_per_kv, dealt, shared, barriers, plan, form)),
             ],
             [1],
             [24],

@@ -175,35 +175,3 @@ def hear(told, slot):
     head, block, in_block = _hear(told, at), _hear(told, at + 1), _hear(told, at + 2)
     begin, turn, end = _hear(told, at + 3), _hear(told, at + 4), _hear(told, at + 5)
     return head, block, in_block, begin, turn, end, _hear(told, at + 6)
-
-
-@gluon.jit
-def hide_keys(
-    s,
-    i,
-    whole,
-    col_indices,
-    kv_starts,
-    begin,
-    q_position,
-    kv_tokens,
-    KV_BLOCK: gl.constexpr,
-    COLS: gl.constexpr,
-    CAUSAL: gl.constexpr,
-    LAYOUT: gl.constexpr,
-):
-    """Scores (queries, keys) of tile ``i`` of a row, with what the diagonal or the ragged end cuts at -inf.
-
-    Nothing is cut before tile ``whole``.
-    """
-    if i >= whole:
-        PER: gl.constexpr = KV_BLOCK // COLS
-        block = gl.load(col_indices + begin + i // PER)
-        lane = (i % PER) * COLS + gl.arange(0, COLS, gl.SliceLayout(0, LAYOUT))
-        s = gl.where((block * KV_BLOCK + lane < kv_tokens)[None, :], s, float("-inf"))
-        if CAUSAL:
-            first = block * KV_BLOCK
-            if kv_starts is not None:
-                first = gl.load(kv_starts + block).to(gl.int32)
-            s = gl.where((first + lane)[None, :] <= q_position[:, None], s, float("-inf"))
-    return s
