@@ -35,8 +35,8 @@ def grad_q_form(call: AttentionCall, forward: Softmax, grad_out: Tensor, dtype: 
         form = Form(2, 64, 2, 6 if head_dim == 64 else 3)
     elif layout.q_block_size == layout.kv_block_size == 64 and head_dim == 128:
         form = Form(1, 64, 1, 2)
-    same_type = dtype == call.q.dtype == grad_out.dtype
-    return form if form and same_type and is_plain(call) and _boxes(call, form, forward, grad_out, call.q) else None
+    whole = forward.out is not None and dtype == call.q.dtype == grad_out.dtype  # not a part of a ring's keys
+    return form if form and whole and is_plain(call) and _boxes(call, form, forward, grad_out, call.q) else None
 
 
 class GradQWalk:
@@ -96,7 +96,7 @@ def _consume(group: gl.constexpr, shared, barriers, lists, results, optional, fo
     q_full, k_full, v_full, q_empty, k_empty, v_empty, told = barriers
     col_indices, heads = lists
     grad, lse, delta, q_tokens, kv_tokens, scale = results
-    out, grad_lse, part_grad, q_starts, kv_starts = optional
+    grad_lse, part_grad, q_starts, kv_starts = optional
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLS, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
@@ -122,24 +122,19 @@ def _consume(group: gl.constexpr, shared, barriers, lists, results, optional, fo
         inside = q_token < q_tokens
         row_lse = gl.load(lse + at_row, mask=inside, other=float("inf"))
         row_lse = gl.where(row_lse == float("-inf"), float("inf"), row_lse) * LOG2E
-        if out is not None:
-            stage = used % STAGES
-            mbarrier.wait(k_full.index(stage), (used // STAGES) & 1)
-            mbarrier.wait(v_full.index(stage), (used // STAGES) & 1)
-            out_tile = (
-                (k_tiles if group == 0 else v_tiles).index(stage)._reinterpret(q_tiles.dtype, [GROUP_ROWS, D], FLAT)
-            )
-            outs = out_tile.load(O_LAYOUT).to(gl.float32)
-            fence_async_shared()  # the loads have ended before the next tile may come
-            mbarrier.arrive(k_empty.index(stage))
-            mbarrier.arrive(v_empty.index(stage))
-            used += 1
-            row_delta = gl.convert_layout(gl.sum(outs * do_tile.load(O_LAYOUT).to(gl.float32), 1), ROW)
-            if grad_lse is not None:
-                row_delta -= gl.load(grad_lse + at_row, mask=inside, other=0.0)
-            gl.store(delta + at_row, row_delta, mask=inside)
-        else:
-            row_delta = gl.load(delta + at_row, mask=inside, other=0.0)
+        stage = used % STAGES
+        mbarrier.wait(k_full.index(stage), (used // STAGES) & 1)
+        mbarrier.wait(v_full.index(stage), (used // STAGES) & 1)
+        out_tile = (k_tiles if group == 0 else v_tiles).index(stage)._reinterpret(q_tiles.dtype, [GROUP_ROWS, D], FLAT)
+        outs = out_tile.load(O_LAYOUT).to(gl.float32)
+        fence_async_shared()  # the loads have ended before the next tile may come
+        mbarrier.arrive(k_empty.index(stage))
+        mbarrier.arrive(v_empty.index(stage))
+        used += 1
+        row_delta = gl.convert_layout(gl.sum(outs * do_tile.load(O_LAYOUT).to(gl.float32), 1), ROW)
+        if grad_lse is not None:
+            row_delta -= gl.load(grad_lse + at_row, mask=inside, other=0.0)
+        gl.store(delta + at_row, row_delta, mask=inside)
         acc = gl.zeros([GROUP_ROWS, D], gl.float32, O_LAYOUT)
         if tiles > 0:
             nothing = gl.zeros([GROUP_ROWS, COLS], gl.float32, S_LAYOUT)
@@ -280,7 +275,7 @@ def grad_q_walk_kernel(
     plan = (items, col_indices, total, groups, q_blocks, parts, item_count, heads)
     lists = (col_indices, heads)
     results = (grad, lse, delta, q_tokens, kv_tokens, scale)
-    optional = (out, grad_lse, part_grad, q_starts, kv_starts)
+    optional = (grad_lse, part_grad, q_starts, kv_starts)
     form: gl.constexpr = (Q_BLOCK, KV_BLOCK, COLS, KEPT, STAGES, GROUPS, D, CUTS, CAUSAL)
     if GROUPS == 2:
         gl.warp_specialize(
