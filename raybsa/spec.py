@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 
@@ -52,9 +52,11 @@ def stable_hash(value: Any) -> str:
 
 
 DENSE = "dense"
+DISTRIBUTED = "distributed"  # the variant whose ranks share the sequence
 ADAPTIVE = "adaptive"  # in the place of a pattern's name: blocks that a learned selector chooses
 WEIGHTS = "weights"  # task parameter of a preview: the file of weights that it borrows
 UNTRAINED = ("speed", "ring", "ring_peers", "ring_longest", "peers")  # tasks that only measure
+OVER_RANKS = ("byte_lm", "speed")  # tasks whose sequence ranks may share: a search's rings
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -116,6 +118,37 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True)
+class Ranks:
+    """How the ranks of a ring share a trial's sequence, as data.
+
+    Args:
+        world_size: ranks; 1 is one process with the whole sequence.
+        partition, gradient_codec: those of a ``raybsa.DistributedConfig``.
+        codec: how the gradients of the weights travel, where the task trains: the spec of a ``raybsa.gradients`` codec.
+    """
+
+    world_size: int = 1
+    partition: str = "balanced"
+    gradient_codec: Mapping[str, Any] = field(default_factory=lambda: {"name": "none"})
+    codec: Mapping[str, Any] = field(default_factory=lambda: {"name": "none"})
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The arguments of the ``DistributedConfig``."""
+        return {"partition": self.partition, "gradient_codec": self.gradient_codec}
+
+    @property
+    def label(self) -> str:
+        """``2 ranks, zigzag, int8``; empty for one rank."""
+        names = dict.fromkeys(codec["name"] for codec in (self.codec, self.gradient_codec))
+        words = [f"{self.world_size} ranks", self.partition, *(name for name in names if name != "none")]
+        return ", ".join(words) if self.world_size > 1 else ""
+
+
+_RANKS = [f.name for f in fields(Ranks)]
+
+
+@dataclass(frozen=True)
 class TrialSpec:
     """One question: how good and how fast is this attention on this task at this size?
 
@@ -131,7 +164,8 @@ class TrialSpec:
         batch: sequences of the timed call; how many a training step takes is the task's own parameter.
         dtype: ``"float32"``, ``"float64"``, ``"bfloat16"`` or ``"float16"``.
         task_params: what only this task knows (``text``, ``distance``, …), JSON values. With ``weights``, a file,
-            nothing is trained or timed: the quality is that of these weights (tasks/preview.py).
+            nothing is trained or timed: the quality is that of these weights (tasks/preview.py). In a task of
+            ``OVER_RANKS`` with the variant ``"distributed"``, the fields of ``Ranks`` make it a ring's.
 
     Raises:
         ValueError: a size that is not a positive integer, heads that do not divide, an unknown dtype, or a number of
@@ -197,6 +231,32 @@ class TrialSpec:
     def weights(self) -> str | None:
         """The file of weights that a preview borrows; None for a question that is trained."""
         return self.task_params.get(WEIGHTS)
+
+    @property
+    def ranks(self) -> Ranks:
+        """How ranks share the sequence; one rank where the question does not say, or its task's ranks are no ring's."""
+        known = {name: self.task_params[name] for name in _RANKS if name in self.task_params}
+        return Ranks(**known) if self.task in OVER_RANKS else Ranks()
+
+    def over(self, ranks: Ranks) -> TrialSpec:
+        """The question shared by ``ranks``; one rank is no ring. ``ranks`` undoes it, and ``alone``."""
+        params = {**self.task_params, **asdict(ranks)}
+        return replace(self, task_params=params) if ranks.world_size > 1 else self
+
+    @property
+    def alone(self) -> TrialSpec:
+        """The question without its ranks: equal for questions that differ in nothing else."""
+        params = {name: value for name, value in self.task_params.items() if name not in _RANKS}
+        return replace(self, task_params=params) if self.task in OVER_RANKS else self
+
+    def factory_arguments(self, index: int) -> dict[str, Any]:
+        """The arguments of ``raybsa.create_block_sparse_attention`` for layer ``index``, JSON values."""
+        layer = self.layer(index)
+        arguments = layer.factory_arguments(self.causal)
+        if layer.pattern is not None and layer.pattern.name == ADAPTIVE:
+            sizes = {name: getattr(self, name) for name in ("num_heads", "head_dim", "num_kv_heads")}
+            arguments |= {name: size for name, size in sizes.items() if size is not None}
+        return arguments | ({"distributed_config": self.ranks.config} if self.ranks.world_size > 1 else {})
 
     @property
     def digest(self) -> str:

@@ -2,7 +2,8 @@
 
 Attention: the linear model of ``ring.hardware`` (seconds = calls + active pairs + rows), fitted by direction and block
 size to the search's own times on one device. Memory and training time follow from ratios and medians of the same rows.
-Until there are rows enough nothing is predicted.
+A ring's step follows from its plan by ``ring.cost``, over a link that is fitted to messages that rings have timed (free
+until they have). Until there are rows enough nothing is predicted.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ from statistics import median
 import numpy as np
 import torch
 
-from raybsa import patterns
-from raybsa.layout import BlockLayout
-from raybsa.results.record import Measurement, Record
-from raybsa.ring.cost import Sizes, compute_seconds
+from raybsa.experiments.forecast import messages_of, sizes_of
+from raybsa.gradients.catalog import build
+from raybsa.gradients.codec import wide
+from raybsa.results.record import Measurement, Record, SeriesPoint
+from raybsa.ring.attention import payload_like
+from raybsa.ring.cost import compute_seconds, predict
 from raybsa.ring.fitting import Timed, fit
 from raybsa.ring.hardware import Hardware, Pass
-from raybsa.ring.work import Work
+from raybsa.ring.work import Work, work_of
 from raybsa.spec import TrialSpec
+from raybsa.tasks.attention import layer_layout
+from raybsa.tasks.sharded_trial import plans_of
 
 ENOUGH = 5  # measured sparse trials before anything is predicted
 _MOST = 100  # of them, the latest
@@ -47,16 +52,21 @@ class CostModel:
     fixed_seconds: float
 
     @classmethod
-    def learned(cls, records: Iterable[Record]) -> CostModel | None:
-        """From measured trials of one device (the last one's); None where there are too few."""
+    def learned(cls, records: Iterable[Record], series: Iterable[SeriesPoint] = ()) -> CostModel | None:
+        """From measured trials of one device (the last one's), and the messages in their rings' ``series``; None where
+        there are too few."""
+        records = list(records)
         rows = [r for r in records if r.forward_ms_p50 and r.forward_backward_ms_p50 and r.variant == "base"]
         rows = [r for r in rows if (r.device_name, r.num_threads) == (rows[-1].device_name, rows[-1].num_threads)]
         rows = rows[-_MOST:]
         if len(rows) < ENOUGH:
             return None
         asked = [TrialSpec.from_dict(json.loads(row.spec)) for row in rows]
+        same_device = {record.trial_id for record in records if record.device_name == rows[-1].device_name}
         hardware = fit(
-            rows[-1].device_name, [call for s, r in zip(asked, rows, strict=True) for call in _timed(s, r)], []
+            rows[-1].device_name,
+            [call for s, r in zip(asked, rows, strict=True) for call in _timed(s, r)],
+            messages_of(point for point in series if point.trial_id in same_device),
         )
         areas, peaks = [_area(spec) for spec in asked], [float(row.peak_bytes or 0) for row in rows]
         slope, fixed = np.polyfit(areas, peaks, 1) if len(set(areas)) > 1 else (0.0, median(peaks))
@@ -71,30 +81,60 @@ class CostModel:
         )
 
     def predict(self, spec: TrialSpec) -> Measurement:
-        """Density, times and memory as a measurement would have them; nothing else is filled."""
+        """Density, times, memory and bytes on the wire as a measurement would have them; nothing else is filled."""
+        if spec.ranks.world_size > 1:
+            return self._predict_ring(spec)
         work = _work(spec, spec.seq_len)
         forward, backward = (self._seconds(work, spec, direction) for direction in Pass)
         return Measurement(
-            density=float(np.mean([_layout(spec, i, spec.seq_len).density for i in range(len(spec.attention))])),
+            density=float(np.mean([layer_layout(spec, i, spec.seq_len).density for i in range(len(spec.attention))])),
             forward_ms_p50=1e3 * forward,
             forward_backward_ms_p50=1e3 * (forward + backward),
             peak_bytes=round(self.bytes_fixed + self.bytes_a_pair * _area(spec)),
         )
 
     def trial_seconds(self, spec: TrialSpec) -> float:
-        """Seconds of a worker for the whole trial."""
-        a_step = self.step_seconds + _training_attention(spec, self.hardware)
+        """Seconds of a worker, or of a ring, for the whole trial. Ranks share what a step takes beside its attention;
+        the exchange of the weights' gradients is not counted."""
+        a_step = self.step_seconds / spec.ranks.world_size + _training_attention(spec, self.hardware)
         return self.fixed_seconds + spec.train_steps * a_step
 
+    def _predict_ring(self, spec: TrialSpec) -> Measurement:
+        """From the plans of all layers; memory is one worker's, by the ratio of what the formula says of both."""
+        layers = [predict(work, sizes_of(spec), self.hardware) for work in _ring_works(spec, spec.seq_len)]
+        alone = predict(_work(spec.alone, spec.seq_len), sizes_of(spec), self.hardware)
+        share = max(layer.memory_bytes for layer in layers) / alone.memory_bytes
+        return Measurement(
+            density=float(np.mean([layer_layout(spec, i, spec.seq_len).density for i in range(len(spec.attention))])),
+            forward_ms_p50=1e3 * sum(layer.forward_s for layer in layers),
+            forward_backward_ms_p50=1e3 * sum(layer.forward_backward_s for layer in layers),
+            peak_bytes=round(share * (self.bytes_fixed + self.bytes_a_pair * _area(spec))),
+            wire_bytes=wire_bytes(spec),
+            wire_forward_bytes=sum(layer.forward_bytes for layer in layers),
+            world_size=spec.ranks.world_size,
+        )
+
     def _seconds(self, work: Work, spec: TrialSpec, direction: Pass) -> float:
-        return spec.num_layers * float(compute_seconds(work, _sizes(spec), self.hardware, direction).sum())
+        return spec.num_layers * float(compute_seconds(work, sizes_of(spec), self.hardware, direction).sum())
+
+
+def wire_bytes(spec: TrialSpec) -> int:
+    """What all ranks send for the attention of all layers, forward and backward, as far as the plans say: exact without
+    a codec for dK and dV; nothing of the weights' gradients."""
+    sizes, codec = sizes_of(spec), build(spec.ranks.gradient_codec)
+    total = 0.0
+    for work in _ring_works(spec, spec.seq_len):
+        numbers = 2 * sizes.batch * sizes.num_kv_heads * work.kv_block_size * sizes.head_dim  # K and V of a block
+        payload = payload_like(codec, (numbers,), wide(getattr(torch, spec.dtype)))
+        total += float(work.received.sum()) * (2 * numbers * sizes.itemsize + codec.nbytes(payload))
+    return round(total)
 
 
 def _timed(spec: TrialSpec, record: Record) -> list[Timed]:
     """One layer's forward and backward, in seconds."""
     assert record.forward_ms_p50
     assert record.forward_backward_ms_p50
-    work, sizes = _work(spec, spec.seq_len), _sizes(spec)
+    work, sizes = _work(spec, spec.seq_len), sizes_of(spec)
     forward = record.forward_ms_p50 / 1e3 / spec.num_layers
     backward = max(1e-9, record.forward_backward_ms_p50 / 1e3 / spec.num_layers - forward)
     return [Timed(work, sizes, Pass.FORWARD, forward), Timed(work, sizes, Pass.BACKWARD, backward)]
@@ -102,27 +142,17 @@ def _timed(spec: TrialSpec, record: Record) -> list[Timed]:
 
 def _training_attention(spec: TrialSpec, hardware: Hardware) -> float:
     """Seconds of the attention in one training step."""
-    sizes = replace(_sizes(spec), batch=spec.task_params.get("train_batch", 8))
+    sizes = replace(sizes_of(spec), batch=spec.task_params.get("train_batch", 8))
+    if spec.ranks.world_size > 1:
+        return sum(predict(work, sizes, hardware).forward_backward_s for work in _ring_works(spec, spec.train_len))
     work = _work(spec, spec.train_len)
     return spec.num_layers * sum(float(compute_seconds(work, sizes, hardware, p).sum()) for p in Pass)
-
-
-def _layout(spec: TrialSpec, layer: int, length: int) -> BlockLayout:
-    """The blocks of a layer; those of the dense baseline all."""
-    attention = spec.layer(layer)
-    return patterns.build(attention.pattern or "dense").layout(
-        length,
-        num_heads=spec.num_heads,
-        q_block_size=attention.block_size,
-        causal=spec.causal,
-        density=attention.density,
-    )
 
 
 @lru_cache(maxsize=1024)
 def _work(spec: TrialSpec, length: int) -> Work:
     """The mean layer's work on one rank."""
-    layouts = [_layout(spec, index, length) for index in range(len(spec.attention))]
+    layouts = [layer_layout(spec, index, length) for index in range(len(spec.attention))]
     first, one = layouts[0], np.ones((1, 1))
     active = float(np.mean([layout.nnz_blocks / layout.num_groups for layout in layouts]))
     rows = float(first.num_q_blocks)
@@ -130,12 +160,13 @@ def _work(spec: TrialSpec, length: int) -> Work:
     return Work(*sizes, np.array([0]), active * one, rows * one, 0 * one, np.array([rows]))
 
 
+@lru_cache(maxsize=1024)
+def _ring_works(spec: TrialSpec, length: int) -> tuple[Work, ...]:
+    """Every layer's work on all ranks."""
+    return tuple(work_of(plan) for plan in plans_of(spec, length))
+
+
 def _area(spec: TrialSpec) -> float:
     """Kept (query, key) pairs of tokens of a head at the timed length."""
     work = _work(spec, spec.seq_len)
     return float(work.active.sum()) * work.q_block_size * work.kv_block_size
-
-
-def _sizes(spec: TrialSpec) -> Sizes:
-    kv_heads = spec.num_kv_heads or spec.num_heads
-    return Sizes(spec.batch, spec.num_heads, kv_heads, spec.head_dim, getattr(torch, spec.dtype).itemsize)

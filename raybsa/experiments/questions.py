@@ -117,7 +117,8 @@ class Questions(Searcher):
         if self._previews is None:
             self._algorithm.tell(config, values)
         else:
-            self._learn(self._previews, config, result["outcome"].measurement if result and not error else None, values)
+            outcome = result["outcome"] if result and not error else None
+            self._learn(self._previews, config, outcome.measurement if outcome else None, values)
 
     def _learn(self, previews: Previews, config: Config, measured: Measured | None, values: list[float] | None) -> None:
         """What was looked at first is told to the algorithm by its look alone: so it compares like with like."""

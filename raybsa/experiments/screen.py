@@ -95,10 +95,14 @@ class Screen:
 
 
 def _is_denser(record: Record, spec: TrialSpec) -> bool:
-    """Whether a record is of the dense baseline, or of the same rule with at least as many blocks kept."""
+    """Whether a record is of the dense baseline, or of the same rule with at least as many blocks kept, whose gradients
+    lost nothing on their way that those of ``spec`` would not."""
     if record.pattern == "dense":
         return True
-    attention, other = spec.attention[0], TrialSpec.from_dict(json.loads(record.spec)).attention[0]
+    answered = TrialSpec.from_dict(json.loads(record.spec))
+    attention, other = spec.attention[0], answered.attention[0]
     if attention.density is None or other.density is None or other.density < attention.density:
+        return False
+    if answered.ranks.codec["name"] != "none" and answered.ranks.codec != spec.ranks.codec:
         return False
     return (attention.pattern, attention.block_size) == (other.pattern, other.block_size)

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import gcd
 from typing import Any
 
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
-from raybsa.spec import ADAPTIVE, DENSE, AttentionSpec, PatternSpec, TrialSpec, canonical_json
+from raybsa.experiments.rank_choices import NAMES, Config, RankChoices
+from raybsa.gradients.catalog import build
+from raybsa.spec import ADAPTIVE, DENSE, DISTRIBUTED, AttentionSpec, PatternSpec, TrialSpec, canonical_json
 from raybsa.variants.source import layout_source
 
 MIXTURE = "per_head"
 REFERENCE = "reference"
-Config = dict[str, Any]
 
 # Density sets a family's own free parameter; what else shapes it is searched.
 DEFAULT_FAMILIES: dict[str, dict[str, list[Any]]] = {
@@ -49,9 +51,15 @@ class SearchSpace:
         shares: how many of a mixture's heads follow the first of its pair, in (0, 1).
         variants: which of the factory's variants compute it ("adaptive" is one of its own).
         references: attentions that are asked as they are, after the baseline: what the front has to beat.
+        world_sizes: choices of how many ranks share the sequence; families are first compared at the first. The
+            baseline and the references are asked of one alone.
+        partitions: of a ``DistributedConfig``, asked where there are ranks.
+        codecs: how gradients travel between ranks, those of K and V too where the codec can: names or specs of
+            ``raybsa.gradients``, asked where there are ranks.
 
     Raises:
-        ValueError: an unknown family or parameter, or a range that is none.
+        ValueError: an unknown family, parameter, partition or codec, a range that is none, or ranks for a task that
+            cannot be split.
     """
 
     base: TrialSpec
@@ -62,6 +70,9 @@ class SearchSpace:
     shares: tuple[float, ...] = (0.25, 0.5, 0.75)
     variants: tuple[str, ...] = ("base",)
     references: tuple[AttentionSpec, ...] = ()
+    world_sizes: tuple[int, ...] = (1,)
+    partitions: tuple[str, ...] = ("balanced",)
+    codecs: tuple[Any, ...] = ("none",)
 
     def __post_init__(self) -> None:
         low, high = self.densities
@@ -78,6 +89,7 @@ class SearchSpace:
         if not all(0 < share < 1 for share in self.shares):
             raise ValueError(f"a share of the heads lies between 0 and 1, got {list(self.shares)}")
         object.__setattr__(self, "densities", (_three_digits(low), _three_digits(high)))
+        object.__setattr__(self, "codecs", tuple(build(codec).spec for codec in self.codecs))
         for config in self.first_points()[1 + len(self.references) :]:
             attention = self.spec(config).layer(0)
             layout_source(
@@ -108,15 +120,12 @@ class SearchSpace:
         low, high = self.densities
         points = self.fixed_points()
         for family in self.families:
-            config: Config = {"family": family, "density": _three_digits((low * high) ** 0.5)}
-            while name := self._next(config):
-                config[name] = self.choices(name)[0]
-            points.append(config)
+            points.append(self._completed({"family": family, "density": _three_digits((low * high) ** 0.5)}))
         return points
 
     def openings(self) -> list[Config]:
-        """The first points, then these again with each other choice of a family's parameters, one at a time: what was
-        never asked cannot be learned from."""
+        """The first points, then these again with each other choice of a family's parameters, one at a time, and the
+        first family with each other choice of ranks: what was never asked cannot be learned from."""
         first = self.first_points()
         others = [
             point | {name: choice}
@@ -125,7 +134,8 @@ class SearchSpace:
             if "." in name
             for choice in self.choices(name)[1:]
         ]
-        return first + others
+        start = {name: first[len(self.fixed_points())][name] for name in ("family", "density")}
+        return first + others + [self._completed(start | choice) for choice in self._sharing.others()]
 
     def fixed_points(self) -> list[Config]:
         """What is asked whatever an algorithm thinks of it: the baseline and the references."""
@@ -148,13 +158,14 @@ class SearchSpace:
         yield from complete({})
 
     def choices(self, name: str) -> list[Any]:
-        """What a parameter of a configuration can be; parameters of a family are JSON texts."""
+        """What a parameter of a configuration can be; parameters of a family, and codecs, are JSON texts."""
         choices: dict[str, Sequence[Any]] = {
             "family": [*self.families, *([MIXTURE] if self.mixtures else [])],
             "block_size": self.block_sizes,
             "variant": self.variants,
             "mixture": ["+".join(pair) for pair in self.mixtures],
             "share": self.shares,
+            **{name: self._sharing.choices(name) for name in NAMES},
         }
         if name in choices:
             return list(choices[name])
@@ -179,30 +190,45 @@ class SearchSpace:
         density = _three_digits(config["density"])  # what is pasted from a report should be readable
         variant = ADAPTIVE if config["family"] == ADAPTIVE else config.get("variant", self.variants[0])
         pattern = self._mixture(config) if config["family"] == MIXTURE else self._pattern(config["family"], config)
+        ranks = self._sharing.ranks(config)
+        variant = DISTRIBUTED if ranks.world_size > 1 else variant
         attention = AttentionSpec(variant, pattern, density=density, block_size=config["block_size"])
-        return replace(self.base, attention=(attention,))
+        return replace(self.base, attention=(attention,)).over(ranks)
 
     def config(self, spec: TrialSpec) -> Config | None:
         """The configuration that asks ``spec``; None where it is no question of this space. Undoes ``spec``."""
-        attention = spec.attention[0]
-        if attention.pattern is None or attention in self.references:
+        attention, ranks = spec.attention[0], spec.ranks
+        if attention.pattern is None or (attention in self.references and ranks.world_size == 1):
             return next((config for config in self.fixed_points() if self.spec(config) == spec), None)
         config = {"density": attention.density, "block_size": attention.block_size, **self._named(attention.pattern)}
-        if len(self.variants) > 1 and attention.variant != ADAPTIVE:
-            config["variant"] = attention.variant
+        config |= {"variant": attention.variant, **self._sharing.named(ranks)}
+        names = self._names(config)
+        config = {name: value for name, value in config.items() if "." in name or name in names}
         return config if self._has(config) and self.spec(config) == spec else None
 
     # ---- for ourselves -----------------------------------------------------------------------------------------
+
+    @cached_property
+    def _sharing(self) -> RankChoices:
+        return RankChoices(self.world_sizes, self.partitions, self.codecs, self.base.task)
 
     def _next(self, config: Config) -> str | None:
         """The parameter to choose next; None where the configuration is complete."""
         return next((name for name in self._names(config) if name not in config), None)
 
+    def _completed(self, config: Config) -> Config:
+        """``config`` with the first choice of whatever it leaves open."""
+        config = dict(config)
+        while name := self._next(config):
+            config[name] = self.choices(name)[0]
+        return config
+
     def _names(self, config: Config) -> list[str]:
         """The parameters of a configuration, as far as ``config`` tells yet, in the order in which they are drawn."""
         family = config.get("family")
-        choose_variant = len(self.variants) > 1 and family != ADAPTIVE
-        names = ["family", "density", "block_size", *(["variant"] if choose_variant else [])]
+        choose_variant = len(self.variants) > 1 and family != ADAPTIVE and self._sharing.world_size(config) == 1
+        names = ["family", "density", "block_size", *self._sharing.names(config)]
+        names += ["variant"] if choose_variant else []
         if family == MIXTURE:
             names += ["mixture", "share"]
         rules = config["mixture"].split("+") if "mixture" in config else [str(family)]
