@@ -125,12 +125,21 @@ class Ranks:
         world_size: ranks; 1 is one process with the whole sequence.
         partition, gradient_codec: those of a ``raybsa.DistributedConfig``.
         codec: how the gradients of the weights travel, where the task trains: the spec of a ``raybsa.gradients`` codec.
+
+    Raises:
+        ValueError: no positive number of ranks, or a codec that is no spec.
     """
 
     world_size: int = 1
     partition: str = "balanced"
     gradient_codec: Mapping[str, Any] = field(default_factory=lambda: {"name": "none"})
     codec: Mapping[str, Any] = field(default_factory=lambda: {"name": "none"})
+
+    def __post_init__(self) -> None:
+        _require_positive("world_size", self.world_size)
+        for codec in (self.gradient_codec, self.codec):
+            if not isinstance(codec, Mapping) or not isinstance(codec.get("name"), str):
+                raise ValueError(f"ranks have codecs as specs, with a 'name', got {codec!r}")
 
     @property
     def config(self) -> dict[str, Any]:
@@ -168,8 +177,8 @@ class TrialSpec:
             ``OVER_RANKS`` with the variant ``"distributed"``, the fields of ``Ranks`` make it a ring's.
 
     Raises:
-        ValueError: a size that is not a positive integer, heads that do not divide, an unknown dtype, or a number of
-            attentions that is neither 1 nor ``num_layers``.
+        ValueError: a size that is not a positive integer, heads that do not divide, an unknown dtype, ranks that are
+            none, or a number of attentions that is neither 1 nor ``num_layers``.
     """
 
     task: str
@@ -206,6 +215,7 @@ class TrialSpec:
             raise ValueError(
                 f"attention must name one spec or one a layer ({self.num_layers}), got {len(self.attention)}"
             )
+        _ = self.ranks  # refuses what is none
 
     def layer(self, index: int) -> AttentionSpec:
         """The attention of layer ``index``."""

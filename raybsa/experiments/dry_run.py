@@ -14,6 +14,7 @@ from raybsa.results.record import Record, SeriesPoint
 from raybsa.spec import TrialSpec
 
 _HEAD = ("pattern", "block", "asked", "f+b ms", "MiB", "wire KiB", "trial s")
+_WIDTH = 58
 
 
 def dry_run(
@@ -53,7 +54,8 @@ def dry_run(
 def _line(spec: TrialSpec, model: CostModel | None) -> str:
     attention = spec.attention[0]
     name = "dense" if attention.pattern is None else _name(attention.pattern.name, attention.pattern.params)
-    name += f" ({spec.ranks.label})" if spec.ranks.label else ""
+    ranks = f" ({spec.ranks.label})" if spec.ranks.label else ""
+    name = name[: _WIDTH - len(ranks)] + ranks
     asked = "-" if attention.density is None else f"{attention.density:.3g}"
     block = "-" if attention.pattern is None else attention.block_size
     wire = f"{wire_bytes(spec) / 2**10:.0f}" if spec.ranks.world_size > 1 else "-"  # the plan knows it, unmeasured
@@ -70,4 +72,4 @@ def _name(name: str, params: object) -> str:
 
 
 def _row(name: str, *cells: object) -> str:
-    return f"{name[:58]:<58}" + "".join(f"{cell!s:>10}" for cell in cells)
+    return f"{name:<{_WIDTH}}" + "".join(f"{cell!s:>10}" for cell in cells)

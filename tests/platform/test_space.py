@@ -10,12 +10,30 @@ from raybsa import patterns
 from raybsa.experiments.presets import PRESETS
 from raybsa.experiments.space import DEFAULT_FAMILIES, SearchSpace
 from raybsa.experiments.spaces import SPACES, make_space
-from raybsa.experiments.validity import DIAGONAL, NO_RULE, REPEATED, TOO_SHORT, Rejections
+from raybsa.experiments.validity import (
+    DIAGONAL,
+    MISFIT,
+    NO_RULE,
+    REPEATED,
+    TOO_MANY_RANKS,
+    TOO_SHORT,
+    UNSPLIT,
+    Rejections,
+)
 from raybsa.patterns.blocks import save_blocks
-from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec, canonical_json
+from raybsa.spec import AttentionSpec, PatternSpec, Ranks, TrialSpec, canonical_json
 
 BASE = TrialSpec("byte_lm", (AttentionSpec("dense"),), seq_len=512, train_len=256)
 SPACE = SearchSpace(BASE)
+POWERSGD = {"name": "powersgd", "params": {"rank": 2}}
+RINGS = SearchSpace(
+    BASE,
+    {"random": {}, "strided": {"stride": [2, 4]}},
+    variants=("base", "distributed"),
+    world_sizes=(1, 2, 4),
+    partitions=("balanced", "zigzag"),
+    codecs=("none", "int8", POWERSGD),
+)
 
 
 def drawn(space, count, seed=0):
@@ -79,6 +97,75 @@ def test_the_grid_has_every_combination_once_the_baseline_first():
     assert len({canonical_json(config) for config in configs}) == len(configs)
 
 
+# ---- ranks ---------------------------------------------------------------------------------------------------------
+
+
+def test_how_ranks_share_a_question_is_asked_only_where_there_are_ranks():
+    configs = [*drawn(RINGS, 60), *RINGS.openings(), *RINGS.grid(2)]
+    for config in configs:
+        alone, fixed = config.get("world_size") == 1, "density" not in config
+        assert ("variant" in config) == (alone and not fixed)
+        assert {"partition", "codec"} & set(config) == (set() if alone or fixed else {"partition", "codec"})
+        found = RINGS.config(RINGS.spec(config))
+        assert RINGS.spec(found) == RINGS.spec(config)
+        assert found.keys() == config.keys()
+        assert fixed or RINGS.distributions(config).keys() == config.keys()
+    assert {RINGS.spec(config).ranks.world_size for config in configs} == {1, 2, 4}
+
+
+def test_a_question_of_a_ring_says_all_that_its_ranks_must_know():
+    config = {"family": "random", "density": 0.2, "block_size": 16, "world_size": 2, "partition": "zigzag"}
+    small, factors = ({**config, "codec": RINGS.choices("codec")[index]} for index in (1, 2))
+    spec = RINGS.spec(small)
+    assert spec.attention[0].variant == "distributed"
+    assert (spec.ranks.world_size, spec.ranks.partition) == (2, "zigzag")
+    assert spec.ranks.codec == spec.ranks.gradient_codec
+    assert spec.ranks.codec["name"] == "int8"
+    assert spec.ranks.label == "2 ranks, zigzag, int8"
+    ranks = RINGS.spec(factors).ranks
+    assert (ranks.codec["name"], ranks.gradient_codec["name"]) == ("powersgd", "none"), "dK and dV go from rank to rank"
+    assert spec.alone == replace(RINGS.base, attention=spec.attention)
+    timed = replace(RINGS, base=replace(BASE, task="speed"))
+    assert timed.spec(small).ranks.codec["name"] == "none", "nothing is trained"
+    assert timed.config(timed.spec(small)) == small
+
+
+def test_ranks_with_one_choice_are_not_asked_for_and_without_ranks_a_question_is_what_it_was():
+    only = replace(RINGS, world_sizes=(2,), partitions=("striped",), codecs=("none",))
+    config = {"family": "random", "density": 0.2, "block_size": 16}
+    assert only.spec(config).ranks == Ranks(
+        2, "striped", {"name": "none", "params": {}}, {"name": "none", "params": {}}
+    )
+    assert only.config(only.spec(config)) == config
+    alone = {**config, "world_size": 1, "variant": "base"}
+    assert RINGS.spec(alone).digest == SearchSpace(BASE, {"random": {}}).spec(config).digest
+
+
+def test_every_choice_of_ranks_is_among_the_openings():
+    asked = [RINGS.spec(config).ranks for config in RINGS.openings()]
+    assert {ranks.world_size for ranks in asked} == {1, 2, 4}
+    assert {ranks.partition for ranks in asked if ranks.world_size > 1} == {"balanced", "zigzag"}
+    assert {ranks.codec["name"] for ranks in asked if ranks.world_size > 1} == {"none", "int8", "powersgd"}
+    assert all(RINGS.spec(config).ranks.world_size == 1 for config in RINGS.fixed_points())
+
+
+def test_rings_that_cannot_be_are_rejected_and_counted():
+    base = replace(BASE, dtype="float64")
+    learned = {"method": ["compressed", "distill"]}
+    space = replace(RINGS, base=base, families={"random": {}, "adaptive": learned}, world_sizes=(1, 2, 5))
+    rejections = Rejections(space)
+    config = {"family": "random", "density": 0.5, "block_size": 64, "world_size": 2, "partition": "balanced"}
+    config["codec"] = space.choices("codec")[0]
+    assert rejections.admit(config)
+    assert rejections.admit({**config, "world_size": 5}) is None, "256 tokens are four blocks"
+    assert rejections.admit({**config, "codec": space.choices("codec")[1]}) is None, "int8 takes no float64"
+    assert rejections.admit({**config, "family": "adaptive", "adaptive.method": '"compressed"'}) is None
+    assert rejections.admit({**config, "family": "adaptive", "adaptive.method": '"distill"'})
+    assert rejections.admit({**config, "partition": "zigzag"}), "another partition is another question"
+    assert rejections.admit(config) is None
+    assert rejections.counts == {TOO_MANY_RANKS: 1, MISFIT: 1, UNSPLIT: 1, REPEATED: 1}
+
+
 # ---- what is rejected before it starts -----------------------------------------------------------------------------
 
 
@@ -134,6 +221,15 @@ def test_a_space_from_a_file_is_the_space_as_an_object(tmp_path):
     assert make_space(str(path), BASE) == wanted
 
 
+def test_ranks_come_from_a_file_too(tmp_path):
+    path = tmp_path / "space.yaml"
+    path.write_text(
+        "families: {random: , strided: {stride: [2, 4]}}\nvariants: [base, distributed]\nworld_sizes: [1, 2, 4]\n"
+        "partitions: [balanced, zigzag]\ncodecs: [none, int8, {name: powersgd, params: {rank: 2}}]\n"
+    )
+    assert make_space(str(path), BASE) == RINGS
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -142,6 +238,10 @@ def test_a_space_from_a_file_is_the_space_as_an_object(tmp_path):
         ("- 1", "a space has the keys"),
         ("families: [", "cannot be used"),
         ("mixtures: [[random, random]]", "a mixture is a pair"),
+        ("world_sizes: [0]", r"world_sizes are numbers of ranks from 1, got \[0\]"),
+        ("world_sizes: [two]", r"world_sizes are numbers of ranks from 1, got \['two'\]"),
+        ("partitions: [heap]", r"partitions of balanced, contiguous, zigzag, striped, got .* and \['heap'\]"),
+        ("codecs: [zip]", "unknown codec 'zip'"),
     ],
 )
 def test_a_file_that_describes_no_space_says_why(tmp_path, text, message):
@@ -224,9 +324,10 @@ def test_a_preset_has_trials_enough_for_its_first_points(name):
         ({"families": {"strided": {"width": [1]}}}, "strided has no parameter width"),
         ({"block_sizes": (24,)}, "block_size must be a power of two, got 24"),
         ({"mixtures": (("random", "spiral"),)}, r"a mixture is a pair of .*, got \['random', 'spiral'\]"),
+        ({"base": replace(BASE, task="recall"), "world_sizes": (1, 2)}, r"only the tasks byte_lm, speed can be split"),
         ({"shares": (1.0,)}, r"a share of the heads lies between 0 and 1, got \[1.0\]"),
     ],
 )
 def test_a_space_refuses_what_cannot_be_asked(change, message):
     with pytest.raises(ValueError, match=message):
-        SearchSpace(BASE, **change)
+        SearchSpace(**{"base": BASE} | change)
