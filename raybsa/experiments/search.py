@@ -28,7 +28,7 @@ from raybsa.experiments.history import Answered, history, values_of
 from raybsa.experiments.keeping import keep
 from raybsa.experiments.patience import Patience
 from raybsa.experiments.previews import LOOKED, PREVIEW, Previews, preview_of
-from raybsa.experiments.questions import Questions
+from raybsa.experiments.questions import LATE, Questions
 from raybsa.experiments.recording import Run
 from raybsa.experiments.screen import Screen
 from raybsa.experiments.space import Config, SearchSpace
@@ -262,8 +262,8 @@ class _TrialActor(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         spec = self._space.spec(self.config)
-        if not self._rung and time.time() > self._deadline:  # it had to wait for room
-            return {**self._result(Outcome(spec, None, None, 0)), "outcome": None, "done": True}
+        if not self._rung and time.time() > self._deadline:
+            return {**self._result(Outcome(spec, None, None, 0)), LATE: True, "done": True}
         if PREVIEW in self.config:
             return self._look(preview_of(spec, self.config[PREVIEW]))
         outcome = self._out_of_bounds(self._coordinator.run(spec, 0)) if self._bounds and not self._rung else None
@@ -323,9 +323,9 @@ class _Recorder(tune.Callback):
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
         """``done`` is set by the trial itself where it came to its end, and by Tune where a scheduler stops it."""
-        outcome = result["outcome"]
-        if outcome is None or not result["done"]:
+        if not result["done"] or result.get(LATE):
             return
+        outcome = result["outcome"]
         measured = outcome.measurement
         steps = self._space.base.train_steps
         if not outcome.error and not outcome.pruned and measured.quality is not None and measured.trained_steps < steps:

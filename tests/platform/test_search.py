@@ -8,13 +8,14 @@ import optuna
 import pytest
 
 from raybsa.cluster.resources import Share, TooFewResources
+from raybsa.experiments import search
 from raybsa.experiments.algorithms import Sampled
 from raybsa.experiments.history import values_of
 from raybsa.experiments.patience import Patience
 from raybsa.experiments.previews import PREVIEW
 from raybsa.experiments.questions import Questions
 from raybsa.experiments.recording import Run
-from raybsa.experiments.search import _Recorder, ranks_of
+from raybsa.experiments.search import Plan, Pool, _Recorder, ranks_of
 from raybsa.experiments.space import SearchSpace
 from raybsa.results.pareto import DENSITY, LATENCY
 from raybsa.results.record import Measurement, Outcome
@@ -84,13 +85,6 @@ def test_a_trial_that_begins_again_keeps_its_number_and_counts_what_it_survived(
     assert survived == {"run-000": 1, "run-001": 0}
 
 
-def test_a_trial_that_found_no_room_before_the_time_was_up_leaves_no_record(tmp_path):
-    store = Store.create(tmp_path)
-    recorder = _Recorder(SPACE, store, Run("run", "test"), [])
-    recorder.on_trial_result(0, [], trial("a"), {"outcome": None, "done": True})
-    assert store.read_records() == []
-
-
 RINGS = SearchSpace(SPACE.base, {"random": {}}, world_sizes=(1, 3), block_sizes=(16,))
 RING = {"family": "random", "density": 0.5, "block_size": 16, "world_size": 3}
 
@@ -102,6 +96,44 @@ def test_a_trial_takes_a_bundle_a_rank_and_its_preview_one():
         1,
     ]
     assert ranks_of(RINGS, {"family": "dense"}) == 1
+
+
+@pytest.fixture
+def actor(monkeypatch):
+    """Makes Tune's side of a trial whose Coordinator says what it was made with and asked for."""
+    made = []
+
+    def make(config, deadline):
+        monkeypatch.setattr(search, "get_current_placement_group", lambda: "group")
+        monkeypatch.setattr(search, "coordinator_of", lambda ranks, share, **options: made.append((ranks, options)))
+        one = object.__new__(search._TrialActor)
+        one.config = config
+        one.setup(config, space=RINGS, pool=Pool(Share()), plan=Plan(3, (LATENCY,)), rungs=[], deadline=deadline)
+        return one
+
+    make.made = made
+    return make
+
+
+def test_a_trial_asks_a_ring_in_its_own_placement_group(actor):
+    actor(RING, math.inf)
+    ((ranks, options),) = actor.made
+    assert ranks == 3
+    assert options["group"] == "group"
+
+
+def test_a_trial_that_found_no_room_before_the_time_was_up_is_not_begun_and_leaves_no_record(actor, tmp_path):
+    result = actor(RING, deadline=1.0).step()
+    assert result["done"]
+    assert math.isnan(result["latency"])
+    store = Store.create(tmp_path)
+    _Recorder(RINGS, store, Run("run", "test"), []).on_trial_result(0, [], trial("a"), result)
+    assert store.read_records() == []
+    sampled = Sampled(RINGS, (LATENCY,), optuna.samplers.RandomSampler(seed=0))
+    questions = Questions(RINGS, sampled, (LATENCY,), trials=1)
+    questions.suggest("a")
+    questions.on_trial_complete("a", result)
+    assert questions.ended == "its time is up"
 
 
 def test_a_search_in_which_nothing_can_run_ends_after_a_bounded_wait_and_says_what_is_missing(monkeypatch):
