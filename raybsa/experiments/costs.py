@@ -2,8 +2,8 @@
 
 Attention: the linear model of ``ring.hardware`` (seconds = calls + active pairs + rows), fitted by direction and block
 size to the search's own times on one device. Memory and training time follow from ratios and medians of the same rows.
-A ring's step follows from its plan by ``ring.cost``, over a link that is fitted to messages that rings have timed (free
-until they have). Until there are rows enough nothing is predicted.
+A ring's step follows from its plans (``ring_costs.py``), over a link that is fitted to messages that rings have timed
+(free until they have). Until there are rows enough nothing is predicted.
 """
 
 from __future__ import annotations
@@ -12,23 +12,19 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from statistics import median
+from statistics import fmean, median
 
 import numpy as np
-import torch
 
 from raybsa.experiments.forecast import messages_of, sizes_of
-from raybsa.gradients.catalog import build
-from raybsa.gradients.codec import wide
+from raybsa.experiments.ring_costs import Seconds, memory_share, overhead, step_seconds, wire_bytes
 from raybsa.results.record import Measurement, Record, SeriesPoint
-from raybsa.ring.attention import payload_like
-from raybsa.ring.cost import compute_seconds, predict
+from raybsa.ring.cost import compute_seconds
 from raybsa.ring.fitting import Timed, fit
 from raybsa.ring.hardware import Hardware, Pass
-from raybsa.ring.work import Work, work_of
+from raybsa.ring.work import Work
 from raybsa.spec import TrialSpec
 from raybsa.tasks.attention import layer_layout
-from raybsa.tasks.sharded_trial import plans_of
 
 ENOUGH = 5  # measured sparse trials before anything is predicted
 _MOST = 100  # of them, the latest
@@ -43,6 +39,7 @@ class CostModel:
         bytes_a_pair, bytes_fixed: peak memory as a line over active pairs of blocks times their area.
         step_seconds: seconds of a training step beyond its attention.
         fixed_seconds: of a trial beyond its training: timing, evaluation, start.
+        ring_seconds: (forward, forward + backward) of a ring's step beyond its formula.
     """
 
     hardware: Hardware
@@ -50,6 +47,7 @@ class CostModel:
     bytes_a_pair: float
     step_seconds: float
     fixed_seconds: float
+    ring_seconds: Seconds = (0.0, 0.0)
 
     @classmethod
     def learned(cls, records: Iterable[Record], series: Iterable[SeriesPoint] = ()) -> CostModel | None:
@@ -62,11 +60,11 @@ class CostModel:
         if len(rows) < ENOUGH:
             return None
         asked = [TrialSpec.from_dict(json.loads(row.spec)) for row in rows]
-        same_device = {record.trial_id for record in records if record.device_name == rows[-1].device_name}
+        here = {record.trial_id: record for record in records if record.device_name == rows[-1].device_name}
         hardware = fit(
             rows[-1].device_name,
             [call for s, r in zip(asked, rows, strict=True) for call in _timed(s, r)],
-            messages_of(point for point in series if point.trial_id in same_device),
+            messages_of(point for point in series if point.trial_id in here),
         )
         areas, peaks = [_area(spec) for spec in asked], [float(row.peak_bytes or 0) for row in rows]
         slope, fixed = np.polyfit(areas, peaks, 1) if len(set(areas)) > 1 else (0.0, median(peaks))
@@ -77,7 +75,12 @@ class CostModel:
         ]
         others = [row.worker_seconds - (row.train_seconds or 0.0) for row in rows if row.worker_seconds]
         return cls(
-            hardware, float(fixed), float(slope), max(0.0, median(steps or [0.0])), max(0.0, median(others or [0.0]))
+            hardware,
+            float(fixed),
+            float(slope),
+            max(0.0, median(steps or [0.0])),
+            max(0.0, median(others or [0.0])),
+            overhead(here.values(), hardware),
         )
 
     def predict(self, spec: TrialSpec) -> Measurement:
@@ -87,7 +90,7 @@ class CostModel:
         work = _work(spec, spec.seq_len)
         forward, backward = (self._seconds(work, spec, direction) for direction in Pass)
         return Measurement(
-            density=float(np.mean([layer_layout(spec, i, spec.seq_len).density for i in range(len(spec.attention))])),
+            density=_density(spec),
             forward_ms_p50=1e3 * forward,
             forward_backward_ms_p50=1e3 * (forward + backward),
             peak_bytes=round(self.bytes_fixed + self.bytes_a_pair * _area(spec)),
@@ -96,21 +99,19 @@ class CostModel:
     def trial_seconds(self, spec: TrialSpec) -> float:
         """Seconds of a worker, or of a ring, for the whole trial. Ranks share what a step takes beside its attention;
         the exchange of the weights' gradients is not counted."""
-        a_step = self.step_seconds / spec.ranks.world_size + _training_attention(spec, self.hardware)
-        return self.fixed_seconds + spec.train_steps * a_step
+        ranks = spec.ranks.world_size
+        a_step = self.step_seconds / ranks + _training_attention(spec, self.hardware)
+        return self.fixed_seconds + spec.train_steps * (a_step + (self.ring_seconds[1] if ranks > 1 else 0.0))
 
     def _predict_ring(self, spec: TrialSpec) -> Measurement:
-        """From the plans of all layers; memory is one worker's, by the ratio of what the formula says of both."""
-        layers = [predict(work, sizes_of(spec), self.hardware) for work in _ring_works(spec, spec.seq_len)]
-        alone = predict(_work(spec.alone, spec.seq_len), sizes_of(spec), self.hardware)
-        share = max(layer.memory_bytes for layer in layers) / alone.memory_bytes
+        forward, both = step_seconds(spec, self.hardware)
+        whole = self.bytes_fixed + self.bytes_a_pair * _area(spec)
         return Measurement(
-            density=float(np.mean([layer_layout(spec, i, spec.seq_len).density for i in range(len(spec.attention))])),
-            forward_ms_p50=1e3 * sum(layer.forward_s for layer in layers),
-            forward_backward_ms_p50=1e3 * sum(layer.forward_backward_s for layer in layers),
-            peak_bytes=round(share * (self.bytes_fixed + self.bytes_a_pair * _area(spec))),
+            density=_density(spec),
+            forward_ms_p50=1e3 * (forward + self.ring_seconds[0]),
+            forward_backward_ms_p50=1e3 * (both + self.ring_seconds[1]),
+            peak_bytes=round(whole * memory_share(spec, self.hardware)),
             wire_bytes=wire_bytes(spec),
-            wire_forward_bytes=sum(layer.forward_bytes for layer in layers),
             world_size=spec.ranks.world_size,
         )
 
@@ -118,16 +119,8 @@ class CostModel:
         return spec.num_layers * float(compute_seconds(work, sizes_of(spec), self.hardware, direction).sum())
 
 
-def wire_bytes(spec: TrialSpec) -> int:
-    """What all ranks send for the attention of all layers, forward and backward, as far as the plans say: exact without
-    a codec for dK and dV; nothing of the weights' gradients."""
-    sizes, codec = sizes_of(spec), build(spec.ranks.gradient_codec)
-    total = 0.0
-    for work in _ring_works(spec, spec.seq_len):
-        numbers = 2 * sizes.batch * sizes.num_kv_heads * work.kv_block_size * sizes.head_dim  # K and V of a block
-        payload = payload_like(codec, (numbers,), wide(getattr(torch, spec.dtype)))
-        total += float(work.received.sum()) * (2 * numbers * sizes.itemsize + codec.nbytes(payload))
-    return round(total)
+def _density(spec: TrialSpec) -> float:
+    return fmean(layer_layout(spec, index, spec.seq_len).density for index in range(len(spec.attention)))
 
 
 def _timed(spec: TrialSpec, record: Record) -> list[Timed]:
@@ -142,9 +135,10 @@ def _timed(spec: TrialSpec, record: Record) -> list[Timed]:
 
 def _training_attention(spec: TrialSpec, hardware: Hardware) -> float:
     """Seconds of the attention in one training step."""
-    sizes = replace(sizes_of(spec), batch=spec.task_params.get("train_batch", 8))
+    batch = spec.task_params.get("train_batch", 8)
     if spec.ranks.world_size > 1:
-        return sum(predict(work, sizes, hardware).forward_backward_s for work in _ring_works(spec, spec.train_len))
+        return step_seconds(spec, hardware, spec.train_len, batch)[1]
+    sizes = replace(sizes_of(spec), batch=batch)
     work = _work(spec, spec.train_len)
     return spec.num_layers * sum(float(compute_seconds(work, sizes, hardware, p).sum()) for p in Pass)
 
@@ -158,12 +152,6 @@ def _work(spec: TrialSpec, length: int) -> Work:
     rows = float(first.num_q_blocks)
     sizes = (length, first.q_block_size, first.kv_block_size)
     return Work(*sizes, np.array([0]), active * one, rows * one, 0 * one, np.array([rows]))
-
-
-@lru_cache(maxsize=1024)
-def _ring_works(spec: TrialSpec, length: int) -> tuple[Work, ...]:
-    """Every layer's work on all ranks."""
-    return tuple(work_of(plan) for plan in plans_of(spec, length))
 
 
 def _area(spec: TrialSpec) -> float:

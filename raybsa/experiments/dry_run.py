@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 
-from raybsa.experiments.costs import ENOUGH, CostModel, wire_bytes
+from raybsa.experiments.costs import ENOUGH, CostModel
 from raybsa.experiments.history import Answered
+from raybsa.experiments.ring_costs import wire_bytes
 from raybsa.experiments.screen import Screen
 from raybsa.experiments.search import Plan, make_questions
 from raybsa.experiments.space import SearchSpace

@@ -206,19 +206,28 @@ def test_a_ring_is_predicted_from_its_plan_and_from_the_link_that_was_measured()
     alone, free = CostModel.learned(records).predict(spec.alone), CostModel.learned(records).predict(spec)
     assert 0.4 * alone.forward_backward_ms_p50 < free.forward_backward_ms_p50 < 0.8 * alone.forward_backward_ms_p50
     assert free.peak_bytes > 0.5 * alone.peak_bytes, "a rank holds its share, and what is under way"
-    byte_ms = 1e-4
+    plans, byte_ms = plans_of(spec), 1e-4
+    forward_bytes = sum(plan.bytes_sent(4, 32, 4) for plan in plans)
     messages = [SeriesPoint(records[-1].trial_id, LINK, size, 0, size * byte_ms) for size in (1 << 12, 1 << 20)]
     slow = CostModel.learned(records, messages)
-    assert slow.predict(spec).forward_ms_p50 > 0.3 * byte_ms * free.wire_forward_bytes > free.forward_ms_p50
+    assert slow.predict(spec).forward_ms_p50 > 0.3 * byte_ms * forward_bytes > free.forward_ms_p50
     strangers = [replace(point, trial_id="of-another-machine") for point in messages]
     assert CostModel.learned(records, strangers).predict(spec) == free
-    plans, sizes = plans_of(spec), (4, 32, 4, 1)
-    assert free.wire_forward_bytes == sum(plan.bytes_sent(*sizes) for plan in plans)
     told = sum(predict(work_of(plan), sizes_of(spec), slow.hardware).forward_backward_bytes for plan in plans)
     assert free.wire_bytes == told
     small = CostModel.learned(records).predict(RINGS.spec({**RING, "codec": RINGS.choices("codec")[1]}))
-    assert 2 * free.wire_forward_bytes < small.wire_bytes < free.wire_bytes
+    assert 2 * forward_bytes < small.wire_bytes < free.wire_bytes
     assert slow.trial_seconds(spec) > CostModel.learned(records).trial_seconds(spec)
+
+
+def test_what_rings_took_beyond_the_formula_is_expected_of_the_next_one():
+    records, spec = answers(12), RINGS.spec(RING)
+    formula = CostModel.learned(records).predict(spec)
+    took = {"forward_ms_p50": formula.forward_ms_p50 + 5.0, "forward_backward_ms_p50": 70.0}
+    model = CostModel.learned([*records, answer(spec, 50, **took)])
+    assert model.predict(spec).forward_ms_p50 == pytest.approx(took["forward_ms_p50"])
+    assert model.predict(spec).forward_backward_ms_p50 == pytest.approx(70.0)
+    assert model.predict(spec.alone) == CostModel.learned(records).predict(spec.alone)
 
 
 def test_what_lost_some_of_its_gradients_is_no_measure_for_what_lost_none():
