@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 
 from raybsa.cluster.coordinator import Coordinator, WorkerNotMade, last_line
@@ -76,7 +76,11 @@ class RingCoordinator:
 
     def __enter__(self) -> RingCoordinator:
         """Makes the ring. Raises TooFewResources or WorkerNotMade when it does not come up."""
-        self._ring_at_hand()
+        try:
+            self._ring_at_hand()
+        except RayError as error:
+            self.close()
+            raise WorkerNotMade(self._not_made(error)) from error
         return self
 
     def __exit__(
@@ -100,8 +104,6 @@ class RingCoordinator:
         while True:
             try:
                 return Outcome(spec, self._answer(spec, until), None, failures)
-            except WorkerNotMade as error:
-                return Outcome(spec, None, f"WorkerNotMade: {error}", failures)
             except TimeoutError:
                 self.close()
                 return Outcome(spec, None, f"took longer than {self._trial_s:g} s", failures)
@@ -109,6 +111,8 @@ class RingCoordinator:
                 self.close()
                 if isinstance(error, RayTaskError) and not isinstance(error.cause, Broken):
                     return Outcome(spec, None, cause_of(error), failures)
+                if isinstance(error, RayActorError) and error.actor_init_failed:
+                    return Outcome(spec, None, f"WorkerNotMade: {self._not_made(error)}", failures)
                 failures += 1
                 if failures > self._retries:
                     return Outcome(spec, None, f"its ring was lost {failures} times: {cause_of(error)}", failures)
@@ -122,15 +126,13 @@ class RingCoordinator:
 
     def _ring_at_hand(self) -> ActorRing:
         if self._ring is None:
-            ring = ActorRing(self._world_size, self._share, **self._make)
-            try:
-                self._ring = ring.__enter__()
-            except RayError as error:
-                words = f"a ring of {self._world_size} ranks of {self._share} could not be made: {last_line(error)}"
-                raise WorkerNotMade(words) from error
-            with ring.held(alone=True):
-                self._link = ring.ask("link")[0]
+            self._ring = ActorRing(self._world_size, self._share, **self._make).__enter__()
+            with self._ring.held(alone=True):
+                self._link = self._ring.ask("link")[0]
         return self._ring
+
+    def _not_made(self, error: RayError) -> str:
+        return f"a ring of {self._world_size} ranks of {self._share} could not be made: {last_line(error)}"
 
     def _answer(self, spec: TrialSpec, until: int | None) -> Measurement:
         """What the ring measured, once it has done so many steps."""

@@ -32,6 +32,11 @@ class Patience(tune.Callback):
         self._share, self._ranks, self._limit_s, self._say = share, ranks, 2 * wait_s, say
         self._since = self._looked = time.monotonic()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune writes its callbacks down, and no one reads them again; ``print``, which Ray replaces, could
+        not even be written."""
+        return {}
+
     def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
         now = time.monotonic()
         states = {trial.status for trial in trials}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from raybsa.cluster import ring_coordinator
-from raybsa.cluster.coordinator import Coordinator
+from raybsa.cluster.coordinator import Coordinator, WorkerNotMade
 from raybsa.cluster.resources import Share, TooFewResources
 from raybsa.cluster.ring_coordinator import RingCoordinator, coordinator_of
 from raybsa.comm import PeerLost
@@ -26,7 +27,7 @@ SPEC = TrialSpec("byte_lm", (ATTENTION,), train_steps=90).over(Ranks(2))
 
 
 def raised(cause: Exception) -> RayTaskError:
-    return RayTaskError("call", "Traceback ...", cause)
+    return RayTaskError("call", f"Traceback (most recent call last):\n{type(cause).__name__}: {cause}", cause)
 
 
 class Rings:
@@ -127,10 +128,19 @@ def test_a_question_that_takes_too_long_has_failed(rings: Rings) -> None:
 
 
 def test_a_ring_that_cannot_be_made_says_why_and_one_without_room_is_the_callers(rings: Rings) -> None:
-    rings.script["made"] = [ActorDiedError()]
+    never = ActorDiedError(raised(ImportError("no libfoo on this node")))
+    why = r"a ring of 2 ranks of 1 CPU and 0 GPU could not be made: .*no libfoo on this node"
+    rings.script["made"] = [never]
     outcome = coordinator().run(SPEC)
     assert outcome.error is not None
-    assert outcome.error.startswith("WorkerNotMade: a ring of 2 ranks of 1 CPU and 0 GPU could not be made: ")
+    assert re.match(f"WorkerNotMade: {why}", outcome.error)
+    for method in ("made", "link"):
+        rings.script[method] = [never]
+        with pytest.raises(WorkerNotMade, match=why):
+            coordinator().__enter__()
+    assert not any(ring.alive for ring in rings.made[2:])
+    rings.script["link"] = [ActorDiedError()]
+    assert coordinator().run(SPEC).failures == 1, "one that is lost on its way is lost, not impossible"
     rings.script["made"] = [TooFewResources("2 workers wanted")]
     with pytest.raises(TooFewResources), coordinator():
         pass

@@ -1,6 +1,7 @@
 """What a search tells its sampler and its store when a trial does not give what was asked."""
 
 import math
+import pickle
 from functools import partial
 from types import SimpleNamespace
 
@@ -142,8 +143,10 @@ def test_a_search_in_which_nothing_can_run_ends_after_a_bounded_wait_and_says_wh
     monkeypatch.setattr("raybsa.experiments.patience.alive_nodes", lambda: [{"CPU": 2}])
     for name in ("cluster_resources", "available_resources"):
         monkeypatch.setattr(f"ray.{name}", lambda: {"CPU": 2})
-    patience = Patience(Share(), partial(ranks_of, RINGS), wait_s=10.0, say=said.append)
+    patience = Patience(Share(), partial(ranks_of, RINGS), wait_s=10.0, say=lambda text: said.append(text))
     waiting = [trial("a", "TERMINATED"), trial("b", "PENDING", RING)]
+
+    assert pickle.loads(pickle.dumps(patience)), "Tune writes it down, whatever it says things with"
 
     def step(seconds, trials):
         clock[0] += seconds
