@@ -80,7 +80,7 @@ class CostModel:
             float(slope),
             max(0.0, median(steps or [0.0])),
             max(0.0, median(others or [0.0])),
-            overhead(here.values(), hardware),
+            overhead(list(here.values())[-_MOST:], hardware),
         )
 
     def predict(self, spec: TrialSpec) -> Measurement:
