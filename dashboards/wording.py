@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import datetime
+from itertools import groupby
 
 from raybsa.spec import UNTRAINED, AttentionSpec, PatternSpec, TrialSpec
 
@@ -79,8 +80,10 @@ def attention_label(attention: AttentionSpec) -> str:
 
 
 def trial_label(spec: TrialSpec) -> str:
-    """One line for a trial; a model whose layers differ names each, a search's ring how it is shared."""
-    label = " / ".join(attention_label(layer) for layer in spec.attention)
+    """One line for a trial; a model whose layers differ names each, and how many in a row are alike, a search's ring
+    how it is shared."""
+    runs = ((label, len(list(run))) for label, run in groupby(map(attention_label, spec.attention)))
+    label = " / ".join(label if count == 1 else f"{count}× {label}" for label, count in runs)
     return f"{label} · {spec.ranks.label}" if spec.ranks.label else label
 
 

@@ -33,10 +33,12 @@ PAGES = (
     "raybsa.tasks.capture",
     "raybsa.tasks.model",
     "raybsa.tasks.params",
+    "raybsa.tasks.question",
     "raybsa.tasks.training",
     "raybsa.variants.hf",
     "raybsa.variants.selector",
     "raybsa.variants.source",
+    "raybsa.variants.swap",
 )
 LAZY = ("raybsa", "raybsa.gradients", "raybsa.patterns")
 

@@ -13,8 +13,8 @@ import argparse
 import statistics
 import sys
 
+from raybsa.cluster.journal import TrainingFailed
 from raybsa.cluster.resources import TooFewResources
-from raybsa.cluster.training import TrainingFailed
 from raybsa.experiments.launch import cluster
 from raybsa.experiments.overhead import Round, rounds
 from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec

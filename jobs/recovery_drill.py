@@ -18,8 +18,8 @@ from itertools import product
 from pathlib import Path
 
 from raybsa.cluster.faults import FaultKind, FaultPlace
+from raybsa.cluster.journal import TrainingFailed
 from raybsa.cluster.resources import TooFewResources
-from raybsa.cluster.training import TrainingFailed
 from raybsa.experiments import drill_summary
 from raybsa.experiments.drill import Drill, Survived, estimate_minutes, timed
 from raybsa.experiments.drill_plan import DEFAULT, KINDS, LEFT_OUT, Pair, groups, steps_for

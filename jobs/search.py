@@ -40,11 +40,23 @@ from raybsa.experiments.spaces import PAPERS, SPACES, make_space
 from raybsa.experiments.trial import run_trial
 from raybsa.results.pareto import COSTS, named_objectives
 from raybsa.results.store import Store
+from raybsa.spec import TrialSpec
 from raybsa.tasks.captured import question_of
 from raybsa.tasks.goals import QUALITIES
+from raybsa.tasks.module import question_of as question_of_module
 from raybsa.tasks.text import load_corpus
 
-SIZES = ("seq_len", "train_len", "train_steps", "num_layers", "num_heads", "head_dim")
+SIZES = {
+    "seq_len": int,
+    "train_len": int,
+    "train_steps": int,
+    "learning_rate": float,
+    "num_layers": int,
+    "num_heads": int,
+    "head_dim": int,
+    "batch": int,
+    "dtype": str,
+}
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
@@ -132,6 +144,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", required=True, help="results folder or pyarrow.fs URI; absolute in a submitted job")
     parser.add_argument("--preset", choices=PRESETS, default="demo")
     parser.add_argument("--space", help=f"{', '.join(SPACES)}, or a YAML file (the preset's)")
+    parser.add_argument("--per-layer", action="store_true", help="also ask questions whose layers differ")
     parser.add_argument("--papers", action="store_true", help="first ask the papers' BigBird, window and sink + window")
     parser.add_argument("--trials", "--max-trials", type=int, help="how many in all (the preset's number)")
     parser.add_argument("--time-budget", type=_seconds, default=math.inf, help="no trial begins later: 90s, 10m, 2h")
@@ -151,6 +164,7 @@ def _arguments() -> argparse.Namespace:
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--distance", type=int, help="task recall with pairs so many tokens apart, instead of text")
     task.add_argument("--captured", metavar="QKV.PT", help="keep the attention of a model's own q, k, v instead")
+    task.add_argument("--module", metavar="FILE:FUNCTION", help="your own torch module, data and loss: docs/search.md")
     task.add_argument("--text", help="file or folder to train on (the Python standard library's sources)")
     parser.add_argument(
         "--objectives",
@@ -158,8 +172,8 @@ def _arguments() -> argparse.Namespace:
         help=f"comma-separated: quality, {', '.join(COSTS)}, with bounds as in latency<=2ms (quality,latency,memory)",
     )
     parser.add_argument("--seed", type=int, default=0)
-    for size in SIZES:
-        parser.add_argument(f"--{size.replace('_', '-')}", type=int, help="instead of the preset's")
+    for size, kind in SIZES.items():
+        parser.add_argument(f"--{size.replace('_', '-')}", type=kind, help="instead of the preset's")
     parser.add_argument("--address", help="a running Ray cluster (RAY_ADDRESS, else one of our own)")
     parser.add_argument(
         "--workers", type=int, help="trials at once (as many as fit, also while the cluster grows or shrinks)"
@@ -177,7 +191,9 @@ def _preset(arguments: argparse.Namespace) -> Preset:
     preset = PRESETS[arguments.preset]
     base = preset.space.base
     sizes: dict[str, Any] = {size: value for size in SIZES if (value := getattr(arguments, size)) is not None}
-    if arguments.captured is not None:
+    if arguments.module is not None:
+        base = _own_question(arguments.module, replace(base, seed=arguments.seed), sizes)
+    elif arguments.captured is not None:
         base = question_of(absolute("--captured", arguments.captured), base)
     elif arguments.distance is not None:
         base = replace(base, task="recall", task_params={"distance": arguments.distance})
@@ -190,9 +206,21 @@ def _preset(arguments: argparse.Namespace) -> Preset:
         if number is not None and number < 1:
             raise ValueError(f"{option} must be at least 1, got {number}")
     space = make_space(arguments.space, base) if arguments.space else replace(preset.space, base=base)
+    if arguments.per_layer:
+        space = replace(space, per_layer=True)
     if arguments.papers:
         space = replace(space, references=(*space.references, *PAPERS))
     return replace(preset, space=space, trials=trials)
+
+
+def _own_question(name: str, base: TrialSpec, sizes: dict[str, Any]) -> TrialSpec:
+    """The question about a module of the user's own, which brings its sizes."""
+    if given := sorted(set(sizes) - {"train_steps", "learning_rate"}):
+        raise ValueError(f"--module brings its own sizes, got {', '.join(given)} beside it")
+    file, colon, function = name.rpartition(":")
+    if not colon:
+        raise ValueError(f"--module names a function as FILE:FUNCTION, got {name!r}")
+    return question_of_module(f"{absolute('--module', file)}:{function}", base)
 
 
 def _plan(arguments: argparse.Namespace, preset: Preset) -> Plan:
@@ -230,5 +258,5 @@ def _seconds(text: str) -> float:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (ValueError, OSError, TooFewResources, WorkerNotMade) as error:
+    except (ValueError, OSError, NotImplementedError, TooFewResources, WorkerNotMade) as error:
         sys.exit(f"error: {error}")

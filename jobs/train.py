@@ -19,10 +19,11 @@ from typing import Any
 from ray.exceptions import RayError
 
 from raybsa import patterns
+from raybsa.cluster.journal import TrainingFailed
 from raybsa.cluster.member import MemberSettings
 from raybsa.cluster.resources import TooFewResources
 from raybsa.cluster.trace import Trace
-from raybsa.cluster.training import TrainingCoordinator, TrainingFailed
+from raybsa.cluster.training import TrainingCoordinator
 from raybsa.experiments.launch import cluster, worker_share
 from raybsa.experiments.place import absolute, git_commit
 from raybsa.experiments.recording import Run

@@ -1,9 +1,15 @@
-"""Names of your own: ``module:attribute`` wherever a pattern, a codec, a task or a backend is named."""
+"""Names of your own: ``module:attribute`` wherever a pattern, a codec, a task or a backend is named, and
+``file.py:attribute`` for a search's own model."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+from functools import lru_cache
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 
@@ -24,3 +30,33 @@ def own(name: str, kind: str, known: Iterable[str]) -> Any:
         return getattr(import_module(module), attribute)
     except (ModuleNotFoundError, AttributeError, ValueError) as error:
         raise ValueError(f"{kind} {name!r} must name something as 'module:Name': {error}") from error
+
+
+def own_of_file(name: str, kind: str) -> Any:
+    """What ``file.py:attribute`` stands for. The file is run where this process has not run it as it is now; what lies
+    beside it can be imported, as under ``python file.py``.
+
+    Raises:
+        ValueError: no such file or attribute, or a name of another form. What the file itself raises goes through.
+    """
+    path, colon, attribute = name.rpartition(":")
+    if not colon or not path.endswith(".py") or not Path(path).is_file():
+        raise ValueError(f"{kind} is named as 'file.py:name', a file that is there, got {name!r}")
+    module = _run(path, Path(path).stat().st_mtime_ns)
+    if not hasattr(module, attribute):
+        raise ValueError(f"{kind} {name!r}: there is no {attribute!r} in {path}")
+    return getattr(module, attribute)
+
+
+@lru_cache(maxsize=8)
+def _run(path: str, changed_at: int) -> ModuleType:
+    folder = str(Path(path).resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    name = f"raybsa_own_{Path(path).stem}"
+    spec = spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -55,6 +55,7 @@ DENSE = "dense"
 DISTRIBUTED = "distributed"  # the variant whose ranks share the sequence
 ADAPTIVE = "adaptive"  # in the place of a pattern's name: blocks that a learned selector chooses
 WEIGHTS = "weights"  # task parameter of a preview: the file of weights that it borrows
+MODULE = "module"  # the task whose model, data and loss are a user's own
 UNTRAINED = ("speed", "ring", "ring_peers", "ring_longest", "peers")  # tasks that only measure
 OVER_RANKS = ("byte_lm", "speed")  # tasks whose sequence ranks may share: a search's rings
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -100,10 +101,15 @@ class AttentionSpec:
         data["pattern"] = None if self.pattern is None else self.pattern.to_dict()
         return data
 
+    @property
+    def rule(self) -> PatternSpec:
+        """The pattern; of the dense baseline that of all blocks."""
+        return self.pattern or PatternSpec(DENSE)
+
     def factory_arguments(self, causal: bool) -> dict[str, Any]:
         """The arguments of ``raybsa.create_block_sparse_attention`` for this attention, JSON values; the dense baseline
         becomes the pattern of all blocks."""
-        attention = self if self.pattern else AttentionSpec(pattern=PatternSpec(DENSE), block_size=self.block_size)
+        attention = self if self.pattern else AttentionSpec(pattern=self.rule, block_size=self.block_size)
         arguments = {key: value for key, value in attention.to_dict().items() if value is not None}
         if arguments["backend"] == "auto":
             del arguments["backend"]
@@ -162,8 +168,8 @@ class TrialSpec:
     """One question: how good and how fast is this attention on this task at this size?
 
     Args:
-        task: ``"byte_lm"``, ``"recall"``, ``"captured"`` (quality and speed), ``"speed"`` (one attention call, no
-            training), ``"peers"`` (one library's kernels beside others'), ``"compression"`` (a training whose
+        task: ``"byte_lm"``, ``"recall"``, ``"captured"``, ``"module"`` (quality and speed), ``"speed"`` (one attention
+            call, no training), ``"peers"`` (one library's kernels beside others'), ``"compression"`` (a training whose
             gradients travel by a ``codec``), ``"ring"`` (attention over ``world_size`` ranks, dealt by a
             ``partition``: its ``task_params``), ``"ring_peers"`` (the same by another library, or dense on one
             device) or ``"ring_longest"`` (whether one step of so long a sequence fits).

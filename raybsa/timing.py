@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,23 +87,26 @@ def wall_ms(call: Callable[[], object], device: torch.device | str) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def forward_call(attend: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], Tensor]:
+def forward_call(attend: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Callable[[], Any]:
     """The forward alone, as inference runs it: without autograd."""
 
-    def call() -> Tensor:
+    def call() -> Any:
         with torch.no_grad():
             return attend(*inputs)
 
     return call
 
 
-def forward_backward_call(attend: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], object]:
-    """Forward, then the gradients of all ``inputs`` for a gradient of ones. Nothing accumulates between calls."""
+def forward_backward_call(
+    attend: Callable[..., Tensor | tuple[Tensor, ...]], inputs: tuple[Tensor, ...]
+) -> Callable[[], object]:
+    """Forward, then the gradients of all ``inputs`` for gradients of ones. Nothing accumulates between calls."""
     leaves = tuple(tensor.detach().requires_grad_() for tensor in inputs)
 
     def call() -> object:
         out = attend(*leaves)
-        return torch.autograd.grad(out, leaves, torch.ones_like(out))
+        outs = (out,) if isinstance(out, Tensor) else out
+        return torch.autograd.grad(outs, leaves, tuple(torch.ones_like(one) for one in outs))
 
     return call
 

@@ -60,9 +60,17 @@ def drawing_info(spec: TrialSpec, own_patterns: bool = False, most: int = MAX_PA
         return Drawing(tokens, (), problems[0])
     if len(layers) == 1:
         return Drawing(tokens, panels[0])
-    first = (spec.attention.index(layer) for layer in layers)
-    named = (Panel(f"layer {n}, {own[0].caption}", own[0].rows) for n, own in zip(first, panels, strict=True))
+    named = (
+        Panel(f"{_which(layer, spec)}, {own[0].caption}", own[0].rows)
+        for layer, own in zip(layers, panels, strict=True)
+    )
     return Drawing(tokens, tuple(named))
+
+
+def _which(attention: AttentionSpec, spec: TrialSpec) -> str:
+    """``layer 1``, or ``layers 0, 2``: those that attend so."""
+    numbers = [str(number) for number, layer in enumerate(spec.attention) if layer == attention]
+    return f"layer{'s' * (len(numbers) > 1)} {', '.join(numbers)}"
 
 
 def picture_plot(drawing: Drawing) -> go.Figure:
@@ -98,7 +106,7 @@ def _draw(attention: AttentionSpec, tokens: int, num_heads: int, causal: bool, m
     if attention.pattern is not None and attention.pattern.name == ADAPTIVE:
         return "not drawn: learned, its blocks depend on the data"
     try:
-        rule = patterns.build(attention.pattern or PatternSpec("dense"))
+        rule = patterns.build(attention.rule)
         block, density = attention.block_size, attention.density
         layout = rule.layout(tokens, num_heads=num_heads, q_block_size=block, causal=causal, density=density)
     except Exception as error:

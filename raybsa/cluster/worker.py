@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -18,7 +19,7 @@ from raybsa.tasks.catalog import Judgement, prepare_training
 from raybsa.tasks.exactness import relative_errors
 from raybsa.tasks.params import known_params
 from raybsa.tasks.preview import save_weights
-from raybsa.tasks.speed import measure_beside_dense
+from raybsa.tasks.speed import Stacks, measure_beside_dense, synthetic_stacks
 from raybsa.tasks.training import Quality, Training
 from raybsa.timing import DeviceLock, Quantiles, device_name
 
@@ -81,7 +82,7 @@ class Worker:
         if self._last is None or self._last.spec != spec:
             self._last = None  # the old model goes before the new one comes
             training = prepare_training(spec, self.device, self._lock)
-            timed = self._preview(spec) if spec.weights else self._time(spec, training is None)
+            timed = self._timed(spec, training)
             self._last = _UnderWay(spec, training, timed, 0.0)
         trial = self._last
         if until is None:
@@ -94,18 +95,25 @@ class Worker:
         trial.seconds += time.perf_counter() - start
         return replace(measured, worker_seconds=trial.seconds)
 
-    def _preview(self, spec: TrialSpec) -> Measurement:
-        """What is known without timing."""
-        return Measurement(density=self._density(spec), device=self.device.type, device_name=device_name(self.device))
+    def _timed(self, spec: TrialSpec, training: Judgement | None) -> Measurement:
+        """What is known before any training; of a preview that is its density alone."""
+        own = None if training is None else training.attention
+        density = self._density(spec) if own is None else own.density
+        if spec.weights is not None:
+            return Measurement(density=density, device=self.device.type, device_name=device_name(self.device))
+        stacks = partial(synthetic_stacks, spec, self.device) if own is None else own.stacks
+        return self._time(density, stacks, self._errors(spec) if training is None else (None, None))
 
     def _density(self, spec: TrialSpec) -> float:
         with self._lock.shared():
             return sum(layer_density(spec, index) for index in range(spec.num_layers)) / spec.num_layers
 
-    def _time(self, spec: TrialSpec, with_errors: bool) -> Measurement:
-        density = self._density(spec)
-        errors = self._errors(spec) if with_errors else (None, None)
-        own, dense = measure_beside_dense(spec, self.device, self._lock, repeats=self._repeats, budget_s=self._budget_s)
+    def _time(
+        self, density: float, stacks: Callable[[], Stacks], errors: tuple[float | None, float | None]
+    ) -> Measurement:
+        own, dense = measure_beside_dense(
+            stacks, self.device, self._lock, repeats=self._repeats, budget_s=self._budget_s
+        )
         return Measurement(
             density=density,
             **_times("forward", own.forward),

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from random import Random
 
 from raybsa.cluster.faults import Fault, FaultKind, FaultPlace, FaultPlan, mark_file
+from raybsa.cluster.journal import Recovery, TrainingResult
 from raybsa.cluster.member import MemberSettings
-from raybsa.cluster.training import Recovery, TrainingResult
 from raybsa.experiments.drill_driver import kill_and_resume
 from raybsa.experiments.drill_plan import EVERY, Pair, plan_of, question, steps_for
 from raybsa.experiments.drill_ring import Ring

@@ -13,8 +13,8 @@ from typing import Any
 import ray
 
 from raybsa.cluster.faults import FaultPlan
+from raybsa.cluster.journal import TrainingFailed, TrainingResult
 from raybsa.cluster.member import MemberSettings
-from raybsa.cluster.training import TrainingFailed, TrainingResult
 from raybsa.experiments.drill_ring import Ring
 from raybsa.experiments.launch import cluster
 

@@ -12,7 +12,7 @@ from raybsa.experiments.screen import Screen
 from raybsa.experiments.search import Plan, make_questions
 from raybsa.experiments.space import SearchSpace
 from raybsa.results.record import Record, SeriesPoint
-from raybsa.spec import TrialSpec
+from raybsa.spec import AttentionSpec, TrialSpec
 
 _HEAD = ("pattern", "block", "asked", "f+b ms", "MiB", "wire KiB", "trial s")
 _WIDTH = 58
@@ -53,10 +53,9 @@ def dry_run(
 
 
 def _line(spec: TrialSpec, model: CostModel | None) -> str:
-    attention = spec.attention[0]
-    name = "dense" if attention.pattern is None else _name(attention.pattern.name, attention.pattern.params)
+    attention = next((layer for layer in spec.attention if layer.density is not None), spec.attention[0])
     ranks = f" ({spec.ranks.label})" if spec.ranks.label else ""
-    name = name[: _WIDTH - len(ranks)] + ranks
+    name = " / ".join(map(_name, spec.attention))[: _WIDTH - len(ranks)].rstrip() + ranks
     asked = "-" if attention.density is None else f"{attention.density:.3g}"
     block = "-" if attention.pattern is None else attention.block_size
     wire = f"{wire_bytes(spec) / 2**10:.0f}" if spec.ranks.world_size > 1 else "-"  # the plan knows it, unmeasured
@@ -68,8 +67,9 @@ def _line(spec: TrialSpec, model: CostModel | None) -> str:
     return _row(name, block, asked, times, memory, wire, seconds)
 
 
-def _name(name: str, params: object) -> str:
-    return f"{name} {json.dumps(params, separators=(',', ':'))}" if params else name
+def _name(attention: AttentionSpec) -> str:
+    rule = attention.rule
+    return f"{rule.name} {json.dumps(rule.params, separators=(',', ':'))}" if rule.params else rule.name
 
 
 def _row(name: str, *cells: object) -> str:

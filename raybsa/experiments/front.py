@@ -32,14 +32,14 @@ def write_front(store: Store, records: Sequence[Record], objectives: Sequence[Ob
 def best(record: Record, objectives: Sequence[Objective], path: str) -> dict[str, Any]:
     """The content of a point's file, which lies at ``path``.
 
-    ``attention`` holds the arguments of ``create_block_sparse_attention``; where layers differ it is the first layer's,
-    and ``layers`` has one for each.
+    ``attention`` holds the arguments of ``create_block_sparse_attention``, where layers differ a list of them, one a
+    layer; ``layers`` is always such a list.
     """
     spec = TrialSpec.from_dict(json.loads(record.spec))
     layers = [spec.factory_arguments(index) for index in range(spec.num_layers)]
     command = ["python", "jobs/search.py", "--again", path, "--out", "results/again"]
     return {
-        "attention": layers[0],
+        "attention": layers[0] if len(spec.attention) == 1 else layers,
         "layers": layers,
         "spec": spec.to_dict(),
         "spec_hash": record.spec_hash,

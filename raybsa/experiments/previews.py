@@ -65,7 +65,7 @@ class Previews:
 
     def of(self, config: Config) -> Config | None:
         """The preview of a configuration; None where it has none: nothing to borrow yet, or its own to learn."""
-        fixed = "density" not in config or config["family"] == ADAPTIVE
+        fixed = "density" not in config or ADAPTIVE in config.values()
         return None if fixed or not os.path.exists(self._weights) else config | {PREVIEW: self._weights}
 
     def learn(self, config: Config, measured: Measured) -> list[float] | None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from raybsa.experiments.costs import CostModel
 from raybsa.results.pareto import Objective
 from raybsa.results.record import Record
-from raybsa.spec import TrialSpec
+from raybsa.spec import AttentionSpec, TrialSpec
 
 DOMINATED = "predicted to be beaten by a wide margin"
 OUT_OF_BOUNDS = "predicted to break a bound by a wide margin"
@@ -48,7 +48,8 @@ class Screen:
         return self._model
 
     def __call__(self, spec: TrialSpec) -> str | None:
-        if self.model is None or spec.attention[0].density is None:  # the baseline and references are asked anyway
+        asked_anyway = all(layer.density is None for layer in spec.attention)  # the baseline and references
+        if self.model is None or asked_anyway:
             return None
         hopeful = self._hopeful(spec, self.model)
         if hopeful is None:
@@ -95,14 +96,21 @@ class Screen:
 
 
 def _is_denser(record: Record, spec: TrialSpec) -> bool:
-    """Whether a record is of the dense baseline, or of the same rule with at least as many blocks kept, whose gradients
-    lost nothing on their way that those of ``spec`` would not."""
+    """Whether a record is of the dense baseline, or of the same rules with at least as many blocks kept, whose
+    gradients lost nothing on their way that those of ``spec`` would not."""
     if record.pattern == "dense":
         return True
     answered = TrialSpec.from_dict(json.loads(record.spec))
-    attention, other = spec.attention[0], answered.attention[0]
-    if attention.density is None or other.density is None or other.density < attention.density:
-        return False
     if answered.ranks.codec["name"] != "none" and answered.ranks.codec != spec.ranks.codec:
         return False
-    return (attention.pattern, attention.block_size) == (other.pattern, other.block_size)
+    same = len(answered.attention) == len(spec.attention)
+    return same and all(map(_keeps_at_least, answered.attention, spec.attention))
+
+
+def _keeps_at_least(one: AttentionSpec, other: AttentionSpec) -> bool:
+    """Whether one layer follows the same rule as another and keeps no less."""
+    if (one.rule, one.block_size) != (other.rule, other.block_size):
+        return False
+    if one.density is None or other.density is None:
+        return one.density == other.density
+    return one.density >= other.density

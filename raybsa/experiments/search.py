@@ -314,8 +314,10 @@ class _Recorder(tune.Callback):
         self._lost: Counter[str] = Counter()
         self.records: list[Record] = []
 
-    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        self._numbers.setdefault(trial.trial_id, len(self._numbers))
+    def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
+        """New trials are the last of the list, in the order in which they were asked."""
+        for trial in trials:
+            self._number(trial)
 
     def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """It begins again."""
@@ -339,12 +341,14 @@ class _Recorder(tune.Callback):
         self._keep(trial, Outcome(self._space.spec(trial.config), None, error, 1))
 
     def _keep(self, trial: Any, outcome: Outcome) -> None:
-        """Tune moves a trial that begins again to the end of its list, so trials have numbers of their own."""
-        number = self._numbers.setdefault(trial.trial_id, len(self._numbers))
         outcome = replace(outcome, failures=outcome.failures + self._lost[trial.trial_id])
-        record = keep(self._store, outcome, self._run, self._run.trial_id(number))
+        record = keep(self._store, outcome, self._run, self._run.trial_id(self._number(trial)))
         if outcome.spec.weights is not None:
             return
         self.records.append(record)
         for listener in self._tell:
             listener(record)
+
+    def _number(self, trial: Any) -> int:
+        """Its own: Tune moves a trial that begins again to the end of its list."""
+        return self._numbers.setdefault(trial.trial_id, len(self._numbers))

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import gcd
 from typing import Any
 
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
+from raybsa.experiments.layers import followed, in_turn, layer_names, named_layers
+from raybsa.experiments.pattern_choices import MIXTURE, PatternChoices, parameters_of
 from raybsa.experiments.rank_choices import NAMES, Config, RankChoices
 from raybsa.gradients.catalog import build
-from raybsa.spec import ADAPTIVE, DENSE, DISTRIBUTED, AttentionSpec, PatternSpec, TrialSpec, canonical_json
+from raybsa.spec import ADAPTIVE, DENSE, DISTRIBUTED, AttentionSpec, PatternSpec, TrialSpec
 from raybsa.variants.source import layout_source
 
-MIXTURE = "per_head"
+PER_LAYER = "per_layer"
 REFERENCE = "reference"
+_LARGEST_GRID = 4096  # ways to give each layer its family
 
 # Density sets a family's own free parameter; what else shapes it is searched.
 DEFAULT_FAMILIES: dict[str, dict[str, list[Any]]] = {
@@ -51,6 +52,8 @@ class SearchSpace:
         shares: how many of a mixture's heads follow the first of its pair, in (0, 1).
         variants: which of the factory's variants compute it ("adaptive" is one of its own).
         references: attentions that are asked as they are, after the baseline: what the front has to beat.
+        per_layer: also ask questions whose layers differ: each follows one of the families or stays dense. Density,
+            block size and the parameters of a family are the same in all of them, and so are the ranks.
         world_sizes: choices of how many ranks share the sequence; families are first compared at the first. The
             baseline and the references are asked of one alone.
         partitions: of a ``DistributedConfig``, asked where there are ranks.
@@ -58,8 +61,8 @@ class SearchSpace:
             ``raybsa.gradients``, asked where there are ranks.
 
     Raises:
-        ValueError: an unknown family, parameter, partition or codec, a range that is none, or ranks for a task that
-            cannot be split.
+        ValueError: an unknown family, parameter, partition or codec, a range that is none, layers that differ where
+            there is only one, or ranks for a task that cannot be split.
     """
 
     base: TrialSpec
@@ -70,6 +73,7 @@ class SearchSpace:
     shares: tuple[float, ...] = (0.25, 0.5, 0.75)
     variants: tuple[str, ...] = ("base",)
     references: tuple[AttentionSpec, ...] = ()
+    per_layer: bool = False
     world_sizes: tuple[int, ...] = (1,)
     partitions: tuple[str, ...] = ("balanced",)
     codecs: tuple[Any, ...] = ("none",)
@@ -83,11 +87,8 @@ class SearchSpace:
                 f"a space needs families and block sizes, and variants to compute them, got {self.families}, "
                 f"{self.block_sizes} and {self.variants}"
             )
-        for pair in self.mixtures:
-            if len(set(pair)) != 2 or set(pair) - set(self.families):
-                raise ValueError(f"a mixture is a pair of {sorted(self.families)}, got {list(pair)}")
-        if not all(0 < share < 1 for share in self.shares):
-            raise ValueError(f"a share of the heads lies between 0 and 1, got {list(self.shares)}")
+        if self.per_layer and self.base.num_layers < 2:
+            raise ValueError(f"per_layer needs at least two layers that can differ, got {self.base.num_layers}")
         object.__setattr__(self, "densities", (_three_digits(low), _three_digits(high)))
         object.__setattr__(self, "codecs", tuple(build(codec).spec for codec in self.codecs))
         for config in self.first_points()[1 + len(self.references) :]:
@@ -117,15 +118,12 @@ class SearchSpace:
     def first_points(self) -> list[Config]:
         """The baseline, the references, then each family once at the middle density and the first block size: all get
         a hearing."""
-        low, high = self.densities
-        points = self.fixed_points()
-        for family in self.families:
-            points.append(self._completed({"family": family, "density": _three_digits((low * high) ** 0.5)}))
-        return points
+        return self.fixed_points() + [self._middle({"family": family}) for family in self.families]
 
     def openings(self) -> list[Config]:
         """The first points, then these again with each other choice of a family's parameters, one at a time, and the
-        first family with each other choice of ranks: what was never asked cannot be learned from."""
+        first family with each other choice of ranks: what was never asked cannot be learned from. Where layers may
+        differ, last a question whose layers take turns."""
         first = self.first_points()
         others = [
             point | {name: choice}
@@ -134,8 +132,9 @@ class SearchSpace:
             if "." in name
             for choice in self.choices(name)[1:]
         ]
-        start = {name: first[len(self.fixed_points())][name] for name in ("family", "density")}
-        return first + others + [self._completed(start | choice) for choice in self._sharing.others()]
+        shared = [self._middle({"family": next(iter(self.families)), **ranks}) for ranks in self._sharing.others()]
+        turns = {"family": PER_LAYER} | in_turn(self.families, self.base.num_layers)
+        return first + others + shared + [self._middle(turns)] * self.per_layer
 
     def fixed_points(self) -> list[Config]:
         """What is asked whatever an algorithm thinks of it: the baseline and the references."""
@@ -143,7 +142,14 @@ class SearchSpace:
         return [{"family": DENSE}, *({"family": REFERENCE, REFERENCE: index} for index in references)]
 
     def grid(self, densities: int = 4) -> Iterator[Config]:
-        """The fixed points, then every combination at so many densities, evenly spaced on a logarithmic scale."""
+        """The fixed points, then every combination at so many densities, evenly spaced on a logarithmic scale.
+
+        Raises:
+            ValueError: layers may differ in more ways than can be listed.
+        """
+        ways = (len(self.families) + 1) ** self.base.num_layers
+        if self.per_layer and ways > _LARGEST_GRID:
+            raise ValueError(f"a grid lists at most {_LARGEST_GRID} ways to give layers their families, got {ways}")
         steps = list(dict.fromkeys(_three_digits(float(d)) for d in np.geomspace(*self.densities, densities)))
 
         def complete(config: Config) -> Iterator[Config]:
@@ -159,18 +165,16 @@ class SearchSpace:
 
     def choices(self, name: str) -> list[Any]:
         """What a parameter of a configuration can be; parameters of a family, and codecs, are JSON texts."""
-        choices: dict[str, Sequence[Any]] = {
-            "family": [*self.families, *([MIXTURE] if self.mixtures else [])],
+        own: dict[str, Sequence[Any]] = {
+            "family": [*self.families, *[MIXTURE] * bool(self.mixtures), *[PER_LAYER] * self.per_layer],
             "block_size": self.block_sizes,
             "variant": self.variants,
-            "mixture": ["+".join(pair) for pair in self.mixtures],
-            "share": self.shares,
-            **{name: self._sharing.choices(name) for name in NAMES},
         }
-        if name in choices:
-            return list(choices[name])
-        family, _, parameter = name.partition(".")
-        return [canonical_json(choice) for choice in self.families[family][parameter]]
+        if name in own:
+            return list(own[name])
+        if name in layer_names(self.base.num_layers):
+            return list(dict.fromkeys([*self.families, DENSE]))
+        return self._sharing.choices(name) if name in NAMES else self._patterns.choices(name)
 
     def distributions(self, config: Config) -> dict[str, BaseDistribution]:
         """Optuna's distribution of every parameter that ``config`` has."""
@@ -178,35 +182,45 @@ class SearchSpace:
         return {n: density if n == "density" else CategoricalDistribution(self.choices(n)) for n in config}
 
     def spec(self, config: Config) -> TrialSpec:
-        """The question that a configuration asks.
+        """The question that a configuration asks. Layers that all stay dense are the baseline.
 
         Raises:
             ValueError: it names a combination that no rule stands for (a mixture that leaves a rule without heads).
         """
-        if config["family"] == DENSE:
-            return replace(self.base, attention=(AttentionSpec(DENSE),))
         if config["family"] == REFERENCE:
             return replace(self.base, attention=(self.references[config[REFERENCE]],))
-        density = _three_digits(config["density"])  # what is pasted from a report should be readable
-        variant = ADAPTIVE if config["family"] == ADAPTIVE else config.get("variant", self.variants[0])
-        pattern = self._mixture(config) if config["family"] == MIXTURE else self._pattern(config["family"], config)
-        ranks = self._sharing.ranks(config)
-        variant = DISTRIBUTED if ranks.world_size > 1 else variant
-        attention = AttentionSpec(variant, pattern, density=density, block_size=config["block_size"])
-        return replace(self.base, attention=(attention,)).over(ranks)
+        families = _families(config)
+        if set(families) == {DENSE}:
+            return replace(self.base, attention=(AttentionSpec(DENSE),))
+        layers = tuple(self._attention(family, config) for family in families)
+        attention = layers if len(set(layers)) > 1 else layers[:1]
+        return replace(self.base, attention=attention).over(self._sharing.ranks(config))
 
     def config(self, spec: TrialSpec) -> Config | None:
         """The configuration that asks ``spec``; None where it is no question of this space. Undoes ``spec``."""
-        attention, ranks = spec.attention[0], spec.ranks
-        if attention.pattern is None or (attention in self.references and ranks.world_size == 1):
-            return next((config for config in self.fixed_points() if self.spec(config) == spec), None)
-        config = {"density": attention.density, "block_size": attention.block_size, **self._named(attention.pattern)}
-        config |= {"variant": attention.variant, **self._sharing.named(ranks)}
-        names = self._names(config)
-        config = {name: value for name, value in config.items() if "." in name or name in names}
+        fixed = next((config for config in self.fixed_points() if self.spec(config) == spec), None)
+        sparse = [layer for layer in spec.attention if layer.density is not None]
+        if fixed is not None or not sparse:
+            return fixed
+        config: Config = {"density": sparse[0].density, "block_size": sparse[0].block_size}
+        patterns = [layer.pattern for layer in sparse if layer.pattern is not None]
+        if len(spec.attention) == 1:
+            config |= self._patterns.named(patterns[0])
+        else:
+            config |= {"family": PER_LAYER, **named_layers(spec.attention)}
+            for pattern in patterns:
+                config |= parameters_of(pattern)
+        variant = next((layer.variant for layer in sparse if layer.variant != ADAPTIVE), self.variants[0])
+        config |= {"variant": variant, **self._sharing.named(spec.ranks)}
+        unasked = {"variant", *NAMES} - set(self._names(config))
+        config = {name: value for name, value in config.items() if name not in unasked}
         return config if self._has(config) and self.spec(config) == spec else None
 
     # ---- for ourselves -----------------------------------------------------------------------------------------
+
+    @cached_property
+    def _patterns(self) -> PatternChoices:
+        return PatternChoices(self.families, self.mixtures, self.shares, self.base.num_heads)
 
     @cached_property
     def _sharing(self) -> RankChoices:
@@ -216,59 +230,45 @@ class SearchSpace:
         """The parameter to choose next; None where the configuration is complete."""
         return next((name for name in self._names(config) if name not in config), None)
 
-    def _completed(self, config: Config) -> Config:
-        """``config`` with the first choice of whatever it leaves open."""
-        config = dict(config)
+    def _names(self, config: Config) -> list[str]:
+        """The parameters of a configuration, as far as ``config`` tells yet, in the order in which they are drawn."""
+        family, alone = config.get("family"), self._sharing.world_size(config) == 1
+        names = ["family", "density", "block_size", *self._sharing.names(config)]
+        names += ["variant"] if len(self.variants) > 1 and family != ADAPTIVE and alone else []
+        names += layer_names(self.base.num_layers) if family == PER_LAYER else []
+        return names + self._patterns.names(_families(config), config)
+
+    def _middle(self, config: Config) -> Config:
+        """Completed with the middle density and each parameter's first choice."""
+        low, high = self.densities
+        config = config | {"density": _three_digits((low * high) ** 0.5)}
         while name := self._next(config):
             config[name] = self.choices(name)[0]
         return config
 
-    def _names(self, config: Config) -> list[str]:
-        """The parameters of a configuration, as far as ``config`` tells yet, in the order in which they are drawn."""
-        family = config.get("family")
-        choose_variant = len(self.variants) > 1 and family != ADAPTIVE and self._sharing.world_size(config) == 1
-        names = ["family", "density", "block_size", *self._sharing.names(config)]
-        names += ["variant"] if choose_variant else []
-        if family == MIXTURE:
-            names += ["mixture", "share"]
-        rules = config["mixture"].split("+") if "mixture" in config else [str(family)]
-        return names + [f"{rule}.{name}" for rule in rules if rule in self.families for name in self.families[rule]]
-
-    def _pattern(self, family: str, config: Config) -> PatternSpec:
-        return PatternSpec(family, {name: json.loads(config[f"{family}.{name}"]) for name in self.families[family]})
-
-    def _mixture(self, config: Config) -> PatternSpec:
-        """The first rule on a share of the heads, the second on the others: as short a cycle as says so."""
-        heads = self.base.num_heads
-        first, second = (self._pattern(rule, config).to_dict() for rule in config["mixture"].split("+"))
-        count = round(config["share"] * heads)
-        if not 0 < count < heads:
-            raise ValueError(f"a share of {config['share']:g} of {heads} heads leaves a rule without heads")
-        turns = gcd(count, heads)
-        return PatternSpec(MIXTURE, {"parts": [first] * (count // turns) + [second] * ((heads - count) // turns)})
-
-    def _named(self, pattern: PatternSpec) -> Config:
-        """The part of a configuration that names the pattern."""
-        if pattern.name != MIXTURE:
-            return {"family": pattern.name, **_parameters(pattern)}
-        parts = [PatternSpec.from_dict(part) for part in pattern.params["parts"]]
-        first, second, heads = parts[0], parts[-1], self.base.num_heads
-        count = heads * parts.count(first) // len(parts)
-        share = next((share for share in self.shares if round(share * heads) == count), None)
-        named = {"family": MIXTURE, "mixture": f"{first.name}+{second.name}", "share": share}
-        return named | _parameters(first) | _parameters(second)
+    def _attention(self, family: str, config: Config) -> AttentionSpec:
+        """What one layer attends with; all of them, where they do not differ."""
+        size, alone = config["block_size"], self._sharing.world_size(config) == 1
+        if family == DENSE and alone:
+            return AttentionSpec(DENSE, block_size=size)
+        if family == DENSE:  # over ranks all blocks are a pattern like another
+            return AttentionSpec(DISTRIBUTED, PatternSpec(DENSE), block_size=size)
+        variant = ADAPTIVE if family == ADAPTIVE else config.get("variant", self.variants[0])
+        density = _three_digits(config["density"])  # what is pasted from a report should be readable
+        pattern = self._patterns.pattern(family, config)
+        return AttentionSpec(variant if alone else DISTRIBUTED, pattern, density=density, block_size=size)
 
     def _has(self, config: Config) -> bool:
         """Whether exactly the parameters of a question are there, each one of its choices."""
         if config["family"] not in self.choices("family") or set(self._names(config)) != set(config):
             return False
-        density = config["density"]
-        fits = density is not None and self.densities[0] <= density <= self.densities[1]
+        fits = self.densities[0] <= config["density"] <= self.densities[1]
         return fits and all(value in self.choices(name) for name, value in config.items() if name != "density")
 
 
-def _parameters(pattern: PatternSpec) -> Config:
-    return {f"{pattern.name}.{name}": canonical_json(value) for name, value in pattern.params.items()}
+def _families(config: Config) -> list[str]:
+    """What the layers follow, as far as ``config`` tells: one for all, or one each."""
+    return followed(config) if config.get("family") == PER_LAYER else [config.get("family", "")]
 
 
 def _three_digits(value: float) -> float:

@@ -124,11 +124,14 @@ def space_of(data: Mapping[str, Any], base: TrialSpec) -> SearchSpace:
     known = {field.name for field in fields(SearchSpace)} - {"base"}
     if not isinstance(data, Mapping) or set(data) - known:
         raise ValueError(f"a space has the keys {sorted(known)}, got {sorted(data) if data else data!r}")
-    lists = {name: value for name, value in data.items() if name not in ("families", "references")}
+    lists = {name: value for name, value in data.items() if name not in ("families", "references", "per_layer")}
     values: dict[str, Any] = {
         name: tuple(tuple(v) if isinstance(v, list) else v for v in value) for name, value in lists.items()
     }
     if "families" in data:
         values["families"] = {family: dict(params or {}) for family, params in data["families"].items()}
     values["references"] = tuple(AttentionSpec.from_dict(given) for given in data.get("references", ()))
+    values["per_layer"] = data.get("per_layer", False)
+    if not isinstance(values["per_layer"], bool):
+        raise ValueError(f"per_layer is true or false, got {values['per_layer']!r}")
     return SearchSpace(base, **values)

@@ -16,6 +16,7 @@ from typing import Any
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
 from raybsa.experiments.history import Answered
+from raybsa.experiments.layers import asked_density
 from raybsa.experiments.space import REFERENCE, Config
 from raybsa.results.record import SeriesPoint
 
@@ -99,6 +100,7 @@ class StratifiedHalving(FIFOScheduler):
 
 def stratum(config: Config) -> tuple[str, int]:
     """Equal for configurations of about equal density; of its own for the dense baseline and each reference."""
-    if "density" not in config:
+    density = asked_density(config)
+    if density is None:
         return config["family"], config.get(REFERENCE, 0)
-    return "density", math.floor(_PER_DECADE * math.log10(config["density"]))
+    return "density", math.floor(_PER_DECADE * math.log10(density))

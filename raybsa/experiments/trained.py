@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+from raybsa.cluster.journal import Recovery, TrainingResult
 from raybsa.cluster.member import MemberSettings
 from raybsa.cluster.metrics import count_trial
-from raybsa.cluster.training import Recovery, TrainingResult
 from raybsa.experiments.recording import Run, announce, record_of
 from raybsa.results.record import Measurement, Outcome, Record, SeriesPoint
 from raybsa.results.store import Store

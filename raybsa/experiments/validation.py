@@ -15,7 +15,7 @@ from statistics import mean, pstdev
 from raybsa.experiments.history import values_of
 from raybsa.results.pareto import Objective
 from raybsa.results.record import Record
-from raybsa.spec import UNTRAINED, TrialSpec, canonical_json
+from raybsa.spec import MODULE, UNTRAINED, TrialSpec, canonical_json
 
 _FIRST_SEED = 1000  # searches count their seeds from 0
 
@@ -57,7 +57,9 @@ def verdicts(points: Sequence[Record], found: Iterable[Record], objectives: Sequ
 
 
 def _again(spec: TrialSpec, seed: int, longer: float) -> TrialSpec:
-    params = dict(spec.task_params) if spec.task in UNTRAINED else {**spec.task_params, "eval_seed": seed}
+    """A user's own function draws by the seed alone what it is judged by."""
+    fresh = {} if spec.task in (*UNTRAINED, MODULE) else {"eval_seed": seed}
+    params = {**spec.task_params, **fresh}
     return replace(spec, seed=seed, train_steps=round(longer * spec.train_steps), task_params=params)
 
 

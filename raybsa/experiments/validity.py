@@ -9,10 +9,10 @@ from functools import lru_cache
 import torch
 
 from raybsa import patterns
+from raybsa.axis import num_blocks
 from raybsa.experiments.space import Config, SearchSpace
 from raybsa.gradients.catalog import build
 from raybsa.gradients.codec import wide
-from raybsa.layout import num_blocks
 from raybsa.spec import UNTRAINED, AttentionSpec, TrialSpec, canonical_json
 from raybsa.variants.source import adaptive_options
 
@@ -97,7 +97,8 @@ def fingerprint(spec: TrialSpec, length: int) -> str:
     Raises:
         ValueError: a layer's pattern cannot be built.
     """
-    return canonical_json([asdict(spec.ranks), *(_blocks(spec, attention, length) for attention in spec.attention)])
+    layers = [canonical_json(_blocks(spec, attention, length)) for attention in spec.attention]
+    return canonical_json([asdict(spec.ranks), *(layers if len(set(layers)) > 1 else layers[:1])])
 
 
 def _lengths(spec: TrialSpec) -> tuple[int, ...]:

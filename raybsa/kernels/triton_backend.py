@@ -90,7 +90,7 @@ def _gradients(
             from raybsa.kernels.triton_grad_kv import GradKV
             from raybsa.kernels.triton_grad_q import GradQ
 
-            kept[key] = GradQ(call, with_bias, dtype), GradKV(call, dtype)
+            kept[key] = GradQ(call, forward, grad_out, with_bias, dtype), GradKV(call, grad_out, dtype)
         grad_q, grad_kv = kept[key]
         of_q, of_bias = grad_q(call, forward, delta, grad_out)
         return of_q, *grad_kv(call, forward, delta, grad_out), of_bias
@@ -106,7 +106,8 @@ def mass(call: AttentionCall, lse: Tensor) -> Tensor:
             from raybsa.kernels.triton_grad_q import GradQ
 
             bias, delta = lse.new_zeros(call.layout.nnz_blocks), torch.full_like(lse, -1.0)
-            kept[key] = GradQ(replace(call, block_bias=bias, dropout_p=0.0), True, call.q.dtype), bias, delta
+            biased = replace(call, block_bias=bias, dropout_p=0.0)
+            kept[key] = GradQ(biased, softmax, nothing, True, call.q.dtype), bias, delta
         grad_q, bias, delta = kept[key]
         bias = bias if call.block_bias is None else call.block_bias.detach()
         _, found = grad_q(replace(call, block_bias=bias, dropout_p=0.0), softmax, delta, nothing)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from raybsa.kernels.call import AttentionCall, kept_with_rows
+from raybsa.kernels.gluon_forward import ForwardWalk, forward_form
 from raybsa.kernels.triton_arguments import (
     constants,
     dot_precision,
@@ -22,7 +23,6 @@ from raybsa.kernels.triton_arguments import (
     with_seed,
 )
 from raybsa.kernels.triton_descriptors import boxes_of
-from raybsa.kernels.triton_hopper import Form, HopperWalk, boxes_for
 from raybsa.kernels.triton_launch import Launcher, Tensors, launcher
 from raybsa.kernels.triton_plan import Work, plan_rows
 from raybsa.kernels.triton_scores import (
@@ -37,7 +37,6 @@ from raybsa.kernels.triton_scores import (
     tile_pointers,
     tile_slots,
 )
-from raybsa.kernels.triton_setup import is_hopper
 from raybsa.kernels.triton_tiles import Tile, choose_tile, padded_head_dim
 
 MERGE_ROWS = 16
@@ -63,8 +62,8 @@ class _Forward:
         items, splits = self._work.sizes()
         rows = min(MERGE_ROWS, layout.q_block_size)
         self._merge_grid = (splits * (layout.q_block_size // rows), self._copies)
-        self._empty, form = not items, _hopper_form(call)
-        self._walk = HopperWalk(call, self._work, form) if form else _Walk(call, self._work, tile)
+        self._empty, form = not items, forward_form(call)
+        self._walk = ForwardWalk(call, self._work, form) if form else _Walk(call, self._work, tile)
         self._merge: Launcher | None = None
 
     def __call__(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -118,17 +117,6 @@ class _Walk:
         sizes = feature_strides(call) + strides(call.q, call.k, call.v, tensors[3])
         every_constant = (*constants(call, tile, kept, walked), plain)
         return launcher(forward_kernel, tensors, sizes, every_constant, tile.warps, tile.stages, kept + walked)
-
-
-def _hopper_form(call: AttentionCall) -> Form | None:
-    """How ``triton_hopper`` serves the call; None where it does not."""
-    layout, head_dim = call.layout, call.q.shape[-1]
-    plain = call.attn_mask is None and call.segment_ids is None and call.block_bias is None and call.dropout_p == 0.0
-    fits = call.q.dtype in (torch.float16, torch.bfloat16) and call.scale > 0
-    if not (plain and fits and is_hopper(call.q.device)):
-        return None
-    form = Form.of(layout.q_block_size, layout.kv_block_size, head_dim, layout.kv_tokens)
-    return form if form and boxes_for(call, form, call.q) else None
 
 
 @triton.jit(

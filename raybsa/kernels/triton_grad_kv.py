@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from raybsa.kernels.call import AttentionCall
+from raybsa.kernels.gluon_grad_kv import GradKVWalk, grad_kv_form
 from raybsa.kernels.triton_arguments import (
     Softmax,
     constants,
@@ -23,7 +24,7 @@ from raybsa.kernels.triton_arguments import (
 )
 from raybsa.kernels.triton_descriptors import boxes_of
 from raybsa.kernels.triton_launch import Launcher, Tensors, launcher
-from raybsa.kernels.triton_plan import MAX_BLOCKS, MEMBER_SHIFT, plan_columns
+from raybsa.kernels.triton_plan import MAX_BLOCKS, MEMBER_SHIFT, Columns, plan_columns
 from raybsa.kernels.triton_reduce import sum_parts
 from raybsa.kernels.triton_scores import (
     LOG2E,
@@ -48,7 +49,7 @@ class GradKV:
     A call gives k's and v's gradients (B, Hkv, Skv, D) in ``dtype``; delta (B, H, Sq) is contiguous.
     """
 
-    def __init__(self, call: AttentionCall, dtype: torch.dtype) -> None:
+    def __init__(self, call: AttentionCall, grad_out: Tensor, dtype: torch.dtype) -> None:
         (batch, kv_heads, _, head_dim), layout = call.k.shape, call.layout
         sizes = (layout.kv_block_size, layout.q_block_size)
         self._tile = choose_tile("grad_kv", head_dim, call.q.dtype, *sizes, call.q.device)
@@ -59,6 +60,10 @@ class GradKV:
         self._numbers = (columns.groups, layout.num_kv_blocks, work.parts, *numbers(call))
         self._dtype = dtype
         self._launch: Launcher | None = None
+        self._walk: GradKVWalk | None = None
+        form = grad_kv_form(call, grad_out, dtype)
+        if form and self._grid[0]:
+            self._walk = GradKVWalk(call, columns, form)
 
     def __call__(self, call: AttentionCall, forward: Softmax, delta: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor]:
         columns = plan_columns(call, self._tile.cols)
@@ -69,20 +74,35 @@ class GradKV:
         parts_k = parts_v = None
         if work.parts:
             parts_k, parts_v = delta.new_empty(self._parts_shape), delta.new_empty(self._parts_shape)
+        if self._walk:
+            results = (grad_k, grad_v), (parts_k, parts_v)
+            self._walk(call, forward.lse, delta, grad_out, *results, columns)
+        else:
+            self._tiled(call, forward, delta, grad_out, (grad_k, grad_v, parts_k, parts_v), columns)
+        if parts_k is not None and parts_v is not None:
+            sum_parts(parts_k, grad_k, work, columns.groups, call.layout.kv_block_size)
+            sum_parts(parts_v, grad_v, work, columns.groups, call.layout.kv_block_size)
+        return grad_k, grad_v
+
+    def _tiled(
+        self,
+        call: AttentionCall,
+        forward: Softmax,
+        delta: Tensor,
+        grad_out: Tensor,
+        results: Tensors,
+        columns: Columns,
+    ) -> None:
         bias = (
             None
             if call.block_bias is None or columns.source is None
             else call.block_bias.index_select(0, columns.source)
         )
-        tensors: Tensors = (forward.lse, call.q, call.k, call.v, grad_out, delta, grad_k, grad_v)
-        tensors = (*tensors, parts_k, parts_v, work.items, columns.entries, *feature_tensors(call), bias)
+        tensors: Tensors = (forward.lse, call.q, call.k, call.v, grad_out, delta, *results)
+        tensors = (*tensors, columns.work.items, columns.entries, *feature_tensors(call), bias)
         if self._launch is None:
             self._launch = self._launcher(call, grad_out, tensors)
         self._launch(self._grid, tensors, with_seed(self._numbers, call))
-        if parts_k is not None and parts_v is not None:
-            sum_parts(parts_k, grad_k, work, columns.groups, call.layout.kv_block_size)
-            sum_parts(parts_v, grad_v, work, columns.groups, call.layout.kv_block_size)
-        return grad_k, grad_v
 
     def _launcher(self, call: AttentionCall, grad_out: Tensor, tensors: Tensors) -> Launcher:
         tile, layout = self._tile, call.layout

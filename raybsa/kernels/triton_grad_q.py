@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from raybsa.kernels.call import AttentionCall
+from raybsa.kernels.gluon_grad_q import GradQWalk, grad_q_form
 from raybsa.kernels.triton_arguments import (
     Softmax,
     constants,
@@ -45,7 +46,9 @@ class GradQ:
     read, or written first where ``forward`` has the output that it is made of.
     """
 
-    def __init__(self, call: AttentionCall, with_bias: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self, call: AttentionCall, forward: Softmax, grad_out: Tensor, with_bias: bool, dtype: torch.dtype
+    ) -> None:
         (batch, heads, _, head_dim), layout = call.q.shape, call.layout
         sizes = (layout.q_block_size, layout.kv_block_size)
         self._tile = choose_tile("grad_q", head_dim, call.q.dtype, *sizes, call.q.device)
@@ -64,6 +67,10 @@ class GradQ:
         )
         self._dtype = dtype
         self._launch: Launcher | None = None
+        self._walk: GradQWalk | None = None
+        form = grad_q_form(call, forward, grad_out, dtype)
+        if form and self._grid[0]:
+            self._walk = GradQWalk(call, self._work, form)
 
     def __call__(
         self, call: AttentionCall, forward: Softmax, delta: Tensor, grad_out: Tensor
@@ -72,7 +79,9 @@ class GradQ:
         grad = torch.empty_like(call.q, dtype=self._dtype)
         bias_sums = None if self._bias_shape is None else delta.new_empty(self._bias_shape)
         parts = delta.new_empty(self._parts_shape) if work.parts else None
-        if self._grid[0]:
+        if self._walk:
+            self._walk(call, forward, delta, grad_out, grad, parts, work)
+        elif self._grid[0]:
             tensors: Tensors = (call.q, call.k, call.v, grad_out, forward.out, forward.grad_lse, forward.lse)
             tensors = (*tensors, delta, grad, parts, bias_sums, work.items, layout.col_indices)
             tensors = (*tensors, *feature_tensors(call), call.block_bias)

@@ -9,7 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from raybsa.layout import BlockLayout, check_geometry, num_blocks
+from raybsa.axis import check_geometry, num_blocks
+from raybsa.layout import BlockLayout
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,8 +145,9 @@ class Grid:
 
     def layout_of_rows(self, counts: Tensor, col: Tensor) -> BlockLayout:
         """The layout that keeps ``counts`` (num_rows,) distinct columns a row, listed row after row in any order."""
-        row = torch.repeat_interleave(self.rows, counts, output_size=len(col))
-        return self._layout(counts, (row * self.num_kv_blocks + col).sort().values % self.num_kv_blocks)
+        narrow = torch.int32 if self.num_rows * self.num_kv_blocks < 2**31 else torch.int64  # sorts in half the time
+        row = torch.repeat_interleave(self.rows.to(narrow), counts, output_size=len(col))
+        return self._layout(counts, (row * self.num_kv_blocks + col.to(narrow)).sort().values % self.num_kv_blocks)
 
     def _layout(self, counts: Tensor, col: Tensor) -> BlockLayout:
         ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])

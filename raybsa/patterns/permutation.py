@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from raybsa.counter import Stream, hash_u32
+from raybsa.kernels.triton_setup import INSTALLED
 
 _ROUNDS = 16
 _CHUNK = 1 << 17  # values at once, so that the rounds work in a CPU's cache
@@ -25,6 +26,10 @@ def permuted(value: Tensor, row: Tensor, size: Tensor, key: Tensor) -> Tensor:
         size: (rows,) int64, positive.
         key: (rows,) int64 32-bit numbers, one a permutation.
     """
+    if value.device.type == "cuda" and INSTALLED:
+        from raybsa.patterns.triton_permutation import permuted_by_triton
+
+        return permuted_by_triton(value, row, size, key, _ROUNDS)
     keys = [hash_u32(turn, Stream.LAYOUT, key) for turn in range(_ROUNDS)]
     pivots = [key % size for key in keys]
     parts = zip(value.split(_CHUNK), row.split(_CHUNK), strict=True)

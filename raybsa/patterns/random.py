@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from raybsa.counter import Stream, hash_u32
+from raybsa.patterns import ranking
 from raybsa.patterns.grid import Grid, ragged
 from raybsa.patterns.parameters import integer
 from raybsa.patterns.pattern import Pattern
@@ -45,6 +46,9 @@ class Random(Pattern):
 
     def order(self, slots: Slots) -> Tensor:
         return draw(slots, self.seed)
+
+    def ranked(self, grid: Grid, budget: Tensor) -> Tensor:
+        return ranking.ranked_without_repeats(grid, budget, self.order)
 
 
 def random_blocks(grid: Grid, num_random: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -74,6 +74,14 @@ def ranked(grid: Grid, budget: Tensor, order: Order) -> Tensor:
     return _fill(grid, budget, row, col, short) if bool(short.any()) else col
 
 
+def ranked_without_repeats(grid: Grid, budget: Tensor, order: Order) -> Tensor:
+    """``ranked`` for an order of one choice a rank that names every allowed column off the diagonal once."""
+    row, place = ragged(budget)
+    width = grid.width[row]
+    choices = order(Slots(grid, budget, row, (place - width).clamp(min=0)))
+    return torch.where(place < width, grid.first[row] + place, choices)
+
+
 def nearest(slots: Slots) -> Tensor:
     """(n,): the allowed columns by distance from the diagonal, left before right; -1 past the last."""
     return outward(slots.first, slots.last, torch.zeros_like(slots.row), slots.allowed - 1, slots.rank)

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raybsa.layout import BlockLayout, num_blocks
+from raybsa.axis import num_blocks
+from raybsa.layout import BlockLayout
 from raybsa.ring.needs import away, needed_blocks, traffic
 
 BALANCED_ENOUGH = 1.005  # max / mean of active blocks at which balancing stops

@@ -14,6 +14,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from raybsa.counter import Stream, mix_words
+from raybsa.selectors.gate import cooled
+from raybsa.selectors.row_mass import row_mass
+from raybsa.selectors.rules import Rules
+from raybsa.selectors.selection import settled_blocks
 
 
 def divergence(scores: Tensor, mass: Tensor, settled: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,9 +54,36 @@ class _Divergence(torch.autograd.Function):
         return grad * of_scores, None, None
 
 
-def sampled_rows(num_rows: int, count: int, seed: int) -> Tensor:
-    """(count,) int64 on the CPU, ascending: one row drawn in each of ``count`` equal stretches."""
+def rows_divergence(
+    u: Tensor,
+    w: Tensor,
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    rules: Rules,
+    rows: Tensor,
+    temperature: float,
+    attn_mask: Tensor | None = None,
+    segment_ids: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """() nats: the mean divergence of a few rows over all their candidates.
+
+    Args:
+        u, w: (B, Hkv, num_q_blocks, d) and (B, Hkv, columns, d); block scores are ``u @ w.T``.
+        q, k, scale, rules, rows, attn_mask, segment_ids: as ``row_mass`` takes them.
+        temperature: of the scores.
+    """
+    mass = row_mass(q, k, scale, rules, rows, attn_mask, segment_ids)
+    with torch.autocast(u.device.type, enabled=False):
+        scores = cooled(u.index_select(2, rows) @ w.transpose(-1, -2), temperature)
+    found, weight = divergence(scores, mass, settled_blocks(rules, rows, w.shape[2]))
+    return found / weight
+
+
+def sampled_rows(num_rows: int, count: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """(count,) int64, ascending: one row drawn in each of ``count`` equal stretches, the same on every device."""
     count = min(count, num_rows)
     edges = [i * num_rows // count for i in range(count + 1)]
     drawn = [mix_words(seed, int(Stream.TASK), i) for i in range(count)]
-    return torch.tensor([edges[i] + drawn[i] % (edges[i + 1] - edges[i]) for i in range(count)])
+    rows = torch.tensor([edges[i] + drawn[i] % (edges[i + 1] - edges[i]) for i in range(count)])
+    return rows.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else rows

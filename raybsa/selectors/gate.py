@@ -8,6 +8,7 @@ distance that a few waves can make. So a score is one dot product, and a tile of
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -74,9 +75,16 @@ class Gate(nn.Module):
         return torch.cat([features.to(self.dtype) @ weight, place], -1)
 
 
+def cooled(scores: Tensor, temperature: float) -> Tensor:
+    """Scores over the temperature of the softmax or sigmoid that they go to."""
+    return scores if temperature == 1.0 else scores / temperature
+
+
+@lru_cache(maxsize=16)
 def position_waves(count: int, device: torch.device | str) -> Tensor:
     """(count, 2, waves) float32 cosines and sines of the numbers of blocks; made in float64, as numbers are large."""
-    ratio = (_LONGEST / _SHORTEST) ** (1.0 / (_WAVES - 1))
-    lengths = _SHORTEST * ratio ** torch.arange(_WAVES, dtype=torch.float64)
-    angle = torch.arange(count, dtype=torch.float64)[:, None] * (2.0 * math.pi / lengths)
-    return torch.stack([angle.cos(), angle.sin()], 1).float().to(device)
+    with torch.inference_mode(False):  # a later training step must be able to use it
+        ratio = (_LONGEST / _SHORTEST) ** (1.0 / (_WAVES - 1))
+        lengths = _SHORTEST * ratio ** torch.arange(_WAVES, dtype=torch.float64)
+        angle = torch.arange(count, dtype=torch.float64)[:, None] * (2.0 * math.pi / lengths)
+        return torch.stack([angle.cos(), angle.sin()], 1).float().to(device)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from raybsa.layout import check_geometry
+from raybsa.axis import check_geometry
 from raybsa.patterns.budgets import level
+from raybsa.patterns.dilated import Dilated
 from raybsa.patterns.parameters import integer
 from raybsa.patterns.pattern import check_density
 
@@ -45,7 +47,7 @@ class Rules:
     sinks: int = 0
     window: int = 2
     max_blocks: int | None = None
-    even: bool = False
+    even: bool = True
 
     def __post_init__(self) -> None:
         check_geometry(1, 1, self.block_size, self.block_size)
@@ -96,8 +98,8 @@ class Rules:
         return self.diagonal(rows, columns) + 1 if self.causal else torch.full_like(rows, columns)
 
     def budget(self, rows: Tensor, num_rows: int, columns: int, density: float) -> Tensor:
-        """(R,) int64 of ``rows`` among ``num_rows``: ``max(1, round(density * allowed))``, or with ``even`` the same in
-        all rows, of which the first have one more; but no more than there are candidates or ``max_blocks``."""
+        """(R,) int64 of ``rows`` among ``num_rows``: the same in all rows, of which the first have one more, or without
+        ``even`` ``max(1, round(density * allowed))``; but no more than there are candidates or ``max_blocks``."""
         check_density(density)
         if not self.even:
             wanted = (density * self.allowed(rows, columns).double()).round().long().clamp(min=1)
@@ -124,3 +126,17 @@ class Rules:
             high = ((last // length + 1) * length - 1) // self.block_size
             found |= (j >= low) & (j <= high) & ((j - i) % rate == 0)
         return found
+
+
+def segment_pairs(
+    segment_lengths: Sequence[int] | None, dilation_rates: Sequence[int] | None
+) -> tuple[tuple[int, int], ...] | None:
+    """The ``segments`` of ``Rules`` from two lists of equal length, checked as the pattern ``dilated`` checks them."""
+    lists = {"segment_lengths": segment_lengths, "dilation_rates": dilation_rates}
+    given = [name for name, value in lists.items() if value is not None]
+    if len(given) == 1:
+        raise ValueError(f"segment_lengths and dilation_rates go together, got only {given[0]}")
+    if segment_lengths is None or dilation_rates is None:
+        return None
+    rule = Dilated(tuple(segment_lengths), tuple(dilation_rates))
+    return tuple(zip(rule.segment_lengths, rule.dilation_rates, strict=True))

@@ -65,6 +65,15 @@ def within_share(u: Tensor, w: Tensor, shape: Shape, best: Tensor, share: float,
 
 
 @torch.no_grad()
+def mean_columns(u: Tensor, w: Tensor, shape: Shape, temperature: float) -> Tensor:
+    """(1, Hkv, rows, widest) int64: as ``best_columns``, by the mean over samples of what each gives to the blocks."""
+    best = torch.empty(1, *u.shape[1:3], shape.widest, dtype=torch.int64, device=u.device)
+    for place, odds in mean_probabilities(u, w, shape, temperature):
+        best[:, :, place] = top_columns(shape.rules.preferences(odds, shape.rows[place]), shape.widest)
+    return best
+
+
+@torch.no_grad()
 def mean_probabilities(u: Tensor, w: Tensor, shape: Shape, temperature: float) -> Iterator[tuple[slice, Tensor]]:
     """Places of rows and (1, Hkv, R, columns): the free blocks' probabilities, mean over samples."""
     for place, scores in score_tiles(u, w):

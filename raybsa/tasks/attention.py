@@ -86,7 +86,7 @@ def layer_layout(spec: TrialSpec, index: int, length: int | None = None) -> Bloc
     a learned pattern as many as it keeps."""
     attention, length = spec.layer(index), length or spec.seq_len
     source = layout_source(
-        attention.pattern or DENSE,
+        attention.rule,
         None,
         None,
         density=attention.density,

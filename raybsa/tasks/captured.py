@@ -35,6 +35,8 @@ class Judged(NamedTuple):
 class Fidelities:
     """The mean recall of attention mass over a file's calls; call ``i`` meets the attention of layer ``i``."""
 
+    attention = None  # the layer that is timed is a synthetic one
+
     def __init__(self, spec: TrialSpec, calls: Sequence[Judged], lock: DeviceLock) -> None:
         self._spec, self._calls, self._lock = spec, calls, lock
 

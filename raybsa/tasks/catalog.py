@@ -9,15 +9,20 @@ from typing import Protocol
 import torch
 
 from raybsa.own import own
-from raybsa.spec import WEIGHTS, TrialSpec
-from raybsa.tasks import byte_lm, captured, recall
+from raybsa.spec import MODULE, WEIGHTS, TrialSpec
+from raybsa.tasks import byte_lm, captured, module, recall
 from raybsa.tasks.preview import Preview
+from raybsa.tasks.speed import OwnAttention
 from raybsa.tasks.training import Quality, Training
 from raybsa.timing import DeviceLock
 
 
 class Judgement(Protocol):
     """What comes to a trial's quality: a Training, or what needs none."""
+
+    @property
+    def attention(self) -> OwnAttention | None:
+        """What the trial times; None: the spec's attention on synthetic q, k, v."""
 
     def advance(self, step: int | None = None) -> Quality:
         """The quality after so many training steps; None: after all."""
@@ -30,6 +35,7 @@ TRAININGS: dict[str, Prepare] = {
     "byte_lm": byte_lm.prepare_training,
     "recall": recall.prepare_training,
     "captured": captured.prepare_judgement,
+    MODULE: module.prepare_training,
 }
 
 

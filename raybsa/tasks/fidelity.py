@@ -66,7 +66,7 @@ class DenseTruth:
         self.call, self.block_size = call, block_size
         (batch, heads), (q_len, kv_len) = call.q.shape[:2], (call.q.shape[2], call.k.shape[2])
         self.scale = 1.0 / math.sqrt(call.q.shape[-1]) if call.scale is None else call.scale
-        self.rules = Rules(block_size, call.causal, sinks=0, window=1, even=True)
+        self.rules = Rules(block_size, call.causal, sinks=0, window=1)
         layout = Shape.make(self.rules, q_len, kv_len, 1.0, call.q.device).everything(batch * heads)
         attention = AttentionCall(
             call.q, call.k, call.v, layout, self.scale, None, None, None, 0.0, 0, False, return_lse=True

@@ -10,4 +10,5 @@ QUALITIES: dict[str, tuple[str, Goal]] = {
     "byte_lm": ("bits_per_byte", "min"),
     "recall": ("recall_accuracy", "max"),
     "captured": ("attention_mass_recall", "max"),
+    "module": ("held_out_loss", "min"),
 }

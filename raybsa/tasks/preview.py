@@ -23,6 +23,7 @@ class Preview:
 
     def __init__(self, training: Training, path: str) -> None:
         self._training, self._path = training, path
+        self.attention = training.attention
 
     def advance(self, step: int | None = None) -> Quality:
         """The quality with these weights, whatever ``step`` is.

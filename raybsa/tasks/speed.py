@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,19 +27,41 @@ class Speed:
     peak_bytes: int
 
 
-def measure_beside_dense(
-    spec: TrialSpec, device: torch.device, lock: DeviceLock, *, repeats: int = 20, budget_s: float = 2.0
-) -> tuple[Speed, Speed]:
-    """(own, dense): ``num_layers`` attention calls at ``seq_len``, timed in turn with torch's SDPA on the same q, k, v.
+class Stacks(NamedTuple):
+    """A model's attention and torch's dense counterpart, both called with ``inputs``."""
 
-    Nobody else computes on the device meanwhile. Memory is that of forward and backward beyond q, k and v, from a call
+    own: Callable[..., Tensor | tuple[Tensor, ...]]
+    dense: Callable[..., Tensor | tuple[Tensor, ...]]
+    inputs: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class OwnAttention:
+    """What is timed where a task has attention calls of its own: the share of blocks they keep, and what makes them."""
+
+    density: float
+    stacks: Callable[[], Stacks]
+
+
+def synthetic_stacks(spec: TrialSpec, device: torch.device) -> Stacks:
+    """``num_layers`` attention calls at ``seq_len``, all on the same synthetic q, k, v."""
+    inputs = synthetic_qkv(spec, device)
+    own, dense = (AttentionStack(spec, dense=dense).to(device, inputs[0].dtype) for dense in (False, True))
+    return Stacks(own, dense, inputs)
+
+
+def measure_beside_dense(
+    make: Callable[[], Stacks], device: torch.device, lock: DeviceLock, *, repeats: int = 20, budget_s: float = 2.0
+) -> tuple[Speed, Speed]:
+    """(own, dense), timed in turn with torch's SDPA on the same inputs.
+
+    Nobody else computes on the device meanwhile. Memory is that of forward and backward beyond the inputs, from a call
     of its own.
     """
     with lock.shared():
-        inputs = synthetic_qkv(spec, device)
-        stacks = [AttentionStack(spec, dense=dense).to(device, inputs[0].dtype) for dense in (False, True)]
-        forwards = [forward_call(stack, inputs) for stack in stacks]
-        both = [forward_backward_call(stack, inputs) for stack in stacks]
+        own_stack, dense_stack, inputs = make()
+        forwards = [forward_call(stack, inputs) for stack in (own_stack, dense_stack)]
+        both = [forward_backward_call(stack, inputs) for stack in (own_stack, dense_stack)]
         trains = _has_backward(both[0])
     with lock.exclusive():
         forward_times = measure_in_turn(forwards, device, repeats=repeats, budget_s=budget_s)

@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raybsa.tasks.optimizer import AdamW
+from raybsa.tasks.speed import OwnAttention
 from raybsa.timing import DeviceLock
 from raybsa.variants.selector import selector_loss, step_schedules
 
@@ -20,7 +22,8 @@ IGNORE = -100
 _WARMUP_SHARE = 0.1
 _CURVE_POINTS = 50
 
-Batches = Callable[[int], tuple[Tensor, Tensor]]
+Batches = Callable[[int], Any]
+Loss = Callable[[nn.Module, Any], Tensor]
 Curves = tuple[tuple[str, int, float], ...]
 
 
@@ -48,15 +51,23 @@ def prepare(model: nn.Module, device: torch.device, dtype: str) -> tuple[nn.Modu
     return model.to(device, getattr(torch, dtype)), nullcontext()
 
 
+def token_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Nats a token: of a batch (tokens (B, S), targets (B, S)); a target of ``IGNORE`` does not count."""
+    tokens, targets = batch
+    return cross_entropy(model(tokens), targets)
+
+
 class Training:
     """A task's model on its way: AdamW, a linear warm-up and a cosine to a tenth; can halt at any step and go on.
 
     Args:
-        batches: step -> (tokens (B, S), targets (B, S)); a target of ``IGNORE`` does not count.
+        batches: step -> what ``loss`` takes beside the model; each step is asked for once, in order.
         evaluate: the quality of the model as it is.
         steps: how many there are in all; the learning rate follows from it.
         name, goal: of the quality.
         lock: held shared for one step at a time.
+        loss: (model, batch) -> (), to be minimised.
+        attention: what the trial times in place of the spec's attention on synthetic q, k, v.
     """
 
     def __init__(
@@ -71,9 +82,12 @@ class Training:
         learning_rate: float,
         lock: DeviceLock,
         context: AbstractContextManager,
+        loss: Loss = token_loss,
+        attention: OwnAttention | None = None,
     ) -> None:
         self._model, self._batches, self._evaluate, self._lock, self._context = model, batches, evaluate, lock, context
-        self._name, self._goal = name, goal
+        self._name, self._goal, self._loss = name, goal, loss
+        self.attention = attention
         self._optimizer = make_optimizer(model, learning_rate)
         self._rates = list(learning_rates(steps, learning_rate))
         self._seconds, self._losses = 0.0, list[Tensor]()
@@ -86,7 +100,8 @@ class Training:
             with self._lock.shared():
                 start = time.perf_counter()
                 self._optimizer.param_groups[0]["lr"] = self._rates[number]
-                self._losses.append(train_step(self._model, self._optimizer, *self._batches(number), self._context))
+                batch = self._batches(number)
+                self._losses.append(train_step(self._model, self._optimizer, batch, self._context, self._loss))
                 self._seconds += time.perf_counter() - start
         value = self._evaluate()
         self._qualities.append((len(self._losses), value))
@@ -125,13 +140,13 @@ def make_optimizer(model: nn.Module, learning_rate: float) -> AdamW:
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    tokens: Tensor,
-    targets: Tensor,
+    batch: Any,
     context: AbstractContextManager,
+    loss_of: Loss,
 ) -> Tensor:
     """One step of gradient descent, of learned selectors too. Returns the task's loss before it, detached."""
     with context:
-        loss = cross_entropy(model(tokens), targets)
+        loss = loss_of(model, batch)
     optimizer.zero_grad(set_to_none=True)
     (loss + selector_loss(model)).backward()
     descend(model, optimizer)

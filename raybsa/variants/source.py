@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from raybsa import patterns
+from raybsa.axis import check_geometry
 from raybsa.handles import new_handle
 from raybsa.kernels.call import AttentionCall
-from raybsa.layout import BlockLayout, check_geometry
+from raybsa.layout import BlockLayout
 from raybsa.patterns.pattern import Pattern, check_density
 from raybsa.spec import ADAPTIVE, PatternSpec, canonical_json
 from raybsa.variants.cache import LayoutCache

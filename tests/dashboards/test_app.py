@@ -26,6 +26,8 @@ from dashboards.page import Page
 from dashboards.theme import colour, dark_twins
 from raybsa.results.record import Record
 from raybsa.results.store import Store
+from raybsa.spec import TrialSpec
+from tests.dashboards import made
 from tests.dashboards.made import DENSE, lm_failure, lm_record, sparse
 from tests.dashboards.made_folder import a_folder
 
@@ -156,6 +158,19 @@ def test_the_trial_of_the_address_is_the_one_that_is_shown(whole: Folder) -> Non
     told = texts([components(part, view.page, dark=False) for part in parts])
     assert "bigbird-0.25" in told
     assert "train loss" in told
+
+
+def test_a_clicked_trial_whose_layers_differ_shows_each_of_them(tmp_path: Path) -> None:
+    window = sparse("sliding_window", 0.25)
+    mixed = TrialSpec("byte_lm", (window, DENSE, window), num_layers=3)
+    measured = {"quality": 2.1, "quality_name": "bits_per_byte", "quality_goal": "min", "forward_backward_ms_p50": 9.0}
+    dense = made.record("d", TrialSpec("byte_lm", (DENSE,), num_layers=3), **measured | {"quality": 2.0})
+    folder = folder_of(tmp_path, dense, made.record("mixed", mixed, **measured))
+    view = shown(folder, "search", "?trial=mixed")[1]
+    told = texts([components(part, view.page, dark=False) for part in search.chosen(view) or ()])
+    assert "layers 0, 2, all heads" in told
+    assert "layer 1, all heads" in told
+    assert "[create_block_sparse_attention(**layer) for layer in [" in told
 
 
 def test_two_runs_are_compared_by_their_equal_questions(tmp_path: Path) -> None:

@@ -224,6 +224,9 @@ def test_heads_and_layers_that_differ_have_a_panel_each() -> None:
     layers = drawing_info(TrialSpec("byte_lm", (sparse("sliding_window", 0.3), DENSE), seq_len=1024))
     assert [p.caption for p in layers.panels] == ["layer 0, all heads", "layer 1, all heads"]
     assert len(picture_plot(layers).data) == 2
+    window = sparse("sliding_window", 0.3)
+    apart = drawing_info(TrialSpec("byte_lm", (window, DENSE, window), seq_len=1024, num_layers=3))
+    assert [p.caption for p in apart.panels] == ["layers 0, 2, all heads", "layer 1, all heads"]
 
 
 def test_a_results_folder_cannot_choose_what_code_the_report_imports(

@@ -7,10 +7,10 @@ import ast
 import pytest
 import torch
 
-from dashboards.wording import milliseconds, moment, number, paste, pattern_label, percent, size, times
+from dashboards.wording import milliseconds, moment, number, paste, pattern_label, percent, size, times, trial_label
 from raybsa import create_block_sparse_attention
 from raybsa.patterns import build
-from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
+from raybsa.spec import AttentionSpec, PatternSpec, Ranks, TrialSpec
 from tests.dashboards.made import DENSE, sparse
 
 
@@ -60,6 +60,15 @@ def test_the_pasted_text_makes_the_attention_that_was_measured(attention: Attent
     mask = layout.to_dense().repeat_interleave(64, 1).repeat_interleave(64, 2) & torch.ones(512, 512).tril().bool()
     wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[None])
     torch.testing.assert_close(module(q, k, v), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_differ_are_named_in_turn_and_those_alike_once() -> None:
+    layers = (DENSE, sparse("bigbird"), sparse("bigbird"), DENSE)
+    spec = TrialSpec("byte_lm", layers, num_layers=4)
+    assert trial_label(spec).replace("\u00a0", " ") == "dense / 2× bigbird · 10 % / dense"
+    assert trial_label(TrialSpec("byte_lm", layers[:1])) == "dense"
+    ring = spec.over(Ranks(2, "zigzag"))
+    assert trial_label(ring).replace("\u00a0", " ") == "dense / 2× bigbird · 10 % / dense · 2 ranks, zigzag"
 
 
 def test_layers_that_differ_are_pasted_as_a_list() -> None:

@@ -4,6 +4,7 @@ import json
 import runpy
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from raybsa.experiments.recording import Run, record_of
 from raybsa.results.pareto import named_objectives
 from raybsa.results.record import Outcome
 from raybsa.results.store import Store
+from raybsa.tasks.module import question_of
 
 JOBS = Path(__file__).parents[2] / "jobs"
 SPACE = PRESETS["quick"].space
@@ -95,3 +97,40 @@ def test_a_point_asked_again_has_its_quality_again(job, searched, tmp_path):
     before = {found.spec_hash: found.quality for found in Store(searched).read_records()}
     assert record.quality == pytest.approx(before[record.spec_hash], rel=1e-6)
     assert f"the search had quality <= 9 {record.quality:.4g}, density " in told
+
+
+OWN = """
+import torch
+from torch import nn
+
+def question(seed):
+    model = nn.MultiheadAttention(8, 2, batch_first=True)
+    batches = [torch.randn(2, 64, 8, generator=torch.Generator().manual_seed(seed + n)) for n in range(2)]
+    return model, batches, lambda model, x: (model(x, x, x)[0] - x).square().mean(), batches[:1]
+"""
+
+
+def test_a_point_of_one_s_own_module_is_measured_again_with_the_seeds_of_its_function(job, tmp_path):
+    (tmp_path / "mine.py").write_text(OWN)
+    base = question_of(f"{tmp_path / 'mine.py'}:question", replace(SPACE.base, train_steps=2))
+    space = replace(SPACE, base=base, families={"random": {}}, block_sizes=(8,))
+    run, goals = Run("search-1", "search"), named_objectives(["quality", "density"], "min")
+    store = Store.create(tmp_path / "search")
+    with Here(Share(1)) as coordinator:
+        outcomes = coordinator.map([space.spec(config) for config in space.first_points()])
+        records = [record_of(outcome, run, f"{run.run_id}-{n}") for n, outcome in enumerate(outcomes)]
+    for record in records:
+        store.write_record(record)
+    path = write_front(store, records, goals)[0]
+    code, told = job("validate.py", store.root, "--out", tmp_path / "out", "--seeds", "2", "--longer", "1.5")
+    assert code == 0, told
+    again = Store(tmp_path / "out").read_records()
+    assert {(record.status, record.seed, record.trained_steps) for record in again} == {
+        ("ok", 1000, 3),
+        ("ok", 1001, 3),
+    }
+    assert len({record.quality for record in again}) == len(again), "another seed is another model and other data"
+    code, told = job("search.py", "--again", path, "--out", tmp_path / "again")
+    (asked,) = Store(tmp_path / "again").read_records()
+    assert code == 0
+    assert asked.quality == pytest.approx(next(r.quality for r in records if r.spec_hash == asked.spec_hash), rel=1e-5)

@@ -43,7 +43,7 @@ def compile_only(self, *args, grid, warmup, **options):
 
 jit.JITFunction.run = compile_only
 from raybsa import BlockLayout
-from raybsa.kernels import triton_forward, triton_grad_kv, triton_grad_q, triton_plan
+from raybsa.kernels import gluon_walk, triton_forward, triton_grad_kv, triton_grad_q, triton_plan
 from raybsa.kernels.call import AttentionCall
 from raybsa.kernels.triton_arguments import Softmax
 
@@ -52,7 +52,7 @@ cut = triton_plan._cut  # as for a transient layout: nothing was written that co
 triton_plan._cut = lambda *arguments: cut(*arguments[:5], longest=10**6)
 
 def compile_case(block, head_dim, dtype, everything, loads_apart):
-    triton_forward.is_hopper = lambda device: loads_apart
+    gluon_walk.is_hopper = lambda device: loads_apart
     tokens = 3 * block - (5 if everything else 0)
     layout = BlockLayout.from_rows(
         [[[0], [0, 1], [0, 1, 2]]] * 2, q_len=tokens, kv_len=tokens, q_block_size=block, causal=everything
@@ -64,11 +64,9 @@ def compile_case(block, head_dim, dtype, everything, loads_apart):
         features = (ids[0].bool(), (ids, ids), torch.zeros(layout.nnz_blocks), 0.1)
     call = AttentionCall(q, q, q, layout, 0.1, *features, 7, False, True)
     out, lse = triton_forward.forward(call)
-    if loads_apart:
-        return  # the backward is the other cases'
-    forward, delta = Softmax(lse, out, lse), torch.empty_like(lse)
-    triton_grad_q.GradQ(call, everything, torch.float32)(call, forward, delta, q)
-    triton_grad_kv.GradKV(call, torch.float32)(call, forward, delta, q)
+    forward, delta, dtype = Softmax(lse, out, lse), torch.empty_like(lse), q.dtype if loads_apart else torch.float32
+    triton_grad_q.GradQ(call, forward, q, everything, dtype)(call, forward, delta, q)
+    triton_grad_kv.GradKV(call, q, dtype)(call, forward, delta, q)
 
 shown = []
 for arch, *case in json.loads(sys.argv[1]):
@@ -100,8 +98,9 @@ def test_every_kernel_compiles(number: int, compiled: list[dict[str, dict]]) -> 
     kernels = compiled[number]
     *_, loads_apart = CASES[number]
     assert kernels.pop("items_kernel")["arch"] == CASES[number][0]
-    attention = {"hopper_forward_kernel"} if loads_apart else {"forward_kernel", "grad_q_kernel", "grad_kv_kernel"}
-    assert kernels.keys() == attention | {"merge_parts_kernel"} | (set() if loads_apart else {"sum_parts_kernel"})
+    walk = "_walk" if loads_apart else ""
+    attention = {f"{name}{walk}_kernel" for name in ("forward", "grad_q", "grad_kv")}
+    assert kernels.keys() == attention | {"merge_parts_kernel", "sum_parts_kernel"}
     arch = CASES[number][0]
     room = {90: 232_448, 80: 166_912}[arch]
     for name, kernel in kernels.items():

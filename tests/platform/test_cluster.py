@@ -5,6 +5,7 @@ import os
 import tempfile
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import ray
@@ -12,6 +13,7 @@ from ray.exceptions import OutOfMemoryError
 
 from raybsa.cluster.coordinator import Coordinator, WorkerNotMade
 from raybsa.cluster.resources import Share, TooFewResources, await_resources, why_not_up
+from raybsa.experiments.front import write_front
 from raybsa.experiments.recording import Run
 from raybsa.experiments.search import Plan, Pool, search
 from raybsa.experiments.space import SearchSpace
@@ -22,6 +24,7 @@ from raybsa.patterns import save_blocks
 from raybsa.results.pareto import named_objectives
 from raybsa.results.store import Store
 from raybsa.spec import AttentionSpec, TrialSpec
+from raybsa.tasks.module import question_of
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("everything_is_given_back")]
 SPEC = TrialSpec("speed", (AttentionSpec("dense"),), seq_len=128, num_layers=1, num_heads=1, head_dim=8)
@@ -244,3 +247,31 @@ def test_a_search_that_looks_first_trains_what_promises_most_and_keeps_both_apar
     assert looked == {"sliding_window", "random"}
     assert all(record.trained_steps == 0 and record.forward_ms_p50 is None for record in records if record.error)
     assert len(records) > len(found.all) == 3
+
+
+OWN = """
+import torch
+from torch import nn
+
+def question(seed):
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8, 0.0, batch_first=True), 2)
+    batches = (torch.randn(1, 64, 8, generator=torch.Generator().manual_seed(seed + n)) for n in range(99))
+    return model, batches, lambda model, x: (model(x) - x.roll(1, 1)).square().mean()
+"""
+
+
+def test_a_search_on_a_module_of_one_s_own_whose_layers_may_differ(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(OWN)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    base = question_of(f"{tmp_path / 'mine.py'}:question", replace(SPEC, train_steps=2))
+    space = SearchSpace(base, {"sliding_window": {}, "random": {}}, (0.5, 0.8), (8,), per_layer=True)
+    store, goals = Store.create(tmp_path / "results"), named_objectives(["quality", "density"], "min")
+    pool = Pool(Share(), timing={"repeats": 5, "budget_s": 0.01})
+    records = search(space, store, Run("run", "test"), pool, Plan(4, goals)).records
+    assert [record.status for record in records] == ["ok"] * 4
+    assert {record.quality_name for record in records} == {"held_out_loss"}
+    assert [record.pattern for record in records] == ["dense", "sliding_window", "random", "sliding_window/random"]
+    for path in write_front(store, records, goals):
+        best = json.loads(Path(path).read_text())
+        assert len(best["layers"]) == 2
+        assert isinstance(best["attention"], list) == (len(best["spec"]["attention"]) == 2)

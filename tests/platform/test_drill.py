@@ -9,8 +9,8 @@ from random import Random
 import pytest
 
 from raybsa.cluster.faults import FROM_OUTSIDE, Fault, FaultKind, FaultPlace, mark
+from raybsa.cluster.journal import Recovery
 from raybsa.cluster.member import MemberSettings
-from raybsa.cluster.training import Recovery
 from raybsa.experiments.census import Census
 from raybsa.experiments.drill import Survived, survived
 from raybsa.experiments.drill_plan import EVERY, KINDS, LEFT_OUT, groups, plan_of, soak_plan, steps_for

@@ -7,8 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from ray.tune.schedulers import TrialScheduler
 
+from raybsa.comm import Communicator
 from raybsa.experiments import landscape
 from raybsa.experiments.advantage import advantage
 from raybsa.experiments.algorithms import ALGORITHMS
@@ -32,6 +34,7 @@ from raybsa.ring.work import work_of
 from raybsa.spec import AttentionSpec, PatternSpec, Ranks, TrialSpec
 from raybsa.tasks.ring_rank import LINK
 from raybsa.tasks.sharded_trial import plans_of
+from raybsa.variants.distributed import share_partition
 from raybsa.variants.factory import create_block_sparse_attention
 
 BASE = TrialSpec("byte_lm", (AttentionSpec("dense"),), seq_len=512, train_len=256, train_steps=90)
@@ -267,6 +270,22 @@ def test_a_question_that_cannot_keep_a_bound_is_screened():
     assert screen(SPACE.spec({"family": "random", "density": 0.5, "block_size": 16})) == OUT_OF_BOUNDS
 
 
+def test_where_layers_differ_it_is_the_same_rules_that_are_compared():
+    space = replace(SPACE, per_layer=True)
+    asked = {"family": "per_layer", "density": 0.3, "block_size": 16, "layer0": "random", "layer1": "dense"}
+    screen = Screen(GOALS)
+    for record in [*answers(9), answer(space.spec(asked | {"density": 0.4}), 90, 9.0)]:
+        screen.learn(record)
+    fast = {"family": "strided", "density": 0.1, "block_size": 16, "strided.stride": "2"}
+    screen.learn(answer(space.spec(fast), 91, 2.5))
+    assert screen(space.spec(asked)) == DOMINATED, "denser, it was worse than 2.5"
+    assert screen(space.spec(asked | {"layer0": "dense", "layer1": "random"})) is None
+    shared = replace(RINGS, per_layer=True)
+    ring = asked | {"world_size": 2, "codec": shared.choices("codec")[0]}
+    assert screen(shared.spec(ring)) == DOMINATED, "the same layers, by however many ranks"
+    assert screen(shared.spec(ring | {"layer0": "dense", "layer1": "random"})) is None
+
+
 def test_a_dry_run_lists_what_would_be_asked_with_its_costs():
     plan = Plan(6, GOALS, algorithm="random")
     plain = list(dry_run(SPACE, plan, [], []))
@@ -279,6 +298,9 @@ def test_a_dry_run_lists_what_would_be_asked_with_its_costs():
     assert "4 trials would run after 2 that are done" in lines[-2]
     assert "on 2 worker(s) of machine (fitted on" in lines[-1]
     assert all(float(line.split()[-1]) > 8 for line in lines[1:5])
+    learned = replace(SPACE, families={"adaptive": {}, "random": {}}, per_layer=True)
+    lines = list(dry_run(learned, Plan(4, GOALS), [], records))
+    assert [line.split("  ")[0] for line in lines[1:5]] == ["dense", "adaptive", "random", "adaptive / random"]
 
 
 def test_a_dry_run_tells_what_rings_send_and_with_rows_enough_how_long_they_take():
@@ -292,6 +314,18 @@ def test_a_dry_run_tells_what_rings_send_and_with_rows_enough_how_long_they_take
     ring = next(line for line in lines if "(2 ranks, balanced)" in line)
     milliseconds, _, _, seconds = map(float, ring.split()[-4:])
     assert min(milliseconds, seconds) > 0
+
+
+def test_a_dry_run_tells_of_rings_whose_layers_differ():
+    space = SearchSpace(BASE, {"random": {}}, (0.2, 0.2), (16,), per_layer=True, world_sizes=(2,))
+    lines = list(dry_run(space, Plan(9, GOALS, algorithm="grid"), [], answers(9)))[1:-2]
+    told = {line[:58].rstrip(): line[58:].split() for line in lines}
+    assert told.pop("dense")[4] == "-"
+    alike = told.pop("random (2 ranks, balanced)")
+    differ = [told.pop(f"{layers} (2 ranks, balanced)") for layers in ("random / dense", "dense / random")]
+    assert not told
+    assert [cells[:2] for cells in (alike, *differ)] == [["16", "0.2"]] * 3
+    assert all(int(cells[4]) > int(alike[4]) for cells in differ), "a layer that keeps all blocks sends more"
 
 
 # ---- the front as files --------------------------------------------------------------------------------------------
@@ -331,6 +365,29 @@ def test_a_best_file_of_a_learned_pattern_loads_too(tmp_path):
     (path,) = write_front(Store.create(tmp_path), [answer(space.spec(space.first_points()[1]), 0)], GOALS)
     module = create_block_sparse_attention(**json.loads(Path(path).read_text())["attention"])
     assert module.source.num_heads == BASE.num_heads
+
+
+def test_a_best_file_of_layers_that_differ_has_a_list_that_loads(tmp_path):
+    space = replace(SPACE, per_layer=True)
+    asked = {"family": "per_layer", "density": 0.3, "block_size": 16, "layer0": "random", "layer1": "dense"}
+    (path,) = write_front(Store.create(tmp_path), [answer(space.spec(asked), 0)], GOALS)
+    best = json.loads(Path(path).read_text())
+    modules = [create_block_sparse_attention(**layer) for layer in best["attention"]]
+    assert ["Random" in repr(modules[0]), "Dense" in repr(modules[1])] == [True, True]
+    assert best["layers"] == best["attention"]
+    assert read_best(path).spec == space.spec(asked)
+
+
+def test_a_best_file_of_a_ring_whose_layers_differ_has_modules_that_share_a_partition(tmp_path):
+    space = replace(RINGS, per_layer=True)
+    asked = {**RING, "family": "per_layer", "layer0": "dense", "layer1": "random"}
+    (path,) = write_front(Store.create(tmp_path), [answer(space.spec(asked), 0)], GOALS)
+    layers = json.loads(Path(path).read_text())["layers"]
+    model = torch.nn.Sequential(*(create_block_sparse_attention(**layer) for layer in layers))
+    partition = share_partition(model, Communicator(), BASE.seq_len, BASE.num_heads)
+    assert [layer.partition for layer in model] == [partition] * 2
+    assert ["Dense" in repr(model[0]), "Random" in repr(model[1])] == [True, True]
+    assert read_best(path).spec == space.spec(asked)
 
 
 def test_the_dense_baseline_on_the_front_loads_too(tmp_path):

@@ -61,8 +61,7 @@ def test_a_lost_trial_actor_is_recorded_with_the_reason(tmp_path):
     store, told = Store.create(tmp_path), []
     other, lost = trial("a"), trial("b")
     recorder = _Recorder(SPACE, store, Run("run", "test"), [told.append])
-    for started in (other, lost):
-        recorder.on_trial_start(0, [other, lost], started)
+    recorder.on_step_end(0, [other, lost])
     recorder.on_trial_recover(0, [other, lost], lost)
     recorder.on_trial_error(0, [other, lost], lost)
     (record,) = store.read_records()
@@ -75,10 +74,9 @@ def test_a_trial_that_begins_again_keeps_its_number_and_counts_what_it_survived(
     """Tune moves it to the end of its list."""
     store, first, second = Store.create(tmp_path), trial("a"), trial("b")
     recorder = _Recorder(SPACE, store, Run("run", "test"), [])
-    for started in (first, second):
-        recorder.on_trial_start(0, [first, second], started)
+    recorder.on_step_end(0, [first, second])
     recorder.on_trial_recover(0, [second, first], first)
-    recorder.on_trial_start(0, [second, first], first)
+    recorder.on_step_end(1, [second, first])
     outcome = Outcome(SPACE.base, Measurement(density=1.0), None, 0)
     for ended in (second, first):
         recorder.on_trial_result(0, [second, first], ended, {"outcome": outcome, "done": True})

@@ -35,7 +35,8 @@ def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrialSpec:
 
 
 def over(spec: TrialSpec, ranks: Ranks) -> TrialSpec:
-    return replace(spec, attention=(replace(spec.attention[0], variant="distributed"),)).over(ranks)
+    layers = (replace(layer, variant="distributed", pattern=layer.rule) for layer in spec.attention)
+    return replace(spec, attention=tuple(layers)).over(ranks)
 
 
 def measured(spec: TrialSpec) -> tuple[Measurement, list[RankQuality]]:
@@ -69,6 +70,19 @@ def test_two_ranks_come_to_the_quality_of_one_worker_and_send_what_their_plans_s
     assert (found.world_size, found.partition, found.density) == (2, "zigzag", alone.density)
     assert found.imbalance == pytest.approx(plans[0].imbalance)
     assert found.forward_backward_ms_p50 > 0
+
+
+def test_ranks_share_layers_that_differ_by_one_partition(spec: TrialSpec) -> None:
+    differ = replace(spec, attention=(AttentionSpec("dense", block_size=16), spec.attention[0]))
+    asked = over(differ, Ranks(2))
+    found, qualities = measured(asked)
+    alone = Worker(repeats=1, budget_s=0.0, num_threads=1).run(differ)
+    assert [each.quality.value for each in qualities] == pytest.approx([alone.quality] * 2, rel=1e-5)
+    assert found.density == pytest.approx(alone.density)
+    plans = plans_of(asked)
+    assert plans[0].partition is plans[1].partition
+    assert found.wire_forward_bytes == sum(plan.bytes_sent(2, 8, 4) for plan in plans) == found.needed_forward_bytes
+    assert plans[0].bytes_sent(2, 8, 4) > plans[1].bytes_sent(2, 8, 4) > 0
 
 
 def test_a_codec_is_that_of_the_weights_gradients_and_of_those_of_k_and_v(spec: TrialSpec) -> None:

@@ -7,6 +7,7 @@ import optuna
 import pytest
 
 from raybsa import patterns
+from raybsa.experiments.layers import asked_density
 from raybsa.experiments.presets import PRESETS
 from raybsa.experiments.space import DEFAULT_FAMILIES, SearchSpace
 from raybsa.experiments.spaces import SPACES, make_space
@@ -166,6 +167,109 @@ def test_rings_that_cannot_be_are_rejected_and_counted():
     assert rejections.counts == {TOO_MANY_RANKS: 1, MISFIT: 1, UNSPLIT: 1, REPEATED: 1}
 
 
+# ---- layers that differ --------------------------------------------------------------------------------------------
+
+
+def layered(**changes):
+    families = {"strided": {"stride": [2, 4]}, "random": {}}
+    return SearchSpace(BASE, families, (0.1, 0.4), (16, 32), per_layer=True, **changes)
+
+
+IN_TURN = {"family": "per_layer", "density": 0.2, "block_size": 16, "strided.stride": "4"}
+
+
+def test_each_layer_follows_its_own_family_or_stays_dense():
+    spec = layered().spec({**IN_TURN, "layer1": "strided", "layer0": "dense"})
+    assert spec.attention == (
+        AttentionSpec("dense", block_size=16),
+        AttentionSpec("base", PatternSpec("strided", {"stride": 4}), 0.2, 16),
+    )
+    assert layered().config(spec) == {**IN_TURN, "layer0": "dense", "layer1": "strided"}
+    assert SearchSpace(BASE, {"strided": {"stride": [2, 4]}}, block_sizes=(16,)).config(spec) is None
+    assert layered().config(replace(spec, attention=spec.attention * 2, num_layers=4)) is None
+
+
+@pytest.mark.parametrize("variants", [("base",), ("base", "distributed")], ids=["one variant", "two"])
+def test_a_question_whose_layers_differ_names_its_configuration_and_back(variants):
+    space = layered(variants=variants)
+    differ = [spec for config in drawn(space, 60) if len((spec := space.spec(config)).attention) > 1]
+    assert len(differ) > 9
+    assert all(space.spec(space.config(spec)) == spec for spec in differ)
+    assert len({layer.block_size for layer in differ[0].attention}) == 1
+
+
+def test_the_last_opening_lets_the_layers_take_turns_and_the_grid_has_all_ways_once():
+    space = layered()
+    assert space.first_points() == replace(space, per_layer=False).first_points()
+    turns = space.spec(space.openings()[-1])
+    assert [layer.pattern.name for layer in turns.attention] == ["strided", "random"]
+    asked = [space.spec(config) for config in space.grid(1)]
+    assert sum(len(spec.attention) == 2 for spec in asked) == 2 * (2 * 4 + 2), "block sizes x (with strided, without)"
+    with pytest.raises(ValueError, match="at most 4096 ways to give layers their families, got 6561"):
+        list(replace(space, base=replace(BASE, num_layers=8)).grid())
+
+
+def test_layers_that_do_not_differ_are_the_question_of_all_alike():
+    space, rejections = layered(), Rejections(layered())
+    alike = {**IN_TURN, "layer0": "random", "layer1": "random"}
+    del alike["strided.stride"]
+    assert rejections.admit({"family": "dense"})
+    assert rejections.admit({"family": "random", "density": 0.2, "block_size": 16})
+    assert rejections.admit(alike) is None
+    assert rejections.admit({**alike, "layer0": "dense", "layer1": "dense"}) is None
+    assert rejections.admit({**alike, "layer1": "dense"}) == space.spec({**alike, "layer1": "dense"})
+    assert rejections.admit({**alike, "layer1": "dense", "density": 0.05}) is None
+    assert rejections.counts == {REPEATED: 2, DIAGONAL: 1}
+
+
+def test_the_density_of_a_stratum_counts_dense_layers():
+    config = {**IN_TURN, "layer0": "dense", "layer1": "strided"}
+    assert (asked_density(config), asked_density({**IN_TURN, "family": "strided"})) == (0.6, 0.2)
+    assert asked_density({"family": "dense"}) is None
+
+
+# ---- both ----------------------------------------------------------------------------------------------------------
+
+
+def test_layers_that_differ_share_their_ranks_and_one_that_stays_dense_keeps_all_blocks():
+    space = replace(RINGS, per_layer=True)
+    config = {"family": "per_layer", "layer0": "dense", "layer1": "random", "density": 0.2, "block_size": 16}
+    config |= {"world_size": 2, "partition": "zigzag", "codec": space.choices("codec")[1]}
+    spec = space.spec(config)
+    assert spec.attention == (
+        AttentionSpec("distributed", PatternSpec("dense"), block_size=16),
+        AttentionSpec("distributed", PatternSpec("random"), 0.2, 16),
+    )
+    assert spec.ranks.label == "2 ranks, zigzag, int8"
+    assert space.config(spec) == config
+    assert Rejections(space).admit(config) == spec
+    both = [c for c in [*drawn(space, 60), *space.openings()] if c["family"] == "per_layer"]
+    assert {space.spec(c).ranks.world_size for c in both} == {1, 2, 4}
+    assert all(space.spec(space.config(space.spec(c))) == space.spec(c) for c in both)
+
+
+def test_layers_that_all_stay_dense_are_the_baseline_of_one_worker():
+    space = replace(RINGS, per_layer=True, world_sizes=(2,))
+    rejections = Rejections(space)
+    assert rejections.admit({"family": "dense"})
+    config = {"family": "per_layer", "layer0": "dense", "layer1": "dense", "density": 0.2, "block_size": 16}
+    config |= {"partition": "zigzag", "codec": space.choices("codec")[0]}
+    assert space.spec(config) == space.spec({"family": "dense"})
+    assert rejections.admit(config) is None
+    assert rejections.counts == {REPEATED: 1}
+
+
+def test_one_layer_that_ranks_cannot_share_is_enough():
+    learned = {"random": {}, "adaptive": {"method": ["compressed", "bias"]}}
+    space = replace(RINGS, families=learned, per_layer=True)
+    config = {"family": "per_layer", "layer0": "random", "layer1": "adaptive", "density": 0.2, "block_size": 16}
+    config |= {"world_size": 2, "partition": "zigzag", "codec": space.choices("codec")[0]}
+    rejections = Rejections(space)
+    assert rejections.admit({**config, "adaptive.method": '"compressed"'}) is None
+    assert rejections.admit({**config, "adaptive.method": '"bias"'})
+    assert rejections.counts == {UNSPLIT: 1}
+
+
 # ---- what is rejected before it starts -----------------------------------------------------------------------------
 
 
@@ -208,7 +312,7 @@ def test_a_space_from_a_file_is_the_space_as_an_object(tmp_path):
     path = tmp_path / "space.yaml"
     path.write_text(
         "families:\n  dilated: {dilation_rates: [[1, 2, 4], [1, 4, 16]]}\n  random:\n"
-        "densities: [0.1, 0.4]\nblock_sizes: [16]\nmixtures: [[dilated, random]]\nshares: [0.5]\n"
+        "densities: [0.1, 0.4]\nblock_sizes: [16]\nmixtures: [[dilated, random]]\nshares: [0.5]\nper_layer: true\n"
     )
     wanted = SearchSpace(
         BASE,
@@ -217,6 +321,7 @@ def test_a_space_from_a_file_is_the_space_as_an_object(tmp_path):
         (16,),
         (("dilated", "random"),),
         (0.5,),
+        per_layer=True,
     )
     assert make_space(str(path), BASE) == wanted
 
@@ -242,6 +347,7 @@ def test_ranks_come_from_a_file_too(tmp_path):
         ("world_sizes: [two]", r"world_sizes are numbers of ranks from 1, got \['two'\]"),
         ("partitions: [heap]", r"partitions of balanced, contiguous, zigzag, striped, got .* and \['heap'\]"),
         ("codecs: [zip]", "unknown codec 'zip'"),
+        ("per_layer: sometimes", "per_layer is true or false, got 'sometimes'"),
     ],
 )
 def test_a_file_that_describes_no_space_says_why(tmp_path, text, message):
@@ -300,6 +406,9 @@ def test_a_learned_pattern_and_a_frozen_one_can_be_searched(tmp_path):
     learned, fixed = (space.spec(point).layer(0) for point in space.first_points()[1:])
     assert (learned.variant, learned.pattern.params) == ("adaptive", {"method": "bias"})
     assert (fixed.variant, fixed.pattern) == ("base", frozen)
+    rejections = Rejections(space)
+    asked = space.first_points()[1] | {"density": 0.4}
+    assert [rejections.admit(asked) is None for _ in range(2)] == [False, True], "asked, but once"
     with pytest.raises(ValueError, match="method must be one of"):
         SearchSpace(BASE, {"adaptive": {"method": ["magic"]}})
 
@@ -325,9 +434,11 @@ def test_a_preset_has_trials_enough_for_its_first_points(name):
         ({"block_sizes": (24,)}, "block_size must be a power of two, got 24"),
         ({"mixtures": (("random", "spiral"),)}, r"a mixture is a pair of .*, got \['random', 'spiral'\]"),
         ({"base": replace(BASE, task="recall"), "world_sizes": (1, 2)}, r"only the tasks byte_lm, speed can be split"),
+        ({"base": replace(BASE, task="module"), "world_sizes": (1, 2)}, r"split over ranks, .* with task 'module'"),
+        ({"base": replace(BASE, num_layers=1), "per_layer": True}, "per_layer needs at least two layers"),
         ({"shares": (1.0,)}, r"a share of the heads lies between 0 and 1, got \[1.0\]"),
     ],
 )
 def test_a_space_refuses_what_cannot_be_asked(change, message):
     with pytest.raises(ValueError, match=message):
-        SearchSpace(**{"base": BASE} | change)
+        SearchSpace(**({"base": BASE} | change))

@@ -14,11 +14,13 @@ import ray
 import torch.distributed as dist
 from torch import Tensor
 
+from raybsa.cluster.calls import Calls
 from raybsa.cluster.faults import Fault, FaultKind, FaultPlace, FaultPlan, mark_file
+from raybsa.cluster.journal import Journal, TrainingFailed, TrainingResult
 from raybsa.cluster.member import Member, MemberSettings, Progress
 from raybsa.cluster.membership import Membership, Seat
 from raybsa.cluster.resources import Share, TooFewResources
-from raybsa.cluster.training import TrainingCoordinator, TrainingFailed, TrainingResult
+from raybsa.cluster.training import TrainingCoordinator
 from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
 from tests.kernels.problems import relative_error
 
@@ -220,13 +222,13 @@ def test_a_rank_that_is_alive_may_end_what_it_computes(text: str) -> None:
         return Progress(3, ((2, 0.5),), {}, 0.0)
 
     crew = SimpleNamespace(cancel=lambda workers, *_: {w: ray.put(None) for w in workers}, silent=lambda workers: {})
+    roster, journal = SimpleNamespace(members=Membership(1, (0, 1, 2))), Journal()
     ray.get([after.remote(0.0), after.remote(0.0)])
-    coordinator = TrainingCoordinator(spec(text), Share(1), world_size=3, heartbeat_s=0.2, stop_s=5.0)
-    coordinator._crew, coordinator._members = cast(Any, crew), Membership(1, (0, 1, 2))
-    assert coordinator._wreck({1: "gone"}, {0: after.remote(1.0), 2: after.remote(0.0)}).lost == {1: "gone"}
-    assert coordinator._losses == {2: 0.5}
-    coordinator._stop_s = 0.5
-    assert coordinator._wreck({1: "gone"}, {0: after.remote(2.0)}).lost == {1: "gone", 0: "did not stop within 0.5 s"}
+    calls = Calls(cast(Any, crew), cast(Any, roster), journal, stop_s=5.0)
+    assert calls.wreck({1: "gone"}, {0: after.remote(1.0), 2: after.remote(0.0)}).lost == {1: "gone"}
+    assert journal.losses == {2: 0.5}
+    calls = Calls(cast(Any, crew), cast(Any, roster), journal, stop_s=0.5)
+    assert calls.wreck({1: "gone"}, {0: after.remote(2.0)}).lost == {1: "gone", 0: "did not stop within 0.5 s"}
 
 
 def test_too_few_ranks_left_is_an_error(text: str) -> None:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from raybsa import BlockSparseAdaptive
 from raybsa.selectors import row_mass as module
-from raybsa.selectors.distill import divergence, sampled_rows
+from raybsa.selectors.distill import divergence, rows_divergence, sampled_rows
 from raybsa.selectors.row_mass import row_mass
 from raybsa.selectors.rules import Rules
 
@@ -93,13 +93,12 @@ def test_the_loss_takes_few_operations_and_waits_for_no_number():
     q, k, v = (torch.randn(1, 2, 64, 8) for _ in range(3))
     model(q, k, v)  # what is kept with the geometry is made
     found = []
-    distill = model.source._kept_divergence, model.source._sampled_divergence
     layout, _ = model.source.select(q, k)
     choice = model.source._choice
     mass = torch.rand(layout.nnz_blocks)
     with _Operations() as counted:
-        found.append(distill[0](choice, mass)[0])
-        found.append(distill[1](choice.u, choice.w, (q, k, 0.3)))
+        found.append(choice.divergence(mass, 1.0)[0])
+        found.append(rows_divergence(choice.u, choice.w, q, k, 0.3, model.source.rules, sampled_rows(8, 4, 0), 1.0))
     assert all(x.isfinite() for x in found)
     waits = {"_local_scalar_dense", "nonzero", "masked_select", "repeat_interleave", "unique_dim", "index"}
     assert not waits & set(counted.names)

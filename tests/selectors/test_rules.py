@@ -28,9 +28,9 @@ def test_candidates_are_the_dilated_patterns_own_blocks(q_len, kv_len, causal):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("q_len", "kv_len"), LENGTHS)
 @pytest.mark.parametrize("density", [0.01, 0.13, 0.5, 1.0])
-def test_a_rows_budget_is_that_of_fixed_patterns(q_len, kv_len, causal, density):
+def test_a_rows_budget_is_that_of_fixed_patterns_unless_rows_are_even(q_len, kv_len, causal, density):
     grid = Grid(q_len, kv_len, 16, 16, causal, 1, (0,), torch.device("cpu"))
-    rules = Rules(16, causal)
+    rules = Rules(16, causal, even=False)
     rows = torch.arange(blocks(q_len))
     assert torch.equal(rules.budget(rows, len(rows), blocks(kv_len), density), row_budget(grid, density))
     assert torch.equal(rules.allowed(rows, blocks(kv_len)), grid.allowed)
@@ -50,7 +50,7 @@ def test_a_budget_never_passes_the_candidates_or_max_blocks():
 def test_an_even_budget_is_exact_in_total_and_the_same_in_all_rows_that_have_the_candidates(
     causal, segments, max_blocks, density
 ):
-    rules = Rules(16, causal, segments, max_blocks=max_blocks, even=True)
+    rules = Rules(16, causal, segments, max_blocks=max_blocks)
     rows = torch.arange(20)
     counts = rules.budget(rows, 20, 20, density)
     most = rules.candidates(rows, 20).sum(1).clamp(max=max_blocks or 20)

@@ -118,8 +118,8 @@ def test_the_tasks_gradient_is_exact_for_the_blocks_chosen(method, monkeypatch):
     """Finite differences, with the choice held."""
     model = make(method, density=0.4)
     q, k, v = (x[:, :, :40].requires_grad_() for x in inputs(48, 1))
-    frozen = selection.kept_columns(*model.source._compare_whole(q, k), model.source._shape(40, 40, 0.4, q.device))
-    monkeypatch.setattr("raybsa.variants.selector.kept_columns", lambda u, w, shape: frozen)
+    frozen = selection.kept_columns(*model.source._compare(q, k), model.source._shape(40, 40, 0.4, q.device))
+    monkeypatch.setattr("raybsa.selectors.choice.kept_columns", lambda u, w, shape: frozen)
     parameters = list(model.parameters())
 
     def loss(q: Tensor, k: Tensor, v: Tensor, *given: Tensor) -> Tensor:
