@@ -438,7 +438,11 @@ def test_the_advantage_is_told_among_trials_as_good_as_dense_only():
     lines = list(advantage(records))
     assert "random 20.0% (2 ms, 2.0100), best reference sliding_window 100.0% (8 ms, 2.0000): 4.00 times" in lines[0]
     assert lines[1].endswith("forward latency: no pattern was found")
-    assert not list(advantage(records[:1] + records[2:])), "nothing to compare with"
+    found = records[:1] + records[2:]
+    assert not list(advantage(found)), "nothing to compare with"
+    half_dense = {**RING, "family": "per_layer", "layer0": "dense", "layer1": "random"}
+    ring = answer(replace(RINGS, per_layer=True).spec(half_dense), 4)
+    assert not list(advantage([*found, ring])), "its other layer was asked for a density"
 
 
 def test_an_unknown_algorithm_is_refused():
