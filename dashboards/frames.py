@@ -68,8 +68,8 @@ class Trial:
 
     @cached_property
     def question(self) -> str:
-        """Equal for trials whose numbers may be compared: all but attention and seed agree, device included."""
-        asked = [dict(value) if isinstance(value, Mapping) else value for value in _asked(self.spec)]
+        """Equal for trials whose numbers may be compared: all but attention, ranks and seed agree, device included."""
+        asked = [dict(value) if isinstance(value, Mapping) else value for value in _asked(self.spec.alone)]
         record = self.record
         place = [record.device, record.device_name, record.num_threads, record.quality_name, record.quality_goal]
         return canonical_json([asked, place])

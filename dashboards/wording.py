@@ -80,9 +80,11 @@ def attention_label(attention: AttentionSpec) -> str:
 
 
 def trial_label(spec: TrialSpec) -> str:
-    """One line for a trial; a model whose layers differ names each, and how many in a row are alike."""
+    """One line for a trial; a model whose layers differ names each, and how many in a row are alike, a search's ring
+    how it is shared."""
     runs = ((label, len(list(run))) for label, run in groupby(map(attention_label, spec.attention)))
-    return " / ".join(label if count == 1 else f"{count}× {label}" for label, count in runs)
+    label = " / ".join(label if count == 1 else f"{count}× {label}" for label, count in runs)
+    return f"{label} · {spec.ranks.label}" if spec.ranks.label else label
 
 
 def counted(number: int, thing: str) -> str:
@@ -105,8 +107,8 @@ def paste(spec: TrialSpec) -> str:
     if all(layer.pattern is None for layer in spec.attention):
         return "torch.nn.functional.scaled_dot_product_attention"
     if len(spec.attention) == 1:
-        return f"create_block_sparse_attention(**{spec.attention[0].factory_arguments(spec.causal)!r})"
-    layers = ",\n    ".join(repr(layer.factory_arguments(spec.causal)) for layer in spec.attention)
+        return f"create_block_sparse_attention(**{spec.factory_arguments(0)!r})"
+    layers = ",\n    ".join(repr(spec.factory_arguments(index)) for index in range(spec.num_layers))
     return f"[create_block_sparse_attention(**layer) for layer in [\n    {layers},\n]]"
 
 

@@ -22,14 +22,15 @@ from typing import Any
 import torch
 
 from dashboards.report import write_report
-from raybsa.cluster.coordinator import Coordinator
+from raybsa.cluster.coordinator import WorkerNotMade
 from raybsa.cluster.resources import TooFewResources
+from raybsa.cluster.ring_coordinator import coordinator_of
 from raybsa.experiments.advantage import advantage
 from raybsa.experiments.algorithms import ALGORITHMS
 from raybsa.experiments.dry_run import dry_run
 from raybsa.experiments.front import read_best, write_front
 from raybsa.experiments.history import history
-from raybsa.experiments.launch import cluster, room_for, worker_share
+from raybsa.experiments.launch import cluster, worker_share
 from raybsa.experiments.place import absolute, git_commit
 from raybsa.experiments.presets import PRESETS, Preset
 from raybsa.experiments.progress import Progress, summary
@@ -76,8 +77,8 @@ def main() -> int:
 
     with cluster(arguments.address, verbose=arguments.verbose):
         pool = _pool(arguments, preset)
-        workers = pool.num_workers or "as many as fit"
-        print(f"{plan.trials} trials on {workers} worker(s) of {pool.share}, results in {out}", flush=True)
+        workers = f"{pool.num_workers} worker(s)" if pool.num_workers else "as many workers as fit"
+        print(f"{plan.trials} trials on {workers} of {pool.share}, results in {out}", flush=True)
         if plan.resume:
             print(f"{done} of them are done", flush=True)
         progress = Progress(plan.trials, count=done)
@@ -113,11 +114,12 @@ def _conclude(arguments: argparse.Namespace, store: Store, plan: Plan, found: Fo
 
 
 def _dry_run(arguments: argparse.Namespace, preset: Preset, plan: Plan, out: str) -> int:
-    records = Store(out).read_records()
+    store = Store(out)
+    records = store.read_records()
     earlier = history(preset.space, records) if plan.resume else []
     torch.set_num_threads(1)
     workers = arguments.workers or os.cpu_count() or 1
-    for line in dry_run(preset.space, plan, earlier, records, workers):
+    for line in dry_run(preset.space, plan, earlier, records, workers, store.read_series()):
         print(line)
     return 0
 
@@ -128,7 +130,8 @@ def _again(arguments: argparse.Namespace, out: str) -> int:
     store = Store.create(out)
     with cluster(arguments.address, verbose=arguments.verbose):
         share = worker_share(arguments.cpus_per_worker)
-        with Coordinator(share, wait_s=arguments.wait, trial_s=arguments.limit) as coordinator:
+        limits = {"wait_s": arguments.wait, "trial_s": arguments.limit}
+        with coordinator_of(spec.ranks.world_size, share, **limits) as coordinator:
             record = run_trial(spec, coordinator, Run.start("again", arguments.git_commit), store=store)
     print(summary(record))
     print(f"the search had {', '.join(f'{name} {value:.4g}' for name, value in before.items())}")
@@ -173,9 +176,9 @@ def _arguments() -> argparse.Namespace:
         parser.add_argument(f"--{size.replace('_', '-')}", type=kind, help="instead of the preset's")
     parser.add_argument("--address", help="a running Ray cluster (RAY_ADDRESS, else one of our own)")
     parser.add_argument(
-        "--workers", type=int, help="trials at once (one a GPU, or one a CPU share where there is none)"
+        "--workers", type=int, help="trials at once (as many as fit, also while the cluster grows or shrinks)"
     )
-    parser.add_argument("--cpus-per-worker", type=int, default=1)
+    parser.add_argument("--cpus-per-worker", type=float, default=1, help="whole ones, or a fraction of one (1)")
     parser.add_argument("--wait", type=float, default=60.0, help="seconds to wait for resources")
     parser.add_argument("--limit", type=float, default=1800.0, help="seconds that one trial may take")
     parser.add_argument("--verbose", action="store_true", help="print events too, a line of key=value each")
@@ -235,10 +238,9 @@ def _plan(arguments: argparse.Namespace, preset: Preset) -> Plan:
 
 
 def _pool(arguments: argparse.Namespace, preset: Preset) -> Pool:
-    """A worker a GPU; on a cluster without GPUs a worker a CPU share. Never more than there are trials."""
+    """A worker a GPU; on a cluster without GPUs a worker a CPU share. As many as fit, which may change, or as asked."""
     share = worker_share(arguments.cpus_per_worker)
-    workers = max(1, min(preset.trials, room_for(share))) if arguments.workers is None else arguments.workers
-    return Pool(share, workers, wait_s=arguments.wait, trial_s=arguments.limit, timing=preset.timing)
+    return Pool(share, arguments.workers, wait_s=arguments.wait, trial_s=arguments.limit, timing=preset.timing)
 
 
 def _seconds(text: str) -> float:
@@ -256,5 +258,5 @@ def _seconds(text: str) -> float:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (ValueError, OSError, NotImplementedError, TooFewResources) as error:
+    except (ValueError, OSError, NotImplementedError, TooFewResources, WorkerNotMade) as error:
         sys.exit(f"error: {error}")

@@ -15,8 +15,9 @@ import signal
 import sys
 from pathlib import Path
 
-from raybsa.cluster.coordinator import Coordinator, WorkerNotMade
+from raybsa.cluster.coordinator import WorkerNotMade
 from raybsa.cluster.resources import TooFewResources
+from raybsa.cluster.ring_coordinator import coordinator_of
 from raybsa.experiments.front import front_objectives
 from raybsa.experiments.keeping import keep
 from raybsa.experiments.launch import cluster, room_for, worker_share
@@ -42,11 +43,12 @@ def main() -> int:
         print(f"{len(points)} points, {len(specs)} trials on {workers} worker(s) of {share}", flush=True)
         progress = Progress(len(specs))
         limits = {"wait_s": arguments.wait, "trial_s": arguments.limit}
-        with Coordinator(share, num_workers=workers, **limits) as coordinator:
-            for number, outcome in enumerate(coordinator.map(specs)):
-                record = keep(store, outcome, run, run.trial_id(number))
-                found.append(record)
-                progress.tell(record)
+        for size in sorted({spec.ranks.world_size for spec in specs}):
+            with coordinator_of(size, share, num_workers=workers, **limits) as coordinator:
+                for outcome in coordinator.map(spec for spec in specs if spec.ranks.world_size == size):
+                    record = keep(store, outcome, run, run.trial_id(len(found)))
+                    found.append(record)
+                    progress.tell(record)
     judged = verdicts(points, found, objectives)
     for verdict in judged:
         print(_line(verdict, objectives))
@@ -105,7 +107,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--longer", type=float, default=2.0, help="times the training steps of the search (2)")
     parser.add_argument("--address", help="a running Ray cluster (RAY_ADDRESS, else one of our own)")
     parser.add_argument("--workers", type=int, help="trials at once")
-    parser.add_argument("--cpus-per-worker", type=int, default=1)
+    parser.add_argument("--cpus-per-worker", type=float, default=1, help="whole ones, or a fraction of one (1)")
     parser.add_argument("--wait", type=float, default=60.0, help="seconds to wait for resources")
     parser.add_argument("--limit", type=float, default=3600.0, help="seconds that one trial may take")
     parser.add_argument("--verbose", action="store_true", help="print events too, a line of key=value each")

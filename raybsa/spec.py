@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 
@@ -52,10 +52,12 @@ def stable_hash(value: Any) -> str:
 
 
 DENSE = "dense"
+DISTRIBUTED = "distributed"  # the variant whose ranks share the sequence
 ADAPTIVE = "adaptive"  # in the place of a pattern's name: blocks that a learned selector chooses
 WEIGHTS = "weights"  # task parameter of a preview: the file of weights that it borrows
 MODULE = "module"  # the task whose model, data and loss are a user's own
 UNTRAINED = ("speed", "ring", "ring_peers", "ring_longest", "peers")  # tasks that only measure
+OVER_RANKS = ("byte_lm", "speed")  # tasks whose sequence ranks may share: a search's rings
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -99,10 +101,15 @@ class AttentionSpec:
         data["pattern"] = None if self.pattern is None else self.pattern.to_dict()
         return data
 
+    @property
+    def rule(self) -> PatternSpec:
+        """The pattern; of the dense baseline that of all blocks."""
+        return self.pattern or PatternSpec(DENSE)
+
     def factory_arguments(self, causal: bool) -> dict[str, Any]:
         """The arguments of ``raybsa.create_block_sparse_attention`` for this attention, JSON values; the dense baseline
         becomes the pattern of all blocks."""
-        attention = self if self.pattern else AttentionSpec(pattern=PatternSpec(DENSE), block_size=self.block_size)
+        attention = self if self.pattern else AttentionSpec(pattern=self.rule, block_size=self.block_size)
         arguments = {key: value for key, value in attention.to_dict().items() if value is not None}
         if arguments["backend"] == "auto":
             del arguments["backend"]
@@ -114,6 +121,46 @@ class AttentionSpec:
         if values.get("pattern") is not None:
             values["pattern"] = PatternSpec.from_dict(values["pattern"])
         return cls(**values)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How the ranks of a ring share a trial's sequence, as data.
+
+    Args:
+        world_size: ranks; 1 is one process with the whole sequence.
+        partition, gradient_codec: those of a ``raybsa.DistributedConfig``.
+        codec: how the gradients of the weights travel, where the task trains: the spec of a ``raybsa.gradients`` codec.
+
+    Raises:
+        ValueError: no positive number of ranks, or a codec that is no spec.
+    """
+
+    world_size: int = 1
+    partition: str = "balanced"
+    gradient_codec: Mapping[str, Any] = field(default_factory=lambda: {"name": "none"})
+    codec: Mapping[str, Any] = field(default_factory=lambda: {"name": "none"})
+
+    def __post_init__(self) -> None:
+        _require_positive("world_size", self.world_size)
+        for codec in (self.gradient_codec, self.codec):
+            if not isinstance(codec, Mapping) or not isinstance(codec.get("name"), str):
+                raise ValueError(f"ranks have codecs as specs, with a 'name', got {codec!r}")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The arguments of the ``DistributedConfig``."""
+        return {"partition": self.partition, "gradient_codec": self.gradient_codec}
+
+    @property
+    def label(self) -> str:
+        """``2 ranks, zigzag, int8``; empty for one rank."""
+        names = dict.fromkeys(codec["name"] for codec in (self.codec, self.gradient_codec))
+        words = [f"{self.world_size} ranks", self.partition, *(name for name in names if name != "none")]
+        return ", ".join(words) if self.world_size > 1 else ""
+
+
+_RANKS = [f.name for f in fields(Ranks)]
 
 
 @dataclass(frozen=True)
@@ -132,11 +179,12 @@ class TrialSpec:
         batch: sequences of the timed call; how many a training step takes is the task's own parameter.
         dtype: ``"float32"``, ``"float64"``, ``"bfloat16"`` or ``"float16"``.
         task_params: what only this task knows (``text``, ``distance``, …), JSON values. With ``weights``, a file,
-            nothing is trained or timed: the quality is that of these weights (tasks/preview.py).
+            nothing is trained or timed: the quality is that of these weights (tasks/preview.py). In a task of
+            ``OVER_RANKS`` with the variant ``"distributed"``, the fields of ``Ranks`` make it a ring's.
 
     Raises:
-        ValueError: a size that is not a positive integer, heads that do not divide, an unknown dtype, or a number of
-            attentions that is neither 1 nor ``num_layers``.
+        ValueError: a size that is not a positive integer, heads that do not divide, an unknown dtype, ranks that are
+            none, or a number of attentions that is neither 1 nor ``num_layers``.
     """
 
     task: str
@@ -173,6 +221,7 @@ class TrialSpec:
             raise ValueError(
                 f"attention must name one spec or one a layer ({self.num_layers}), got {len(self.attention)}"
             )
+        _ = self.ranks  # refuses what is none
 
     def layer(self, index: int) -> AttentionSpec:
         """The attention of layer ``index``."""
@@ -198,6 +247,32 @@ class TrialSpec:
     def weights(self) -> str | None:
         """The file of weights that a preview borrows; None for a question that is trained."""
         return self.task_params.get(WEIGHTS)
+
+    @property
+    def ranks(self) -> Ranks:
+        """How ranks share the sequence; one rank where the question does not say, or its task's ranks are no ring's."""
+        known = {name: self.task_params[name] for name in _RANKS if name in self.task_params}
+        return Ranks(**known) if self.task in OVER_RANKS else Ranks()
+
+    def over(self, ranks: Ranks) -> TrialSpec:
+        """The question shared by ``ranks``; one rank is no ring. ``ranks`` undoes it, and ``alone``."""
+        params = {**self.task_params, **asdict(ranks)}
+        return replace(self, task_params=params) if ranks.world_size > 1 else self
+
+    @property
+    def alone(self) -> TrialSpec:
+        """The question without its ranks: equal for questions that differ in nothing else."""
+        params = {name: value for name, value in self.task_params.items() if name not in _RANKS}
+        return replace(self, task_params=params) if self.task in OVER_RANKS else self
+
+    def factory_arguments(self, index: int) -> dict[str, Any]:
+        """The arguments of ``raybsa.create_block_sparse_attention`` for layer ``index``, JSON values."""
+        layer = self.layer(index)
+        arguments = layer.factory_arguments(self.causal)
+        if layer.pattern is not None and layer.pattern.name == ADAPTIVE:
+            sizes = {name: getattr(self, name) for name in ("num_heads", "head_dim", "num_kv_heads")}
+            arguments |= {name: size for name, size in sizes.items() if size is not None}
+        return arguments | ({"distributed_config": self.ranks.config} if self.ranks.world_size > 1 else {})
 
     @property
     def digest(self) -> str:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec, canonical_json
+from raybsa.spec import AttentionSpec, PatternSpec, Ranks, TrialSpec, canonical_json
 
 WINDOW = PatternSpec("sliding_window", {"window": 64})
 SPARSE = AttentionSpec("base", WINDOW, density=0.25, block_size=32)
@@ -109,3 +109,32 @@ def test_what_json_cannot_hold_is_refused():
         PatternSpec("x", {"f": object()})
     with pytest.raises(ValueError, match="JSON compliant"):
         canonical_json(float("nan"))
+
+
+def test_a_ring_shares_a_question_that_is_otherwise_the_same():
+    asked = replace(TRIAL, task="byte_lm", attention=(SPARSE,))
+    ranks = Ranks(2, "zigzag", {"name": "int8"}, {"name": "powersgd"})
+    ring = asked.over(ranks)
+    assert TrialSpec.from_dict(ring.to_dict()).ranks == ranks
+    assert ring.digest != asked.digest
+    assert ring.alone == asked == asked.over(Ranks())
+    assert ring.factory_arguments(0)["distributed_config"] == {
+        "partition": "zigzag",
+        "gradient_codec": {"name": "int8"},
+    }
+    assert "distributed_config" not in asked.factory_arguments(0)
+    assert (ranks.label, Ranks().label) == ("2 ranks, zigzag, powersgd, int8", "")
+    other = replace(TRIAL, task="compression", task_params={"world_size": 4})
+    assert (other.ranks, other.alone) == (Ranks(), other), "its ranks are no ring"
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"world_size": "2"}, "world_size must be a positive integer, got '2'"),
+        ({"world_size": 2, "codec": "int8"}, "codecs as specs, with a 'name', got 'int8'"),
+    ],
+)
+def test_ranks_that_are_none_are_refused(params, message):
+    with pytest.raises(ValueError, match=message):
+        replace(TRIAL, task_params=params)

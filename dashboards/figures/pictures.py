@@ -106,7 +106,7 @@ def _draw(attention: AttentionSpec, tokens: int, num_heads: int, causal: bool, m
     if attention.pattern is not None and attention.pattern.name == ADAPTIVE:
         return "not drawn: learned, its blocks depend on the data"
     try:
-        rule = patterns.build(attention.pattern or PatternSpec("dense"))
+        rule = patterns.build(attention.rule)
         block, density = attention.block_size, attention.density
         layout = rule.layout(tokens, num_heads=num_heads, q_block_size=block, causal=causal, density=density)
     except Exception as error:

@@ -34,7 +34,7 @@ def distinct_patterns(results: Results) -> list[Trial]:
     distinct: dict[str, Trial] = {}
     finished = [trial for trial in results.trials if not trial.failed and not trial.is_of_kernels]
     for trial in sorted(finished, key=lambda trial: trial.id not in front):
-        rules = [layer.pattern.to_dict() if layer.pattern else None for layer in trial.spec.attention]
+        rules = [layer.rule.to_dict() for layer in trial.spec.attention]
         distinct.setdefault(canonical_json(rules), trial)
     return list(distinct.values())
 

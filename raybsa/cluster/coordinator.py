@@ -93,7 +93,7 @@ class Coordinator:
     ) -> None:
         self._share, self._slots, self._group = share, range(num_workers), group
         self._retries, self._wait_s, self._trial_s, self._say = retries, wait_s, trial_s, say
-        self._make, self._arguments = make, {"num_threads": share.num_cpus, **(timing or {})}
+        self._make, self._arguments = make, {"num_threads": share.num_threads, **(timing or {})}
         self._actors: dict[int, Any] = {}
 
     def __enter__(self) -> Coordinator:
@@ -188,7 +188,7 @@ class Coordinator:
             for slot in actors:
                 self._kill(slot)
             if isinstance(error, RayError):
-                raise WorkerNotMade(f"a worker on {self._share} could not be made: {_last_line(error)}") from error
+                raise WorkerNotMade(f"a worker on {self._share} could not be made: {last_line(error)}") from error
             raise
 
     def _actor(self, slot: int) -> Any:
@@ -222,5 +222,6 @@ def _first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def _last_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
+    """What Ray's long texts end with: the error that is behind them."""
     return str(error).strip().rpartition("\n")[2] or type(error).__name__

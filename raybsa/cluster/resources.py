@@ -11,6 +11,7 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
 _SAY_EVERY_S = 5.0
+_SMALLEST = 1e-3  # of a CPU; Ray counts in ten-thousandths
 
 Say = Callable[[str], None]
 
@@ -22,14 +23,22 @@ class TooFewResources(RuntimeError):
 
 @dataclass(frozen=True)
 class Share:
-    """What one worker owns: whole CPUs (its threads), and one GPU or none."""
+    """What one worker owns: whole CPUs, or a fraction of one that it shares with others, and one GPU or none."""
 
-    num_cpus: int = 1
+    num_cpus: float = 1
     num_gpus: int = 0
 
     def __post_init__(self) -> None:
-        if self.num_cpus < 1 or self.num_gpus not in (0, 1):
-            raise ValueError(f"a worker owns at least one CPU and at most one GPU, got {self}")
+        whole = self.num_cpus >= 1 and self.num_cpus == int(self.num_cpus)
+        if not (whole or _SMALLEST <= self.num_cpus < 1) or self.num_gpus not in (0, 1):
+            raise ValueError(
+                f"a worker owns whole CPUs or a fraction of one, from {_SMALLEST:g}, and at most one GPU, got {self}"
+            )
+
+    @property
+    def num_threads(self) -> int:
+        """CPU threads of PyTorch: one a whole CPU, one for a fraction."""
+        return max(1, int(self.num_cpus))
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -52,7 +61,7 @@ def await_resources(share: Share, count: int, wait_s: float, say: Say = print) -
     """
     group = placement_group([share.bundle] * count)
     try:
-        _wait_for([group.ready()], lambda waiting: _wanted(share, count), wait_s, say)
+        _wait_for([group.ready()], lambda waiting: wanted(share, count), wait_s, say)
     finally:
         remove_placement_group(group)
 
@@ -67,7 +76,7 @@ def await_workers(signs: Sequence[Any], share: Share, wait_s: float, say: Say) -
 
     def state(waiting: int) -> str:
         why = why_not_up(share, len(signs), alive_nodes(), ray.available_resources())
-        return f"{_wanted(share, len(signs))}; {len(signs) - waiting} up, {waiting} not: {why}"
+        return f"{wanted(share, len(signs))}; {len(signs) - waiting} up, {waiting} not: {why}"
 
     _wait_for(signs, state, wait_s, say)
 
@@ -82,14 +91,14 @@ def why_not_up(share: Share, count: int, nodes: Sequence[Mapping[str, float]], f
         return "the cluster is too small for all"
     taken = {what: sum(node.get(what, 0) for node in nodes) - free.get(what, 0) for what in share.bundle}
     one_free = all(free.get(what, 0) >= amount for what, amount in share.bundle.items())
-    if one_free or all(taken[what] == count * amount for what, amount in share.bundle.items()):
+    if one_free or all(abs(taken[what] - count * amount) < _SMALLEST for what, amount in share.bundle.items()):
         return "still starting"
     return "still starting, or waiting for what others hold"
 
 
 def fitting(share: Share, nodes: Iterable[Mapping[str, float]]) -> int:
     """How many workers such nodes can hold at once: none of them lies on two machines."""
-    return sum(min(int(node.get(what, 0) // amount) for what, amount in share.bundle.items()) for node in nodes)
+    return sum(min(int(node.get(what, 0) / amount + 1e-9) for what, amount in share.bundle.items()) for node in nodes)
 
 
 def alive_nodes() -> list[dict[str, float]]:
@@ -97,7 +106,8 @@ def alive_nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _wanted(share: Share, count: int) -> str:
+def wanted(share: Share, count: int) -> str:
+    """What so many workers need, and what there is, in words."""
     there, free = words(ray.cluster_resources()), words(ray.available_resources())
     return f"{count} worker{'s' * (count > 1)} of {share} wanted, the cluster has {there} ({free} free)"
 

@@ -76,7 +76,7 @@ class TrainingCoordinator:
                 f"a ring needs 1 <= min_ranks <= world_size and spares >= 0, got min_ranks {min_ranks}, "
                 f"world_size {world_size}, spares {spares}"
             )
-        settings = replace(settings or MemberSettings(num_threads=share.num_cpus), run=secrets.token_hex(8))
+        settings = replace(settings or MemberSettings(num_threads=share.num_threads), run=secrets.token_hex(8))
         self._crew = Crew(spec, settings, share, heartbeat_s, say, self._strike)
         self._roster = Roster(
             self._crew, world_size=world_size, spares=spares, min_ranks=min_ranks, replace_s=replace_s, say=say

@@ -50,7 +50,7 @@ class Course:
 
 def course(name: str, records: Sequence[Record], scale: Scale) -> Course:
     """The course of a search's ``records``, in the order in which they ended."""
-    seconds = list(accumulate(record.worker_seconds or 0.0 for record in records))
+    seconds = list(accumulate((record.worker_seconds or 0.0) * (record.world_size or 1) for record in records))
     steps = list(accumulate(record.trained_steps or 0 for record in records))
     volumes = [scale.volume(records[:count]) for count in range(1, len(records) + 1)]
     return Course(name, records, seconds, steps, volumes)

@@ -107,17 +107,21 @@ def fit_rows(rows: Sequence[RingRow], series: Iterable[SeriesPoint]) -> Hardware
     calls = [timed for row in rows for timed in _timed(row)]
     known = {row.record.trial_id for row in rows}
     own = [point for point in series if point.trial_id in known]
-    messages = [(p.step, p.value / 1e3) for p in own if p.name == LINK]
     crowding: dict[int, list[float]] = defaultdict(list)
     for point in own:
         if point.name == CROWDING:
             crowding[point.step].append(max(1.0, point.value))
-    fitted = fit(str(name), calls, sorted(set(messages)), devices=count)
+    fitted = fit(str(name), calls, messages_of(own), devices=count)
     hardware = replace(fitted, crowding=tuple((ranks, median(found)) for ranks, found in sorted(crowding.items())))
     over = [
         (row.record.peak_bytes or 0) - predict(row.work, row.sizes, hardware).memory_bytes for row in rows if _has(row)
     ]
     return replace(hardware, workspace_bytes=max(0.0, median(over)) if over else 0.0)
+
+
+def messages_of(series: Iterable[SeriesPoint]) -> list[tuple[int, float]]:
+    """(bytes, seconds) of the messages that rings timed, each once."""
+    return sorted({(point.step, point.value / 1e3) for point in series if point.name == LINK})
 
 
 def compare(rows: Iterable[RingRow], hardware: Hardware) -> list[Compared]:

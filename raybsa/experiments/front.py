@@ -36,11 +36,11 @@ def best(record: Record, objectives: Sequence[Objective], path: str) -> dict[str
     layer; ``layers`` is always such a list.
     """
     spec = TrialSpec.from_dict(json.loads(record.spec))
-    layers = [layer.factory_arguments(spec.causal) for layer in spec.attention]
+    layers = [spec.factory_arguments(index) for index in range(spec.num_layers)]
     command = ["python", "jobs/search.py", "--again", path, "--out", "results/again"]
     return {
-        "attention": layers[0] if len(layers) == 1 else layers,
-        "layers": [layers[index % len(layers)] for index in range(spec.num_layers)],
+        "attention": layers[0] if len(spec.attention) == 1 else layers,
+        "layers": layers,
         "spec": spec.to_dict(),
         "spec_hash": record.spec_hash,
         "objectives": {str(objective): objective.value(record) for objective in objectives},

@@ -67,8 +67,9 @@ def without_rays_messages() -> Iterator[None]:
         ray_worker._worker_logs_enabled = before
 
 
-def worker_share(cpus: int | None) -> Share:
-    """``cpus``, and one GPU where the connected cluster has any; None: all CPUs of the largest machine to be had."""
+def worker_share(cpus: float | None) -> Share:
+    """``cpus``, whole or a fraction of one, and one GPU where the connected cluster has any; None: all CPUs of the
+    largest machine to be had."""
     gpus = 1 if any(_has(node, "GPU") for node in alive_nodes()) else 0
     if cpus is None:
         cpus = max([1, *(_has(node, "CPU") for node in alive_nodes() if _has(node, "GPU") >= gpus)])

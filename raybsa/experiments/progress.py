@@ -43,6 +43,8 @@ def summary(record: Record) -> str:
     name = record.pattern if record.density is None else f"{record.pattern} {record.density:.0%}"
     if record.pattern != record.variant:
         name += f" block {record.block_size}"
+    if record.world_size is not None:
+        name += f" on {record.world_size} ranks"
     if record.error is not None and record.status != "pruned":
         return f"{name}: failed: {' '.join(record.error.split())[:200]}"
     found = [f"{record.forward_backward_ms_p50:.3g} ms"] if record.forward_backward_ms_p50 is not None else []

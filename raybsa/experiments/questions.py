@@ -19,6 +19,8 @@ from raybsa.results.record import Measured
 from raybsa.spec import DENSE, TrialSpec
 
 _FUTILE = 500  # rejections in a row after which a space counts as exhausted
+_TIME_IS_UP = "its time is up"
+LATE = "late"  # key of a result: the trial had to wait for room until no trial may begin any more
 
 Screen = Callable[[TrialSpec], str | None]
 
@@ -75,7 +77,7 @@ class Questions(Searcher):
         if self._left <= 0:
             return None
         if time.monotonic() >= self._deadline:
-            self.ended = "its time is up"
+            self.ended = _TIME_IS_UP
             return None
         return self._trial(self._new()) if self._previews is None else self._previewed(self._previews)
 
@@ -113,6 +115,8 @@ class Questions(Searcher):
         config = self._under_way.pop(trial_id, None)
         if config is None:
             return
+        if result and result.get(LATE):  # it was not begun
+            self.ended, result = _TIME_IS_UP, None
         values = None if error or result is None else [float(result[o.name]) for o in self._objectives]
         if self._previews is None:
             self._algorithm.tell(config, values)

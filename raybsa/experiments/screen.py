@@ -96,18 +96,21 @@ class Screen:
 
 
 def _is_denser(record: Record, spec: TrialSpec) -> bool:
-    """Whether a record is of the dense baseline, or of the same rules with at least as many blocks kept."""
+    """Whether a record is of the dense baseline, or of the same rules with at least as many blocks kept, whose
+    gradients lost nothing on their way that those of ``spec`` would not."""
     if record.pattern == "dense":
         return True
-    others = TrialSpec.from_dict(json.loads(record.spec)).attention
-    same = len(others) == len(spec.attention)
-    return same and all(map(_keeps_at_least, others, spec.attention))
+    answered = TrialSpec.from_dict(json.loads(record.spec))
+    if answered.ranks.codec["name"] != "none" and answered.ranks.codec != spec.ranks.codec:
+        return False
+    same = len(answered.attention) == len(spec.attention)
+    return same and all(map(_keeps_at_least, answered.attention, spec.attention))
 
 
 def _keeps_at_least(one: AttentionSpec, other: AttentionSpec) -> bool:
     """Whether one layer follows the same rule as another and keeps no less."""
-    if (one.pattern, one.block_size) != (other.pattern, other.block_size):
+    if (one.rule, one.block_size) != (other.rule, other.block_size):
         return False
     if one.density is None or other.density is None:
-        return one.pattern is None
+        return one.density == other.density
     return one.density >= other.density

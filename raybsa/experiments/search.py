@@ -1,8 +1,9 @@
 """search: Ray Tune asks an algorithm for questions, warm workers answer them, every answer is on disk at once.
 
-Each of Tune's trial actors is kept for all its trials (``reuse_actors``) and holds a Coordinator with one worker, so
-that a trial costs its own measurement and little else, and all that is known about failures stays in one place. The
-records are the only state: a search that was ended, however, goes on from them.
+Each of Tune's trial actors is kept for trials of as many ranks (``reuse_actors``) and holds a Coordinator with one
+worker, or a ring, so that a trial costs its own measurement and little else, and all that is known about failures stays
+in one place. A trial that lost its actor begins again in another, as soon as there is room for it. The records are the
+only state: a search that was ended, however, goes on from them.
 """
 
 from __future__ import annotations
@@ -11,23 +12,26 @@ import math
 import os
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from ray import tune
 from ray.util import get_current_placement_group
 
-from raybsa.cluster.coordinator import Coordinator
-from raybsa.cluster.resources import Say, Share, await_resources
+from raybsa.cluster.resources import Say, Share, TooFewResources, await_resources
+from raybsa.cluster.ring_coordinator import coordinator_of
 from raybsa.experiments.algorithms import ALGORITHMS
 from raybsa.experiments.history import Answered, history, values_of
 from raybsa.experiments.keeping import keep
+from raybsa.experiments.patience import Patience
 from raybsa.experiments.previews import LOOKED, PREVIEW, Previews, preview_of
-from raybsa.experiments.questions import Questions
+from raybsa.experiments.questions import LATE, Questions
 from raybsa.experiments.recording import Run
 from raybsa.experiments.screen import Screen
-from raybsa.experiments.space import SearchSpace
+from raybsa.experiments.space import Config, SearchSpace
 from raybsa.experiments.strata import QUALITY, STEPS, StratifiedHalving
 from raybsa.results.pareto import Objective
 from raybsa.results.record import Outcome, Record
@@ -40,8 +44,9 @@ _TUNE_SETTINGS = {
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # and they are all that a resumed search reads
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_AIR_NEW_OUTPUT": "0",  # the older output is silent at verbose=0
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # what a trial could not survive is in its record
 }
-_LOST_ACTORS = 2  # how often a trial whose actor was lost with its node begins again
+_LOST_ACTORS = 2  # how often a trial begins again whose actor was lost with its node, or found no room for its ring
 
 
 @dataclass(frozen=True)
@@ -49,9 +54,10 @@ class Pool:
     """The workers of a search.
 
     Args:
-        share: what each owns.
+        share: what each owns; each rank of a ring too.
         num_workers: how many trials run at once; None is as many as the cluster holds, which may change meanwhile.
-        wait_s: the longest wait for the cluster to have room for all of them (for one, where None).
+        wait_s: the longest wait for the cluster to have room for all of them (for one, where None) and for the largest
+            ring; later on twice as long where no trial can run.
         trial_s: the longest that one step of a trial may take.
         timing: ``repeats`` and ``budget_s`` of ``timing.measure_in_turn``.
         keep: digest of a question -> the file that its weights are written to once it is trained.
@@ -138,7 +144,7 @@ def search(
     Raises:
         TooFewResources: the cluster cannot hold ``pool`` within its ``wait_s``.
     """
-    await_resources(pool.share, pool.num_workers or 1, pool.wait_s, say)
+    await_resources(pool.share, max(pool.num_workers or 1, *space.world_sizes), pool.wait_s, say)
     os.environ.update(_TUNE_SETTINGS)
     earlier = history(space, store.read_records(), plan.previews > 0) if plan.resume else []
     screen = Screen(plan.objectives)
@@ -148,11 +154,13 @@ def search(
     halving = _halving(space, plan, earlier, store)
     recorder = _Recorder(space, store, run, (screen.learn, tell))
     rungs = halving.rungs if halving else []
-    actor = tune.with_parameters(_TrialActor, space=space, pool=keeping, plan=plan, rungs=rungs)
-    bundles = tune.PlacementGroupFactory([{}, pool.share.bundle])
+    deadline = time.time() + plan.time_budget_s
+    actor = tune.with_parameters(_TrialActor, space=space, pool=keeping, plan=plan, rungs=rungs, deadline=deadline)
+    ranks = partial(ranks_of, space)
+    patience, ended = Patience(pool.share, ranks, pool.wait_s, say), ""
     with tempfile.TemporaryDirectory(prefix="raybsa-tune-") as scratch:
-        tune.Tuner(
-            tune.with_resources(actor, bundles),
+        tuner = tune.Tuner(
+            tune.with_resources(actor, partial(_bundles, pool.share, ranks)),
             tune_config=tune.TuneConfig(
                 search_alg=questions,
                 scheduler=halving,
@@ -163,18 +171,35 @@ def search(
             run_config=tune.RunConfig(
                 name=run.run_id,
                 storage_path=scratch,
-                callbacks=[recorder],
+                callbacks=[recorder, patience],
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 failure_config=tune.FailureConfig(max_failures=_LOST_ACTORS),
                 verbose=0,
             ),
-        ).fit()
+        )
+        try:
+            tuner.fit()
+        except TooFewResources as error:
+            if not recorder.records:
+                raise
+            ended = str(error)
     return Found(
         recorder.records,
         [answered.record for answered in earlier if PREVIEW not in answered.config],
         str(questions.rejections),
-        questions.ended,
+        ended or questions.ended,
     )
+
+
+def ranks_of(space: SearchSpace, config: Config) -> int:
+    """How many workers a configuration's trial needs at once; a preview is one evaluation, which one can do."""
+    return 1 if PREVIEW in config else space.spec(config).ranks.world_size
+
+
+def _bundles(share: Share, ranks: Callable[[Config], int], config: Config) -> tune.PlacementGroupFactory:
+    """What Tune reserves for a trial: its actor, which only waits, and its workers, close together. Workers that are
+    not in here would wait for ever inside of it."""
+    return tune.PlacementGroupFactory([{}, *[share.bundle] * ranks(config)], strategy="PACK")
 
 
 def _weights(space: SearchSpace, store: Store) -> str:
@@ -214,17 +239,20 @@ def _halving(space: SearchSpace, plan: Plan, earlier: Sequence[Answered], store:
 
 
 class _TrialActor(tune.Trainable):
-    """Tune's side of a trial: asks its Coordinator, whose one worker stays warm from trial to trial. A step is a rung.
+    """Tune's side of a trial: asks its Coordinator, whose worker or ring stays warm from trial to trial. A step is a
+    rung.
 
     What breaks a bound of a cost is known once it is timed, and then not trained.
     """
 
     def setup(self, config: dict[str, Any], **parts: Any) -> None:
-        """``parts``: the search's ``space``, ``pool``, ``plan`` and ``rungs`` (training steps)."""
+        """``parts``: the search's ``space``, ``pool``, ``plan``, ``rungs`` (training steps) and ``deadline``."""
         self._space, self._plan, pool = parts["space"], parts["plan"], parts["pool"]
         self._rungs, self._rung = [*parts["rungs"], None], 0
         self._bounds = [o for o in self._plan.objectives if o.is_bounded and o.column != "quality"]
-        self._coordinator = Coordinator(
+        self._deadline = parts["deadline"]
+        self._coordinator = coordinator_of(
+            ranks_of(self._space, config),
             pool.share,
             wait_s=pool.wait_s,
             trial_s=pool.trial_s,
@@ -234,6 +262,8 @@ class _TrialActor(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         spec = self._space.spec(self.config)
+        if not self._rung and time.time() > self._deadline:
+            return {**self._result(Outcome(spec, None, None, 0)), LATE: True, "done": True}
         if PREVIEW in self.config:
             return self._look(preview_of(spec, self.config[PREVIEW]))
         outcome = self._out_of_bounds(self._coordinator.run(spec, 0)) if self._bounds and not self._rung else None
@@ -280,28 +310,45 @@ class _Recorder(tune.Callback):
 
     def __init__(self, space: SearchSpace, store: Store, run: Run, tell: Sequence[Callable[[Record], None]]) -> None:
         self._space, self._store, self._run, self._tell = space, store, run, tell
+        self._numbers: dict[str, int] = {}
+        self._lost: Counter[str] = Counter()
         self.records: list[Record] = []
+
+    def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
+        """New trials are the last of the list, in the order in which they were asked."""
+        for trial in trials:
+            self._number(trial)
+
+    def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """It begins again."""
+        self._lost[trial.trial_id] += 1
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
         """``done`` is set by the trial itself where it came to its end, and by Tune where a scheduler stops it."""
-        outcome = result["outcome"]
-        if not result["done"]:
+        if not result["done"] or result.get(LATE):
             return
+        outcome = result["outcome"]
         measured = outcome.measurement
         steps = self._space.base.train_steps
         if not outcome.error and not outcome.pruned and measured.quality is not None and measured.trained_steps < steps:
             outcome = replace(outcome, pruned=f"stopped after {measured.trained_steps} of {steps} training steps")
-        self._keep(trials.index(trial), outcome)
+        self._keep(trial, outcome)
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        """The trial's own actor was lost, again and again, not only its worker."""
-        error = f"its trial actor was lost: {str(trial.get_error()).strip().splitlines()[-1]}"
-        self._keep(trials.index(trial), Outcome(self._space.spec(trial.config), None, error, 1))
+        """The trial's own actor was lost, again and again, not only its worker; or it found no room for its ring."""
+        reason = str(trial.get_error()).strip().splitlines()[-1]
+        error = f"its trial actor failed {self._lost[trial.trial_id] + 1} times: {reason}"
+        self._keep(trial, Outcome(self._space.spec(trial.config), None, error, 1))
 
-    def _keep(self, index: int, outcome: Outcome) -> None:
-        record = keep(self._store, outcome, self._run, self._run.trial_id(index))
+    def _keep(self, trial: Any, outcome: Outcome) -> None:
+        outcome = replace(outcome, failures=outcome.failures + self._lost[trial.trial_id])
+        record = keep(self._store, outcome, self._run, self._run.trial_id(self._number(trial)))
         if outcome.spec.weights is not None:
             return
         self.records.append(record)
         for listener in self._tell:
             listener(record)
+
+    def _number(self, trial: Any) -> int:
+        """Its own: Tune moves a trial that begins again to the end of its list."""
+        return self._numbers.setdefault(trial.trial_id, len(self._numbers))

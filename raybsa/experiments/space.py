@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import gcd
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
 from raybsa.experiments.layers import followed, in_turn, layer_names, named_layers
-from raybsa.spec import ADAPTIVE, DENSE, AttentionSpec, PatternSpec, TrialSpec, canonical_json
+from raybsa.experiments.pattern_choices import MIXTURE, PatternChoices, parameters_of
+from raybsa.experiments.rank_choices import NAMES, Config, RankChoices
+from raybsa.gradients.catalog import build
+from raybsa.spec import ADAPTIVE, DENSE, DISTRIBUTED, AttentionSpec, PatternSpec, TrialSpec
 from raybsa.variants.source import layout_source
 
-MIXTURE = "per_head"
 PER_LAYER = "per_layer"
 REFERENCE = "reference"
-Config = dict[str, Any]
 _LARGEST_GRID = 4096  # ways to give each layer its family
 
 # Density sets a family's own free parameter; what else shapes it is searched.
@@ -53,10 +53,16 @@ class SearchSpace:
         variants: which of the factory's variants compute it ("adaptive" is one of its own).
         references: attentions that are asked as they are, after the baseline: what the front has to beat.
         per_layer: also ask questions whose layers differ: each follows one of the families or stays dense. Density,
-            block size and the parameters of a family are the same in all of them.
+            block size and the parameters of a family are the same in all of them, and so are the ranks.
+        world_sizes: choices of how many ranks share the sequence; families are first compared at the first. The
+            baseline and the references are asked of one alone.
+        partitions: of a ``DistributedConfig``, asked where there are ranks.
+        codecs: how gradients travel between ranks, those of K and V too where the codec can: names or specs of
+            ``raybsa.gradients``, asked where there are ranks.
 
     Raises:
-        ValueError: an unknown family or parameter, a range that is none, or layers that differ where there is only one.
+        ValueError: an unknown family, parameter, partition or codec, a range that is none, layers that differ where
+            there is only one, or ranks for a task that cannot be split.
     """
 
     base: TrialSpec
@@ -68,6 +74,9 @@ class SearchSpace:
     variants: tuple[str, ...] = ("base",)
     references: tuple[AttentionSpec, ...] = ()
     per_layer: bool = False
+    world_sizes: tuple[int, ...] = (1,)
+    partitions: tuple[str, ...] = ("balanced",)
+    codecs: tuple[Any, ...] = ("none",)
 
     def __post_init__(self) -> None:
         low, high = self.densities
@@ -78,14 +87,10 @@ class SearchSpace:
                 f"a space needs families and block sizes, and variants to compute them, got {self.families}, "
                 f"{self.block_sizes} and {self.variants}"
             )
-        for pair in self.mixtures:
-            if len(set(pair)) != 2 or set(pair) - set(self.families):
-                raise ValueError(f"a mixture is a pair of {sorted(self.families)}, got {list(pair)}")
-        if not all(0 < share < 1 for share in self.shares):
-            raise ValueError(f"a share of the heads lies between 0 and 1, got {list(self.shares)}")
         if self.per_layer and self.base.num_layers < 2:
             raise ValueError(f"per_layer needs at least two layers that can differ, got {self.base.num_layers}")
         object.__setattr__(self, "densities", (_three_digits(low), _three_digits(high)))
+        object.__setattr__(self, "codecs", tuple(build(codec).spec for codec in self.codecs))
         for config in self.first_points()[1 + len(self.references) :]:
             attention = self.spec(config).layer(0)
             layout_source(
@@ -116,8 +121,9 @@ class SearchSpace:
         return self.fixed_points() + [self._middle({"family": family}) for family in self.families]
 
     def openings(self) -> list[Config]:
-        """The first points, then these again with each other choice of a family's parameters, one at a time: what was
-        never asked cannot be learned from. Where layers may differ, last a question whose layers take turns."""
+        """The first points, then these again with each other choice of a family's parameters, one at a time, and the
+        first family with each other choice of ranks: what was never asked cannot be learned from. Where layers may
+        differ, last a question whose layers take turns."""
         first = self.first_points()
         others = [
             point | {name: choice}
@@ -126,8 +132,9 @@ class SearchSpace:
             if "." in name
             for choice in self.choices(name)[1:]
         ]
+        shared = [self._middle({"family": next(iter(self.families)), **ranks}) for ranks in self._sharing.others()]
         turns = {"family": PER_LAYER} | in_turn(self.families, self.base.num_layers)
-        return first + others + [self._middle(turns)] * self.per_layer
+        return first + others + shared + [self._middle(turns)] * self.per_layer
 
     def fixed_points(self) -> list[Config]:
         """What is asked whatever an algorithm thinks of it: the baseline and the references."""
@@ -157,20 +164,17 @@ class SearchSpace:
         yield from complete({})
 
     def choices(self, name: str) -> list[Any]:
-        """What a parameter of a configuration can be; parameters of a family are JSON texts."""
-        choices: dict[str, Sequence[Any]] = {
+        """What a parameter of a configuration can be; parameters of a family, and codecs, are JSON texts."""
+        own: dict[str, Sequence[Any]] = {
             "family": [*self.families, *[MIXTURE] * bool(self.mixtures), *[PER_LAYER] * self.per_layer],
             "block_size": self.block_sizes,
             "variant": self.variants,
-            "mixture": ["+".join(pair) for pair in self.mixtures],
-            "share": self.shares,
         }
-        if name in choices:
-            return list(choices[name])
+        if name in own:
+            return list(own[name])
         if name in layer_names(self.base.num_layers):
             return list(dict.fromkeys([*self.families, DENSE]))
-        family, _, parameter = name.partition(".")
-        return [canonical_json(choice) for choice in self.families[family][parameter]]
+        return self._sharing.choices(name) if name in NAMES else self._patterns.choices(name)
 
     def distributions(self, config: Config) -> dict[str, BaseDistribution]:
         """Optuna's distribution of every parameter that ``config`` has."""
@@ -178,37 +182,49 @@ class SearchSpace:
         return {n: density if n == "density" else CategoricalDistribution(self.choices(n)) for n in config}
 
     def spec(self, config: Config) -> TrialSpec:
-        """The question that a configuration asks.
+        """The question that a configuration asks. Layers that all stay dense are the baseline.
 
         Raises:
             ValueError: it names a combination that no rule stands for (a mixture that leaves a rule without heads).
         """
-        if config["family"] == DENSE:
-            return replace(self.base, attention=(AttentionSpec(DENSE),))
         if config["family"] == REFERENCE:
             return replace(self.base, attention=(self.references[config[REFERENCE]],))
-        families = followed(config) if config["family"] == PER_LAYER else [config["family"]]
+        families = _families(config)
+        if set(families) == {DENSE}:
+            return replace(self.base, attention=(AttentionSpec(DENSE),))
         layers = tuple(self._attention(family, config) for family in families)
-        return replace(self.base, attention=layers if len(set(layers)) > 1 else layers[:1])
+        attention = layers if len(set(layers)) > 1 else layers[:1]
+        return replace(self.base, attention=attention).over(self._sharing.ranks(config))
 
     def config(self, spec: TrialSpec) -> Config | None:
         """The configuration that asks ``spec``; None where it is no question of this space. Undoes ``spec``."""
-        sparse = [layer for layer in spec.attention if layer.pattern is not None]
-        patterns = [layer.pattern for layer in spec.attention if layer.pattern is not None]
-        if not sparse or sparse[0] in self.references:
-            return next((config for config in self.fixed_points() if self.spec(config) == spec), None)
+        fixed = next((config for config in self.fixed_points() if self.spec(config) == spec), None)
+        sparse = [layer for layer in spec.attention if layer.density is not None]
+        if fixed is not None or not sparse:
+            return fixed
         config: Config = {"density": sparse[0].density, "block_size": sparse[0].block_size}
+        patterns = [layer.pattern for layer in sparse if layer.pattern is not None]
         if len(spec.attention) == 1:
-            config |= self._named(patterns[0])
-        elif len(spec.attention) == self.base.num_layers:
+            config |= self._patterns.named(patterns[0])
+        else:
             config |= {"family": PER_LAYER, **named_layers(spec.attention)}
             for pattern in patterns:
-                config |= _parameters(pattern)
-        if len(self.variants) > 1 and config.get("family") != ADAPTIVE:
-            config["variant"] = next((layer.variant for layer in sparse if layer.variant != ADAPTIVE), self.variants[0])
+                config |= parameters_of(pattern)
+        variant = next((layer.variant for layer in sparse if layer.variant != ADAPTIVE), self.variants[0])
+        config |= {"variant": variant, **self._sharing.named(spec.ranks)}
+        unasked = {"variant", *NAMES} - set(self._names(config))
+        config = {name: value for name, value in config.items() if name not in unasked}
         return config if self._has(config) and self.spec(config) == spec else None
 
     # ---- for ourselves -----------------------------------------------------------------------------------------
+
+    @cached_property
+    def _patterns(self) -> PatternChoices:
+        return PatternChoices(self.families, self.mixtures, self.shares, self.base.num_heads)
+
+    @cached_property
+    def _sharing(self) -> RankChoices:
+        return RankChoices(self.world_sizes, self.partitions, self.codecs, self.base.task)
 
     def _next(self, config: Config) -> str | None:
         """The parameter to choose next; None where the configuration is complete."""
@@ -216,17 +232,11 @@ class SearchSpace:
 
     def _names(self, config: Config) -> list[str]:
         """The parameters of a configuration, as far as ``config`` tells yet, in the order in which they are drawn."""
-        family = config.get("family")
-        choose_variant = len(self.variants) > 1 and family != ADAPTIVE
-        names = ["family", "density", "block_size", *(["variant"] if choose_variant else [])]
-        rules = [str(family)]
-        if family == MIXTURE:
-            names += ["mixture", "share"]
-            rules = config.get("mixture", "").split("+")
-        elif family == PER_LAYER:
-            names += layer_names(self.base.num_layers)
-            rules = list(dict.fromkeys(followed(config)))
-        return names + [f"{rule}.{name}" for rule in rules if rule in self.families for name in self.families[rule]]
+        family, alone = config.get("family"), self._sharing.world_size(config) == 1
+        names = ["family", "density", "block_size", *self._sharing.names(config)]
+        names += ["variant"] if len(self.variants) > 1 and family != ADAPTIVE and alone else []
+        names += layer_names(self.base.num_layers) if family == PER_LAYER else []
+        return names + self._patterns.names(_families(config), config)
 
     def _middle(self, config: Config) -> Config:
         """Completed with the middle density and each parameter's first choice."""
@@ -238,48 +248,27 @@ class SearchSpace:
 
     def _attention(self, family: str, config: Config) -> AttentionSpec:
         """What one layer attends with; all of them, where they do not differ."""
-        if family == DENSE:
-            return AttentionSpec(DENSE, block_size=config["block_size"])
-        pattern = self._mixture(config) if family == MIXTURE else self._pattern(family, config)
+        size, alone = config["block_size"], self._sharing.world_size(config) == 1
+        if family == DENSE and alone:
+            return AttentionSpec(DENSE, block_size=size)
+        if family == DENSE:  # over ranks all blocks are a pattern like another
+            return AttentionSpec(DISTRIBUTED, PatternSpec(DENSE), block_size=size)
         variant = ADAPTIVE if family == ADAPTIVE else config.get("variant", self.variants[0])
         density = _three_digits(config["density"])  # what is pasted from a report should be readable
-        return AttentionSpec(variant, pattern, density=density, block_size=config["block_size"])
-
-    def _pattern(self, family: str, config: Config) -> PatternSpec:
-        return PatternSpec(family, {name: json.loads(config[f"{family}.{name}"]) for name in self.families[family]})
-
-    def _mixture(self, config: Config) -> PatternSpec:
-        """The first rule on a share of the heads, the second on the others: as short a cycle as says so."""
-        heads = self.base.num_heads
-        first, second = (self._pattern(rule, config).to_dict() for rule in config["mixture"].split("+"))
-        count = round(config["share"] * heads)
-        if not 0 < count < heads:
-            raise ValueError(f"a share of {config['share']:g} of {heads} heads leaves a rule without heads")
-        turns = gcd(count, heads)
-        return PatternSpec(MIXTURE, {"parts": [first] * (count // turns) + [second] * ((heads - count) // turns)})
-
-    def _named(self, pattern: PatternSpec) -> Config:
-        """The part of a configuration that names the pattern of all layers."""
-        if pattern.name != MIXTURE:
-            return {"family": pattern.name, **_parameters(pattern)}
-        parts = [PatternSpec.from_dict(part) for part in pattern.params["parts"]]
-        first, second, heads = parts[0], parts[-1], self.base.num_heads
-        count = heads * parts.count(first) // len(parts)
-        share = next((share for share in self.shares if round(share * heads) == count), None)
-        named = {"family": MIXTURE, "mixture": f"{first.name}+{second.name}", "share": share}
-        return named | _parameters(first) | _parameters(second)
+        pattern = self._patterns.pattern(family, config)
+        return AttentionSpec(variant if alone else DISTRIBUTED, pattern, density=density, block_size=size)
 
     def _has(self, config: Config) -> bool:
         """Whether exactly the parameters of a question are there, each one of its choices."""
-        if config.get("family") not in self.choices("family") or set(self._names(config)) != set(config):
+        if config["family"] not in self.choices("family") or set(self._names(config)) != set(config):
             return False
-        density = config["density"]
-        fits = density is not None and self.densities[0] <= density <= self.densities[1]
+        fits = self.densities[0] <= config["density"] <= self.densities[1]
         return fits and all(value in self.choices(name) for name, value in config.items() if name != "density")
 
 
-def _parameters(pattern: PatternSpec) -> Config:
-    return {f"{pattern.name}.{name}": canonical_json(value) for name, value in pattern.params.items()}
+def _families(config: Config) -> list[str]:
+    """What the layers follow, as far as ``config`` tells: one for all, or one each."""
+    return followed(config) if config.get("family") == PER_LAYER else [config.get("family", "")]
 
 
 def _three_digits(value: float) -> float:

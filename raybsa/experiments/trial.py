@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from raybsa.cluster.coordinator import Coordinator
+from raybsa.cluster.ring_coordinator import RingCoordinator
 from raybsa.experiments.keeping import keep
 from raybsa.experiments.recording import Run, record_of
 from raybsa.results.record import Record
@@ -11,7 +12,12 @@ from raybsa.spec import TrialSpec
 
 
 def run_trial(
-    spec: TrialSpec, coordinator: Coordinator, run: Run, *, trial_id: str | None = None, store: Store | None = None
+    spec: TrialSpec,
+    coordinator: Coordinator | RingCoordinator,
+    run: Run,
+    *,
+    trial_id: str | None = None,
+    store: Store | None = None,
 ) -> Record:
     """Asks ``coordinator`` the question and returns the answer, failed or not.
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from statistics import mean, pstdev
 
 from raybsa.experiments.history import values_of
 from raybsa.results.pareto import Objective
 from raybsa.results.record import Record
-from raybsa.spec import MODULE, UNTRAINED, TrialSpec
+from raybsa.spec import MODULE, UNTRAINED, TrialSpec, canonical_json
 
 _FIRST_SEED = 1000  # searches count their seeds from 0
 
@@ -101,5 +101,6 @@ def _spec(record: Record) -> TrialSpec:
 
 
 def _attention(record: Record) -> str:
-    """Equal for a point and the trials that measured it again."""
-    return json.dumps(json.loads(record.spec)["attention"], sort_keys=True)
+    """Equal for a point and the trials that measured it again: its attention, and how ranks share it."""
+    spec = _spec(record)
+    return canonical_json([spec.to_dict()["attention"], asdict(spec.ranks)])

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 from functools import lru_cache
 
+import torch
+
 from raybsa import patterns
+from raybsa.axis import num_blocks
 from raybsa.experiments.space import Config, SearchSpace
-from raybsa.spec import ADAPTIVE, UNTRAINED, AttentionSpec, TrialSpec, canonical_json
+from raybsa.gradients.catalog import build
+from raybsa.gradients.codec import wide
+from raybsa.spec import UNTRAINED, AttentionSpec, TrialSpec, canonical_json
+from raybsa.variants.source import adaptive_options
 
 _COMPARED_BLOCKS = 512  # longer sequences are compared by their first so many blocks
 TOO_SHORT = "fewer than two blocks"
 DIAGONAL = "its density keeps the diagonal alone"
 NO_RULE = "no rule stands for it"
+TOO_MANY_RANKS = "more ranks than blocks"
+UNSPLIT = "a selector that ranks cannot share"
+MISFIT = "a codec that does not take its gradients"
 REPEATED = "the blocks of an earlier question"
 
 
@@ -62,19 +72,33 @@ def why_not(spec: TrialSpec) -> str | None:
             return TOO_SHORT
         if attention.density is not None and round(attention.density * blocks) < 2:
             return DIAGONAL
+    return _why_not_shared(spec) if spec.ranks.world_size > 1 else None
+
+
+def _why_not_shared(spec: TrialSpec) -> str | None:
+    """Why ranks cannot share a question; None where they can."""
+    ranks, largest = spec.ranks, max(attention.block_size for attention in spec.attention)
+    if ranks.world_size > num_blocks(min(_lengths(spec)), largest):
+        return TOO_MANY_RANKS
+    options = (adaptive_options(attention.pattern) or {} for attention in spec.attention)
+    if any(chosen.get("method") == "compressed" for chosen in options):
+        return UNSPLIT
+    gradients = wide(getattr(torch, spec.dtype))  # of weights under autocast, and sums of dK and dV, are no narrower
+    if any(gradients not in build(codec).dtypes for codec in (ranks.codec, ranks.gradient_codec)):
+        return MISFIT
     return None
 
 
 @lru_cache(maxsize=4096)
 def fingerprint(spec: TrialSpec, length: int) -> str:
     """Equal for questions whose attention keeps the same blocks in the first ``length`` tokens, of which at most 512
-    blocks are looked at.
+    blocks are looked at, and whose ranks share them alike.
 
     Raises:
         ValueError: a layer's pattern cannot be built.
     """
     layers = [canonical_json(_blocks(spec, attention, length)) for attention in spec.attention]
-    return canonical_json(layers if len(set(layers)) > 1 else layers[:1])
+    return canonical_json([asdict(spec.ranks), *(layers if len(set(layers)) > 1 else layers[:1])])
 
 
 def _lengths(spec: TrialSpec) -> tuple[int, ...]:
@@ -84,7 +108,7 @@ def _lengths(spec: TrialSpec) -> tuple[int, ...]:
 def _blocks(spec: TrialSpec, attention: AttentionSpec, length: int) -> list[str]:
     if attention.pattern is None:
         return [attention.variant]
-    if attention.pattern.name == ADAPTIVE:  # its blocks are not known before
+    if adaptive_options(attention.pattern) is not None:  # it keeps what it learns to keep
         return [canonical_json(attention.to_dict())]
     layout = patterns.build(attention.pattern).layout(
         min(length, _COMPARED_BLOCKS * attention.block_size),

@@ -46,8 +46,8 @@ class Asked:
 class Measured:
     """What only the worker can know. Times are milliseconds, sizes bytes; None means not measured.
 
-    ``worker_seconds`` is all that the trial took of its worker, waits for a neighbour that was timing included;
-    ``train_seconds`` is the part that trained.
+    ``worker_seconds`` is all that the trial took of its worker (of each of a ring's), waits for a neighbour that was
+    timing included; ``train_seconds`` is the part that trained.
     ``peak_bytes`` is what forward and backward need beyond their inputs. ``quality_goal`` is ``"min"`` or ``"max"``.
     ``dense_*`` are torch SDPA's on the same shapes, measured in the same run on the same device; the share of the ideal
     speed-up is ``dense / (density * own)``. ``error_*`` are relative errors (max abs difference / max abs reference)
@@ -56,7 +56,9 @@ class Measured:
     A ring's row (task ``"ring"``) has the ranks' own times (the slowest rank's, ``world_size`` ranks on ``devices``
     cores or GPUs), ``single_*``: one process with the whole sequence, in turn with them, and the errors against it.
     ``wire_bytes`` are what all ranks sent in forward and backward, ``wire_forward_bytes`` in the forward,
-    ``needed_forward_bytes`` what had to travel at least; ``imbalance`` is max / mean of the ranks' active blocks.
+    ``needed_forward_bytes`` what had to travel at least; ``imbalance`` is max / mean of the ranks' active blocks. A
+    search's trial on several ranks has the same of all layers, without ``single_*``, and its ``wire_bytes`` hold the
+    weights' gradients of a training step too.
 
     A row of task ``"ring_peers"`` has the same times of another library (``backend``; whose bytes nobody counted), with
     errors against float32 on a small case of its question; one of ``"ring_longest"`` says whether a step of ``seq_len``

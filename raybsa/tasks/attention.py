@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raybsa.layout import BlockLayout
 from raybsa.spec import DENSE, TrialSpec
 from raybsa.variants.factory import create_block_sparse_attention, create_multihead_block_sparse
 from raybsa.variants.source import layout_source
@@ -80,13 +81,12 @@ def timed_attention(spec: TrialSpec, index: int, *, dense: bool = False) -> nn.M
     return ProjectedAttention(multihead, causal=False)
 
 
-def layer_density(spec: TrialSpec, index: int) -> float:
-    """nnz blocks / allowed blocks of layer ``index`` at ``seq_len``; 1 for the dense baseline."""
-    attention = spec.layer(index)
-    if attention.pattern is None:
-        return 1.0
+def layer_layout(spec: TrialSpec, index: int, length: int | None = None) -> BlockLayout:
+    """The blocks of layer ``index`` at ``length`` tokens (``seq_len``), on the CPU: those of the dense baseline all, of
+    a learned pattern as many as it keeps."""
+    attention, length = spec.layer(index), length or spec.seq_len
     source = layout_source(
-        attention.pattern,
+        attention.rule,
         None,
         None,
         density=attention.density,
@@ -94,5 +94,11 @@ def layer_density(spec: TrialSpec, index: int) -> float:
         causal=spec.causal,
         num_heads=spec.num_heads,
         head_dim=spec.head_dim,
+        num_kv_heads=spec.num_kv_heads,
     )
-    return source.layout(spec.seq_len, spec.seq_len, spec.num_heads, torch.device("cpu")).density
+    return source.layout(length, length, spec.num_heads, torch.device("cpu"))
+
+
+def layer_density(spec: TrialSpec, index: int) -> float:
+    """nnz blocks / allowed blocks of layer ``index`` at ``seq_len``; 1 for the dense baseline."""
+    return 1.0 if spec.layer(index).pattern is None else layer_layout(spec, index).density

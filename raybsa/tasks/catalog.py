@@ -46,8 +46,9 @@ def prepare_training(spec: TrialSpec, device: torch.device, lock: DeviceLock) ->
         ValueError: an unknown task, or a preview of one that is no Training.
     """
     if spec.weights is not None:
-        plain = {name: value for name, value in spec.task_params.items() if name != WEIGHTS}
-        training = prepare_training(replace(spec, task_params=plain), device, lock)
+        alone = spec.alone  # whoever shares it, one worker can look at it
+        plain = {name: value for name, value in alone.task_params.items() if name != WEIGHTS}
+        training = prepare_training(replace(alone, task_params=plain), device, lock)
         if not isinstance(training, Training):
             raise ValueError(f"only what is trained can be previewed, got task {spec.task!r}")
         return Preview(training, spec.weights)

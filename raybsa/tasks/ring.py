@@ -80,14 +80,26 @@ def measure_rank(
         report.errors = errors_of(calls, calls, contender.tokens)
     else:
         _join_in(calls)
+    time_and_count(report, calls, communicator, repeats=repeats, budget_s=budget_s)
+    report.spans, report.begun_s = _timeline(calls["forward_backward"], communicator)
+    return report
+
+
+def time_and_count(
+    report: RankReport,
+    calls: Mapping[str, Callable[[], object]],
+    communicator: Communicator,
+    *,
+    repeats: int,
+    budget_s: float,
+) -> None:
+    """Fills in times, bytes sent and memory of this rank's steps, which are warm; every rank calls it."""
     report.times_ms = rounds(calls, communicator, repeats, budget_s)
     report.forward_bytes = _bytes_sent(calls["forward"], communicator)
     report.forward_backward_bytes = _bytes_sent(calls["forward_backward"], communicator)
-    report.spans, report.begun_s = _timeline(calls["forward_backward"], communicator)
     communicator.barrier(MEASURING)
     report.peak_bytes = peak_bytes(calls["forward_backward"], communicator.device)
     communicator.settle()
-    return report
 
 
 def own_ring(spec: TrialSpec, plan: RingPlan, communicator: Communicator) -> Contender:

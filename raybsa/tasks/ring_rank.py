@@ -11,8 +11,8 @@ from __future__ import annotations
 import gc
 import os
 import platform
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from raybsa.tasks.ring_calibration import measure_crowding, measure_link
 from raybsa.tasks.ring_contender import RankReport, ring_layout
 from raybsa.tasks.ring_longest import measure_longest
 from raybsa.tasks.ring_peers import ON_ONE_DEVICE, measure_ring_peer
+from raybsa.tasks.sharded_trial import RankQuality, ShardedTrial, facts_of, plans_of
 from raybsa.timing import quantiles_of
 
 LINK = "link_ms"  # the series of timed messages: step is the bytes
@@ -43,27 +44,39 @@ class RingRank:
         store: of ``torch.distributed``, where the ranks meet.
         place: its device.
         num_threads: CPU threads of PyTorch.
+        bind: a rank that computes with one thread on the CPU stays on its core; else only while a trial is timed, so
+            that rings of one host can train beside each other.
 
     Attributes:
         devices: GPUs that this process sees, or the cores that it had before it was bound to one.
     """
 
-    def __init__(self, rank: int, world_size: int, store: Any, place: torch.device, *, num_threads: int = 1) -> None:
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        store: Any,
+        place: torch.device,
+        *,
+        num_threads: int = 1,
+        bind: bool = True,
+    ) -> None:
         torch.set_num_threads(num_threads)
         self.devices = devices_of(place.type)
-        if place.type == "cpu" and num_threads == 1:
+        self._has_core = place.type == "cpu" and num_threads == 1
+        if bind and self._has_core:
             bind_to_core(rank)
         if place.type == "cuda":
             torch.cuda.set_device(place)
         group = process_group(place, store, rank, world_size, TIMEOUT_S)
         self._seat = (rank, world_size, store)
         self._communicator = Communicator(group, device=place, timeout_s=TIMEOUT_S)
+        self._trial: ShardedTrial | None = None
 
     def calibrate(self, spec: TrialSpec) -> list[Point]:
         """The link's timed messages, and how ranks slow each other down in ``spec``'s kernel (nothing of it where the
         question cannot be asked, which it says in its own turn)."""
-        communicator = self._communicator
-        points: list[Point] = [(LINK, nbytes, 0, ms) for nbytes, ms in measure_link(communicator)]
+        communicator, points = self._communicator, self.link()
         with suppress(ValueError):
             slow = measure_crowding(spec, communicator, self.devices)
             points.append((CROWDING, communicator.world_size, 0, slow))
@@ -71,15 +84,51 @@ class RingRank:
 
     def measure(self, spec: TrialSpec, repeats: int, budget_s: float) -> RankReport:
         """See ``measure_rank``, ``measure_ring_peer`` and ``measure_longest``: the task says which."""
-        if self._communicator.device.type == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()  # what an earlier question left in pieces
+        self._tidy()
         if spec.task == RING_LONGEST:
             return measure_longest(spec, self._communicator)
         if spec.task == RING_PEERS:
             mesh = None if spec.layer(0).backend in ON_ONE_DEVICE else self._mesh()
             return measure_ring_peer(spec, self._communicator, mesh, repeats=repeats, budget_s=budget_s)
         return measure_rank(spec, self._communicator, repeats=repeats, budget_s=budget_s)
+
+    # ---- a trial whose sequence is split: see ShardedTrial -------------------------------------------------------
+
+    def link(self) -> list[Point]:
+        """The link's timed messages."""
+        return [(LINK, nbytes, 0, ms) for nbytes, ms in measure_link(self._communicator)]
+
+    def begin(self, spec: TrialSpec) -> None:
+        """Takes up a trial in place of the one before."""
+        self._trial = None  # the old model goes before the new one comes
+        self._tidy()
+        self._trial = ShardedTrial(spec, self._communicator)
+
+    def time(self, repeats: int, budget_s: float) -> RankReport:
+        """Measures the trial's attention, from a core of its own where it computes with one thread on the CPU."""
+        with bound_to_core(self._communicator.rank) if self._has_core else nullcontext():
+            return self._under_way.measure(repeats, budget_s)
+
+    def train(self, until: int) -> None:
+        """Trains until so many steps are done."""
+        self._under_way.train(until)
+
+    def judge(self) -> RankQuality:
+        """The quality as it is."""
+        return self._under_way.judge()
+
+    @property
+    def _under_way(self) -> ShardedTrial:
+        assert self._trial is not None, "begin comes first"
+        return self._trial
+
+    # ---- for ourselves ---------------------------------------------------------------------------------------------
+
+    def _tidy(self) -> None:
+        """Gives back what an earlier question left in pieces."""
+        if self._communicator.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
 
     def _mesh(self) -> Any:
         """All ranks, as torch's own parallelism wants them: through the process's default group, made at first use."""
@@ -105,6 +154,17 @@ def bind_to_core(rank: int) -> None:
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
 
 
+@contextmanager
+def bound_to_core(rank: int) -> Iterator[None]:
+    """Meanwhile this thread stays on a core, as by ``bind_to_core``."""
+    cores = os.sched_getaffinity(0)
+    bind_to_core(rank)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
 def devices_of(device: str) -> int:
     """GPUs that this process sees, or its cores."""
     return torch.cuda.device_count() if device == "cuda" else len(os.sched_getaffinity(0))
@@ -125,7 +185,7 @@ def joined(
     begun = min(report.begun_s for report in reports) if one_clock else None
     spans = [_moved(span, 0.0 if begun is None else r.begun_s - begun) for r in reports for span in r.spans]
     return Measurement(
-        **(_of_plan(spec, reports) if spec.task == RING else {"density": ring_layout(spec).density}),
+        **_facts(spec, reports),
         **_quantiles(reports, "forward"),
         **_quantiles(reports, "forward_backward"),
         peak_bytes=max(report.peak_bytes for report in reports),
@@ -144,18 +204,17 @@ def joined(
     )
 
 
-def _of_plan(spec: TrialSpec, reports: Sequence[RankReport]) -> dict[str, Any]:
-    """What our ring sent, and what its plan knew."""
-    plan, itemsize = ring_plan(spec), getattr(torch, spec.dtype).itemsize
-    sizes = (spec.num_kv_heads or spec.num_heads, spec.head_dim, itemsize, spec.batch)
-    return {
-        "density": plan.layout.density,
+def _facts(spec: TrialSpec, reports: Sequence[RankReport]) -> dict[str, Any]:
+    """What our ring sent, and what its plans knew; of another library's the density alone."""
+    if spec.task in (RING_PEERS, RING_LONGEST):
+        return {"density": ring_layout(spec).density}
+    sent = {
         "wire_bytes": sum(report.forward_backward_bytes for report in reports),
         "wire_forward_bytes": sum(report.forward_bytes for report in reports),
-        "needed_forward_bytes": plan.bytes_needed(*sizes),
-        "partition": ring_params(spec)[1],
-        "imbalance": plan.imbalance,
     }
+    if spec.task == RING:
+        return sent | facts_of(spec, [ring_plan(spec)]) | {"partition": ring_params(spec)[1]}
+    return sent | facts_of(spec, plans_of(spec)) | {"partition": spec.ranks.partition}
 
 
 def _of_rank_0(report: RankReport, name: str) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,7 @@ _CURVE_POINTS = 50
 
 Batches = Callable[[int], Any]
 Loss = Callable[[nn.Module, Any], Tensor]
+Curves = tuple[tuple[str, int, float], ...]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Quality:
     goal: str
     value: float
     train_seconds: float
-    curves: tuple[tuple[str, int, float], ...]
+    curves: Curves
     steps: int
 
 
@@ -119,13 +120,17 @@ class Training:
         self._model.load_state_dict(weights)
         return Quality(self._name, self._goal, self._evaluate(), 0.0, (), 0)
 
-    def _curves(self) -> tuple[tuple[str, int, float], ...]:
-        """The loss (nats a token) as means of some fifty stretches of steps, each at its first step; the quality where
-        it was looked at more than once."""
-        stretch = max(1, len(self._rates) // _CURVE_POINTS)
-        parts = [(start, self._losses[start : start + stretch]) for start in range(0, len(self._losses), stretch)]
-        losses = [("train_loss", start, float(torch.stack(part).mean())) for start, part in parts]
-        return (*losses, *((self._name, *point) for point in self._qualities if len(self._qualities) > 1))
+    def _curves(self) -> Curves:
+        return curves_of(self._losses, len(self._rates), self._name, self._qualities)
+
+
+def curves_of(losses: Sequence[Tensor], steps: int, name: str, qualities: Sequence[tuple[int, float]]) -> Curves:
+    """The loss (nats a token) as means of some fifty stretches of ``steps``, each at its first step; the quality where
+    it was looked at more than once."""
+    stretch = max(1, steps // _CURVE_POINTS)
+    parts = [(start, losses[start : start + stretch]) for start in range(0, len(losses), stretch)]
+    means = [("train_loss", start, float(torch.stack(list(part)).mean())) for start, part in parts]
+    return (*means, *((name, *point) for point in qualities if len(qualities) > 1))
 
 
 def make_optimizer(model: nn.Module, learning_rate: float) -> AdamW:

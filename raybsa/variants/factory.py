@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ def create_block_sparse_attention(
     dropout: float = 0.0,
     scale: float | None = None,
     backend: str = "auto",
-    distributed_config: DistributedConfig | None = None,
+    distributed_config: DistributedConfig | Mapping[str, Any] | None = None,
     num_heads: int | None = None,
     head_dim: int | None = None,
     num_kv_heads: int | None = None,
@@ -43,7 +43,7 @@ def create_block_sparse_attention(
         density: share of the allowed blocks to keep, in (0, 1]. None keeps what the pattern gives by itself; where
             there is no pattern either, 0.1.
         sparsity_ratio: another word for ``density`` (0.01 keeps 1 % of the blocks); give one of the two.
-        distributed_config: for ``"distributed"`` alone.
+        distributed_config: for ``"distributed"`` alone; a mapping has the arguments of a ``DistributedConfig``.
         num_heads, head_dim, num_kv_heads: of q and k; what is adaptive needs the first two, the others take any.
         pattern: as in BlockSparseBase; for ``"adaptive"`` None or ``{"name": "adaptive", "params": {...}}`` with the
             options of ``BlockSelector``.
@@ -80,6 +80,8 @@ def create_block_sparse_attention(
         return BlockSparseAdaptive(**arguments, **heads, density=density, **(options or {}))
     arguments |= {"pattern": pattern, "density": density}
     if variant == "distributed":
+        if isinstance(distributed_config, Mapping):
+            distributed_config = DistributedConfig(**distributed_config)
         return BlockSparseDistributed(distributed_config, **arguments, **heads)
     return BlockSparseBase(**arguments)
 

@@ -25,6 +25,7 @@ from raybsa.variants.source import FixedPattern, layout_source
 from raybsa.variants.swap_hooks import Outside, Served, Swapped, named
 
 VARIANTS = ("base", "adaptive", DENSE)
+_OF_THE_MODULE = ("causal", "num_heads", "head_dim", "num_kv_heads")  # arguments that its own calls answer
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +96,8 @@ def swap_attention(
     """``swap`` by data: the attention of each attending module, as ``best["layers"]`` of a search's point has them.
 
     Args:
-        attentions: one for all, or one a module, by number. Whether a module attends causally is its own affair.
+        attentions: one for all, or one a module, by number. Its heads, and whether it attends causally, are a module's
+            own affair.
         run: calls the model once as it is used, so that what attends is seen.
 
     Returns:
@@ -181,7 +183,7 @@ def _make(attention: AttentionSpec, call: AttentionCall, model: nn.Module) -> Se
 def _spec(attention: AttentionSpec | Mapping[str, Any]) -> AttentionSpec:
     if isinstance(attention, AttentionSpec):
         return attention
-    return AttentionSpec.from_dict({key: value for key, value in attention.items() if key != "causal"})
+    return AttentionSpec.from_dict({key: value for key, value in attention.items() if key not in _OF_THE_MODULE})
 
 
 def _kind(call: AttentionCall) -> tuple[int, int, int, bool]:

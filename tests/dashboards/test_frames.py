@@ -10,7 +10,7 @@ import pytest
 from dashboards.frames import Results, load, trial_of
 from raybsa.results.record import Record
 from raybsa.results.store import Store
-from raybsa.spec import TrialSpec
+from raybsa.spec import Ranks, TrialSpec
 from tests.dashboards.made import DENSE, curve, lm_failure, lm_record, record, sparse, speed_record
 
 
@@ -57,6 +57,18 @@ def test_seeds_of_one_question_are_compared() -> None:
     specs = [TrialSpec("byte_lm", (sparse("bigbird"),), seed=seed) for seed in (0, 1)]
     results = results_of(*(record(f"seed-{s.seed}", s, quality=2.0) for s in specs))
     assert len(results.quality_groups) == 1
+
+
+def test_rings_of_a_search_are_compared_with_one_worker_and_say_what_they_are() -> None:
+    alone = TrialSpec("byte_lm", (sparse("bigbird"),))
+    rings = [alone.over(Ranks(2, "zigzag")), alone.over(Ranks(4, codec={"name": "int8"}))]
+    results = results_of(*(record(f"trial-{n}", spec, quality=2.0) for n, spec in enumerate([alone, *rings])))
+    (group,) = results.quality_groups
+    assert [trial.label.replace("\u00a0", " ") for trial in group] == [
+        "bigbird · 10 %",
+        "bigbird · 10 % · 2 ranks, zigzag",
+        "bigbird · 10 % · 4 ranks, balanced, int8",
+    ]
 
 
 def test_failures_and_unfinished_qualities_stay_out_of_the_comparison() -> None:

@@ -10,7 +10,7 @@ import torch
 from dashboards.wording import milliseconds, moment, number, paste, pattern_label, percent, size, times, trial_label
 from raybsa import create_block_sparse_attention
 from raybsa.patterns import build
-from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
+from raybsa.spec import AttentionSpec, PatternSpec, Ranks, TrialSpec
 from tests.dashboards.made import DENSE, sparse
 
 
@@ -67,6 +67,8 @@ def test_layers_that_differ_are_named_in_turn_and_those_alike_once() -> None:
     spec = TrialSpec("byte_lm", layers, num_layers=4)
     assert trial_label(spec).replace("\u00a0", " ") == "dense / 2× bigbird · 10 % / dense"
     assert trial_label(TrialSpec("byte_lm", layers[:1])) == "dense"
+    ring = spec.over(Ranks(2, "zigzag"))
+    assert trial_label(ring).replace("\u00a0", " ") == "dense / 2× bigbird · 10 % / dense · 2 ranks, zigzag"
 
 
 def test_layers_that_differ_are_pasted_as_a_list() -> None:

@@ -44,7 +44,7 @@ class Here:
 
 @pytest.fixture
 def job(monkeypatch, capsys):
-    monkeypatch.setattr("raybsa.cluster.coordinator.Coordinator", Here)
+    monkeypatch.setattr("raybsa.cluster.ring_coordinator.Coordinator", Here)
     monkeypatch.setattr("raybsa.experiments.launch.cluster", lambda address, verbose: nullcontext())
     monkeypatch.setattr("raybsa.experiments.launch.worker_share", lambda cpus: Share(cpus))
     monkeypatch.setattr("raybsa.experiments.launch.room_for", lambda share: 1)

@@ -43,11 +43,26 @@ def test_a_cluster_without_cpus_is_asked_for_one(machines):
         (Share(1), [{"CPU": 2.0}, {"CPU": 1.0}, {}], 3),
         (Share(2, 1), [{"CPU": 8.0, "GPU": 2.0}, {"CPU": 3.0, "GPU": 4.0}, {"CPU": 64.0}], 3),
         (Share(8), [{"CPU": 4.0}] * 4, 0),
+        (Share(0.1), [{"CPU": 1.0}, {"CPU": 0.15}], 11),
+        (Share(0.5, 1), [{"CPU": 1.0, "GPU": 8.0}], 2),
     ],
 )
 def test_room_is_counted_machine_by_machine(machines, share, resources, room):
     machines(*resources)
     assert launch.room_for(share) == room
+
+
+@pytest.mark.parametrize(("cpus", "threads"), [(0.25, 1), (1, 1), (3.0, 3)])
+def test_a_share_has_a_thread_for_each_whole_cpu_and_one_for_a_fraction(machines, cpus, threads):
+    machines({"CPU": 4.0})
+    share = launch.worker_share(cpus)
+    assert (share.num_threads, share.bundle) == (threads, {"CPU": float(cpus)})
+
+
+@pytest.mark.parametrize("cpus", [0, -1, 1.5, 1e-4])
+def test_a_share_of_no_cpu_or_of_one_and_a_half_is_refused(cpus):
+    with pytest.raises(ValueError, match=r"whole CPUs or a fraction of one, from 0\.001, and at most one GPU, got "):
+        Share(cpus)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:nine"])

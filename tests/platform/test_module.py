@@ -27,6 +27,7 @@ from raybsa.timing import DeviceLock
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "search.md").read_text(encoding="utf-8")
 EXAMPLE, LOADING = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[:2]
+RINGS = str(ROOT / "docs" / "search" / "ring.yaml")
 CPU = torch.device("cpu")
 WINDOW = AttentionSpec("base", PatternSpec("sliding_window"), density=0.4, block_size=16)
 ALL = AttentionSpec("base", PatternSpec("dense"), block_size=16)
@@ -249,6 +250,7 @@ def test_another_module_than_when_the_search_began_is_refused(own):
         (["--module", "FILE:question", "--seq-len", "64"], "--module brings its own sizes, got seq_len beside it"),
         (["--module", "FILE:folded"], "error: module '0': q must be a tensor (batch, heads, tokens, head_dim), got"),
         (["--module", "FILE:question", "--text", "x"], "not allowed with argument"),
+        (["--module", "FILE:question", "--space", RINGS], "only the tasks byte_lm, speed can be split over ranks, got"),
     ],
 )  # fmt: skip
 def test_the_job_says_in_one_line_what_it_cannot_use(own, folder, monkeypatch, capsys, arguments, message):

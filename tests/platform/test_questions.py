@@ -7,13 +7,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from ray.tune.schedulers import TrialScheduler
 
+from raybsa.comm import Communicator
 from raybsa.experiments import landscape
 from raybsa.experiments.advantage import advantage
 from raybsa.experiments.algorithms import ALGORITHMS
 from raybsa.experiments.costs import ENOUGH, CostModel
 from raybsa.experiments.dry_run import dry_run
+from raybsa.experiments.forecast import sizes_of
 from raybsa.experiments.front import read_best, write_front
 from raybsa.experiments.history import history
 from raybsa.experiments.questions import Questions
@@ -26,13 +29,20 @@ from raybsa.experiments.strata import QUALITY, STEPS, StratifiedHalving, stratum
 from raybsa.results.pareto import LATENCY, named_objectives, pareto_front, quality_objective
 from raybsa.results.record import Measurement, Outcome, SeriesPoint
 from raybsa.results.store import Store
-from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
+from raybsa.ring.cost import predict
+from raybsa.ring.work import work_of
+from raybsa.spec import AttentionSpec, PatternSpec, Ranks, TrialSpec
+from raybsa.tasks.ring_rank import LINK
+from raybsa.tasks.sharded_trial import plans_of
+from raybsa.variants.distributed import share_partition
 from raybsa.variants.factory import create_block_sparse_attention
 
 BASE = TrialSpec("byte_lm", (AttentionSpec("dense"),), seq_len=512, train_len=256, train_steps=90)
 SPACE = SearchSpace(BASE, {"sliding_window": {}, "random": {}, "strided": {"stride": [2, 4]}}, block_sizes=(16, 32))
 GOALS = (quality_objective("min"), LATENCY)
 PAIR_MS = 0.01
+RINGS = replace(SPACE, world_sizes=(1, 2), codecs=("none", "int8"))
+RING = {"family": "random", "density": 0.2, "block_size": 16, "world_size": 2, "codec": RINGS.choices("codec")[0]}
 
 
 def milliseconds(spec):
@@ -193,6 +203,51 @@ def test_costs_are_predicted_from_a_few_trials_and_not_from_fewer():
     assert model.trial_seconds(spec) == pytest.approx(9.0, rel=0.2)
 
 
+def test_a_ring_is_predicted_from_its_plan_and_from_the_link_that_was_measured():
+    """Two ranks of a free link share the work; a slow one costs what its bytes take, which the plan knows."""
+    records, spec = answers(12), RINGS.spec(RING)
+    alone, free = CostModel.learned(records).predict(spec.alone), CostModel.learned(records).predict(spec)
+    assert 0.4 * alone.forward_backward_ms_p50 < free.forward_backward_ms_p50 < 0.8 * alone.forward_backward_ms_p50
+    assert free.peak_bytes > 0.5 * alone.peak_bytes, "a rank holds its share, and what is under way"
+    plans, byte_ms = plans_of(spec), 1e-4
+    forward_bytes = sum(plan.bytes_sent(4, 32, 4) for plan in plans)
+    messages = [SeriesPoint(records[-1].trial_id, LINK, size, 0, size * byte_ms) for size in (1 << 12, 1 << 20)]
+    slow = CostModel.learned(records, messages)
+    assert slow.predict(spec).forward_ms_p50 > 0.3 * byte_ms * forward_bytes > free.forward_ms_p50
+    strangers = [replace(point, trial_id="of-another-machine") for point in messages]
+    assert CostModel.learned(records, strangers).predict(spec) == free
+    told = sum(predict(work_of(plan), sizes_of(spec), slow.hardware).forward_backward_bytes for plan in plans)
+    assert free.wire_bytes == told
+    small = CostModel.learned(records).predict(RINGS.spec({**RING, "codec": RINGS.choices("codec")[1]}))
+    assert 2 * forward_bytes < small.wire_bytes < free.wire_bytes
+    assert slow.trial_seconds(spec) > CostModel.learned(records).trial_seconds(spec)
+
+
+def test_what_rings_took_beyond_the_formula_is_expected_of_the_next_one():
+    records, spec = answers(12), RINGS.spec(RING)
+    formula = CostModel.learned(records).predict(spec)
+    took = {"forward_ms_p50": formula.forward_ms_p50 + 5.0, "forward_backward_ms_p50": 70.0}
+    model = CostModel.learned([*records, answer(spec, 50, **took)])
+    assert model.predict(spec).forward_ms_p50 == pytest.approx(took["forward_ms_p50"])
+    assert model.predict(spec).forward_backward_ms_p50 == pytest.approx(70.0)
+    assert model.predict(spec.alone) == CostModel.learned(records).predict(spec.alone)
+
+
+def test_what_lost_some_of_its_gradients_is_no_measure_for_what_lost_none():
+    screen = Screen(GOALS)
+    for record in answers(9):
+        screen.learn(record)
+    int8 = RINGS.choices("codec")[1]
+    bad = answer(RINGS.spec({**RING, "density": 0.5, "codec": int8}), 90, quality=9.0)
+    strided = {"family": "strided", "density": 0.06, "block_size": 16, "world_size": 1, "strided.stride": "2"}
+    good = answer(RINGS.spec(strided), 91, quality=1.97)
+    screen.learn(bad)
+    screen.learn(good)
+    asked = {**RING, "density": 0.45}
+    assert screen(RINGS.spec(asked)) is None
+    assert screen(RINGS.spec({**asked, "codec": int8})) == DOMINATED
+
+
 def test_a_question_that_is_far_beaten_already_is_screened_and_a_hopeful_one_is_not():
     screen = Screen(GOALS)
     for record in answers(9):
@@ -225,6 +280,10 @@ def test_where_layers_differ_it_is_the_same_rules_that_are_compared():
     screen.learn(answer(space.spec(fast), 91, 2.5))
     assert screen(space.spec(asked)) == DOMINATED, "denser, it was worse than 2.5"
     assert screen(space.spec(asked | {"layer0": "dense", "layer1": "random"})) is None
+    shared = replace(RINGS, per_layer=True)
+    ring = asked | {"world_size": 2, "codec": shared.choices("codec")[0]}
+    assert screen(shared.spec(ring)) == DOMINATED, "the same layers, by however many ranks"
+    assert screen(shared.spec(ring | {"layer0": "dense", "layer1": "random"})) is None
 
 
 def test_a_dry_run_lists_what_would_be_asked_with_its_costs():
@@ -242,6 +301,31 @@ def test_a_dry_run_lists_what_would_be_asked_with_its_costs():
     learned = replace(SPACE, families={"adaptive": {}, "random": {}}, per_layer=True)
     lines = list(dry_run(learned, Plan(4, GOALS), [], records))
     assert [line.split("  ")[0] for line in lines[1:5]] == ["dense", "adaptive", "random", "adaptive / random"]
+
+
+def test_a_dry_run_tells_what_rings_send_and_with_rows_enough_how_long_they_take():
+    plain = list(dry_run(RINGS, Plan(7, GOALS), [], []))
+    ring, small = (
+        next(line for line in plain if words in line) for words in ("(2 ranks, balanced)", "balanced, int8)")
+    )
+    assert int(ring.split()[-2]) > int(small.split()[-2]) > 0
+    assert ring.split()[-1] == "-"
+    lines = list(dry_run(RINGS, Plan(7, GOALS), [], answers(9)))
+    ring = next(line for line in lines if "(2 ranks, balanced)" in line)
+    milliseconds, _, _, seconds = map(float, ring.split()[-4:])
+    assert min(milliseconds, seconds) > 0
+
+
+def test_a_dry_run_tells_of_rings_whose_layers_differ():
+    space = SearchSpace(BASE, {"random": {}}, (0.2, 0.2), (16,), per_layer=True, world_sizes=(2,))
+    lines = list(dry_run(space, Plan(9, GOALS, algorithm="grid"), [], answers(9)))[1:-2]
+    told = {line[:58].rstrip(): line[58:].split() for line in lines}
+    assert told.pop("dense")[4] == "-"
+    alike = told.pop("random (2 ranks, balanced)")
+    differ = [told.pop(f"{layers} (2 ranks, balanced)") for layers in ("random / dense", "dense / random")]
+    assert not told
+    assert [cells[:2] for cells in (alike, *differ)] == [["16", "0.2"]] * 3
+    assert all(int(cells[4]) > int(alike[4]) for cells in differ), "a layer that keeps all blocks sends more"
 
 
 # ---- the front as files --------------------------------------------------------------------------------------------
@@ -265,6 +349,24 @@ def test_a_best_file_loads_into_the_factory_and_names_its_question(tmp_path):
     assert f"--again {paths[0]}" in best["command"]
 
 
+def test_a_best_file_of_a_ring_loads_with_its_partition_and_its_codec_and_asks_for_as_many_ranks(tmp_path):
+    config = {**RING, "codec": RINGS.choices("codec")[1]}
+    (path,) = write_front(Store.create(tmp_path), [answer(RINGS.spec(config), 0)], GOALS)
+    best = json.loads(Path(path).read_text())
+    module = create_block_sparse_attention(**best["attention"])
+    assert (module.config.partition, module.config.gradient_codec["name"]) == ("balanced", "int8")
+    again = read_best(path).spec
+    assert again == RINGS.spec(config)
+    assert again.ranks == Ranks(2, "balanced", module.config.gradient_codec, module.config.gradient_codec)
+
+
+def test_a_best_file_of_a_learned_pattern_loads_too(tmp_path):
+    space = SearchSpace(BASE, {"adaptive": {}}, block_sizes=(16,))
+    (path,) = write_front(Store.create(tmp_path), [answer(space.spec(space.first_points()[1]), 0)], GOALS)
+    module = create_block_sparse_attention(**json.loads(Path(path).read_text())["attention"])
+    assert module.source.num_heads == BASE.num_heads
+
+
 def test_a_best_file_of_layers_that_differ_has_a_list_that_loads(tmp_path):
     space = replace(SPACE, per_layer=True)
     asked = {"family": "per_layer", "density": 0.3, "block_size": 16, "layer0": "random", "layer1": "dense"}
@@ -273,6 +375,18 @@ def test_a_best_file_of_layers_that_differ_has_a_list_that_loads(tmp_path):
     modules = [create_block_sparse_attention(**layer) for layer in best["attention"]]
     assert ["Random" in repr(modules[0]), "Dense" in repr(modules[1])] == [True, True]
     assert best["layers"] == best["attention"]
+    assert read_best(path).spec == space.spec(asked)
+
+
+def test_a_best_file_of_a_ring_whose_layers_differ_has_modules_that_share_a_partition(tmp_path):
+    space = replace(RINGS, per_layer=True)
+    asked = {**RING, "family": "per_layer", "layer0": "dense", "layer1": "random"}
+    (path,) = write_front(Store.create(tmp_path), [answer(space.spec(asked), 0)], GOALS)
+    layers = json.loads(Path(path).read_text())["layers"]
+    model = torch.nn.Sequential(*(create_block_sparse_attention(**layer) for layer in layers))
+    partition = share_partition(model, Communicator(), BASE.seq_len, BASE.num_heads)
+    assert [layer.partition for layer in model] == [partition] * 2
+    assert ["Dense" in repr(model[0]), "Random" in repr(model[1])] == [True, True]
     assert read_best(path).spec == space.spec(asked)
 
 
@@ -324,7 +438,11 @@ def test_the_advantage_is_told_among_trials_as_good_as_dense_only():
     lines = list(advantage(records))
     assert "random 20.0% (2 ms, 2.0100), best reference sliding_window 100.0% (8 ms, 2.0000): 4.00 times" in lines[0]
     assert lines[1].endswith("forward latency: no pattern was found")
-    assert not list(advantage(records[:1] + records[2:])), "nothing to compare with"
+    found = records[:1] + records[2:]
+    assert not list(advantage(found)), "nothing to compare with"
+    half_dense = {**RING, "family": "per_layer", "layer0": "dense", "layer1": "random"}
+    ring = answer(replace(RINGS, per_layer=True).spec(half_dense), 4)
+    assert not list(advantage([*found, ring])), "its other layer was asked for a density"
 
 
 def test_an_unknown_algorithm_is_refused():

@@ -11,12 +11,30 @@ from raybsa.experiments.layers import asked_density
 from raybsa.experiments.presets import PRESETS
 from raybsa.experiments.space import DEFAULT_FAMILIES, SearchSpace
 from raybsa.experiments.spaces import SPACES, make_space
-from raybsa.experiments.validity import DIAGONAL, NO_RULE, REPEATED, TOO_SHORT, Rejections
+from raybsa.experiments.validity import (
+    DIAGONAL,
+    MISFIT,
+    NO_RULE,
+    REPEATED,
+    TOO_MANY_RANKS,
+    TOO_SHORT,
+    UNSPLIT,
+    Rejections,
+)
 from raybsa.patterns.blocks import save_blocks
-from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec, canonical_json
+from raybsa.spec import AttentionSpec, PatternSpec, Ranks, TrialSpec, canonical_json
 
 BASE = TrialSpec("byte_lm", (AttentionSpec("dense"),), seq_len=512, train_len=256)
 SPACE = SearchSpace(BASE)
+POWERSGD = {"name": "powersgd", "params": {"rank": 2}}
+RINGS = SearchSpace(
+    BASE,
+    {"random": {}, "strided": {"stride": [2, 4]}},
+    variants=("base", "distributed"),
+    world_sizes=(1, 2, 4),
+    partitions=("balanced", "zigzag"),
+    codecs=("none", "int8", POWERSGD),
+)
 
 
 def drawn(space, count, seed=0):
@@ -80,6 +98,75 @@ def test_the_grid_has_every_combination_once_the_baseline_first():
     assert len({canonical_json(config) for config in configs}) == len(configs)
 
 
+# ---- ranks ---------------------------------------------------------------------------------------------------------
+
+
+def test_how_ranks_share_a_question_is_asked_only_where_there_are_ranks():
+    configs = [*drawn(RINGS, 60), *RINGS.openings(), *RINGS.grid(2)]
+    for config in configs:
+        alone, fixed = config.get("world_size") == 1, "density" not in config
+        assert ("variant" in config) == (alone and not fixed)
+        assert {"partition", "codec"} & set(config) == (set() if alone or fixed else {"partition", "codec"})
+        found = RINGS.config(RINGS.spec(config))
+        assert RINGS.spec(found) == RINGS.spec(config)
+        assert found.keys() == config.keys()
+        assert fixed or RINGS.distributions(config).keys() == config.keys()
+    assert {RINGS.spec(config).ranks.world_size for config in configs} == {1, 2, 4}
+
+
+def test_a_question_of_a_ring_says_all_that_its_ranks_must_know():
+    config = {"family": "random", "density": 0.2, "block_size": 16, "world_size": 2, "partition": "zigzag"}
+    small, factors = ({**config, "codec": RINGS.choices("codec")[index]} for index in (1, 2))
+    spec = RINGS.spec(small)
+    assert spec.attention[0].variant == "distributed"
+    assert (spec.ranks.world_size, spec.ranks.partition) == (2, "zigzag")
+    assert spec.ranks.codec == spec.ranks.gradient_codec
+    assert spec.ranks.codec["name"] == "int8"
+    assert spec.ranks.label == "2 ranks, zigzag, int8"
+    ranks = RINGS.spec(factors).ranks
+    assert (ranks.codec["name"], ranks.gradient_codec["name"]) == ("powersgd", "none"), "dK and dV go from rank to rank"
+    assert spec.alone == replace(RINGS.base, attention=spec.attention)
+    timed = replace(RINGS, base=replace(BASE, task="speed"))
+    assert timed.spec(small).ranks.codec["name"] == "none", "nothing is trained"
+    assert timed.config(timed.spec(small)) == small
+
+
+def test_ranks_with_one_choice_are_not_asked_for_and_without_ranks_a_question_is_what_it_was():
+    only = replace(RINGS, world_sizes=(2,), partitions=("striped",), codecs=("none",))
+    config = {"family": "random", "density": 0.2, "block_size": 16}
+    assert only.spec(config).ranks == Ranks(
+        2, "striped", {"name": "none", "params": {}}, {"name": "none", "params": {}}
+    )
+    assert only.config(only.spec(config)) == config
+    alone = {**config, "world_size": 1, "variant": "base"}
+    assert RINGS.spec(alone).digest == SearchSpace(BASE, {"random": {}}).spec(config).digest
+
+
+def test_every_choice_of_ranks_is_among_the_openings():
+    asked = [RINGS.spec(config).ranks for config in RINGS.openings()]
+    assert {ranks.world_size for ranks in asked} == {1, 2, 4}
+    assert {ranks.partition for ranks in asked if ranks.world_size > 1} == {"balanced", "zigzag"}
+    assert {ranks.codec["name"] for ranks in asked if ranks.world_size > 1} == {"none", "int8", "powersgd"}
+    assert all(RINGS.spec(config).ranks.world_size == 1 for config in RINGS.fixed_points())
+
+
+def test_rings_that_cannot_be_are_rejected_and_counted():
+    base = replace(BASE, dtype="float64")
+    learned = {"method": ["compressed", "distill"]}
+    space = replace(RINGS, base=base, families={"random": {}, "adaptive": learned}, world_sizes=(1, 2, 5))
+    rejections = Rejections(space)
+    config = {"family": "random", "density": 0.5, "block_size": 64, "world_size": 2, "partition": "balanced"}
+    config["codec"] = space.choices("codec")[0]
+    assert rejections.admit(config)
+    assert rejections.admit({**config, "world_size": 5}) is None, "256 tokens are four blocks"
+    assert rejections.admit({**config, "codec": space.choices("codec")[1]}) is None, "int8 takes no float64"
+    assert rejections.admit({**config, "family": "adaptive", "adaptive.method": '"compressed"'}) is None
+    assert rejections.admit({**config, "family": "adaptive", "adaptive.method": '"distill"'})
+    assert rejections.admit({**config, "partition": "zigzag"}), "another partition is another question"
+    assert rejections.admit(config) is None
+    assert rejections.counts == {TOO_MANY_RANKS: 1, MISFIT: 1, UNSPLIT: 1, REPEATED: 1}
+
+
 # ---- layers that differ --------------------------------------------------------------------------------------------
 
 
@@ -141,6 +228,48 @@ def test_the_density_of_a_stratum_counts_dense_layers():
     assert asked_density({"family": "dense"}) is None
 
 
+# ---- both ----------------------------------------------------------------------------------------------------------
+
+
+def test_layers_that_differ_share_their_ranks_and_one_that_stays_dense_keeps_all_blocks():
+    space = replace(RINGS, per_layer=True)
+    config = {"family": "per_layer", "layer0": "dense", "layer1": "random", "density": 0.2, "block_size": 16}
+    config |= {"world_size": 2, "partition": "zigzag", "codec": space.choices("codec")[1]}
+    spec = space.spec(config)
+    assert spec.attention == (
+        AttentionSpec("distributed", PatternSpec("dense"), block_size=16),
+        AttentionSpec("distributed", PatternSpec("random"), 0.2, 16),
+    )
+    assert spec.ranks.label == "2 ranks, zigzag, int8"
+    assert space.config(spec) == config
+    assert Rejections(space).admit(config) == spec
+    both = [c for c in [*drawn(space, 60), *space.openings()] if c["family"] == "per_layer"]
+    assert {space.spec(c).ranks.world_size for c in both} == {1, 2, 4}
+    assert all(space.spec(space.config(space.spec(c))) == space.spec(c) for c in both)
+
+
+def test_layers_that_all_stay_dense_are_the_baseline_of_one_worker():
+    space = replace(RINGS, per_layer=True, world_sizes=(2,))
+    rejections = Rejections(space)
+    assert rejections.admit({"family": "dense"})
+    config = {"family": "per_layer", "layer0": "dense", "layer1": "dense", "density": 0.2, "block_size": 16}
+    config |= {"partition": "zigzag", "codec": space.choices("codec")[0]}
+    assert space.spec(config) == space.spec({"family": "dense"})
+    assert rejections.admit(config) is None
+    assert rejections.counts == {REPEATED: 1}
+
+
+def test_one_layer_that_ranks_cannot_share_is_enough():
+    learned = {"random": {}, "adaptive": {"method": ["compressed", "bias"]}}
+    space = replace(RINGS, families=learned, per_layer=True)
+    config = {"family": "per_layer", "layer0": "random", "layer1": "adaptive", "density": 0.2, "block_size": 16}
+    config |= {"world_size": 2, "partition": "zigzag", "codec": space.choices("codec")[0]}
+    rejections = Rejections(space)
+    assert rejections.admit({**config, "adaptive.method": '"compressed"'}) is None
+    assert rejections.admit({**config, "adaptive.method": '"bias"'})
+    assert rejections.counts == {UNSPLIT: 1}
+
+
 # ---- what is rejected before it starts -----------------------------------------------------------------------------
 
 
@@ -197,6 +326,15 @@ def test_a_space_from_a_file_is_the_space_as_an_object(tmp_path):
     assert make_space(str(path), BASE) == wanted
 
 
+def test_ranks_come_from_a_file_too(tmp_path):
+    path = tmp_path / "space.yaml"
+    path.write_text(
+        "families: {random: , strided: {stride: [2, 4]}}\nvariants: [base, distributed]\nworld_sizes: [1, 2, 4]\n"
+        "partitions: [balanced, zigzag]\ncodecs: [none, int8, {name: powersgd, params: {rank: 2}}]\n"
+    )
+    assert make_space(str(path), BASE) == RINGS
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -205,6 +343,10 @@ def test_a_space_from_a_file_is_the_space_as_an_object(tmp_path):
         ("- 1", "a space has the keys"),
         ("families: [", "cannot be used"),
         ("mixtures: [[random, random]]", "a mixture is a pair"),
+        ("world_sizes: [0]", r"world_sizes are numbers of ranks from 1, got \[0\]"),
+        ("world_sizes: [two]", r"world_sizes are numbers of ranks from 1, got \['two'\]"),
+        ("partitions: [heap]", r"partitions of balanced, contiguous, zigzag, striped, got .* and \['heap'\]"),
+        ("codecs: [zip]", "unknown codec 'zip'"),
         ("per_layer: sometimes", "per_layer is true or false, got 'sometimes'"),
     ],
 )
@@ -291,6 +433,8 @@ def test_a_preset_has_trials_enough_for_its_first_points(name):
         ({"families": {"strided": {"width": [1]}}}, "strided has no parameter width"),
         ({"block_sizes": (24,)}, "block_size must be a power of two, got 24"),
         ({"mixtures": (("random", "spiral"),)}, r"a mixture is a pair of .*, got \['random', 'spiral'\]"),
+        ({"base": replace(BASE, task="recall"), "world_sizes": (1, 2)}, r"only the tasks byte_lm, speed can be split"),
+        ({"base": replace(BASE, task="module"), "world_sizes": (1, 2)}, r"split over ranks, .* with task 'module'"),
         ({"base": replace(BASE, num_layers=1), "per_layer": True}, "per_layer needs at least two layers"),
         ({"shares": (1.0,)}, r"a share of the heads lies between 0 and 1, got \[1.0\]"),
     ],

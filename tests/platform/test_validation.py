@@ -7,7 +7,7 @@ import pytest
 
 from raybsa.experiments.validation import questions, verdicts
 from raybsa.results.pareto import LATENCY, quality_objective
-from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec, canonical_json
+from raybsa.spec import AttentionSpec, PatternSpec, Ranks, TrialSpec, canonical_json
 
 GOALS = (quality_objective("min"), LATENCY)
 
@@ -86,3 +86,12 @@ def test_points_are_compared_seed_by_seed_since_a_seed_moves_all_of_them_alike(p
     found = again(point, front, qualities, {"random": 5.0, "strided": 5.0})
     reasons = [verdict.why_not for verdict in verdicts(front, found, GOALS)]
     assert reasons == [None, "beaten by random-0 (random)"], "0.1 worse with either seed, which are 1 apart"
+
+
+def test_points_that_only_differ_in_their_ranks_are_judged_apart(point):
+    asked = [spec_of("random").over(Ranks(2, partition)) for partition in ("balanced", "zigzag")]
+    front = [point("random", 2.0, 5.0, spec) for spec in asked]
+    found = [
+        point("random", 2.0, 4.0 if spec.ranks.partition == "zigzag" else 6.0, spec) for spec in questions(front, 2, 1)
+    ]
+    assert [verdict.after[1] for verdict in verdicts(front, found, GOALS)] == [6.0, 4.0]

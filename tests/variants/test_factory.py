@@ -175,6 +175,14 @@ def test_every_argument_of_the_base_factory_arrives():
     assert module.extra_repr() == wanted
 
 
+def test_a_config_from_a_file_is_a_config():
+    data = {"partition": "zigzag", "gradient_codec": {"name": "int8", "params": {"block_size": 64}}}
+    module = create_block_sparse_attention("distributed", pattern="random", distributed_config=data)
+    assert module.config == raybsa.DistributedConfig(**data)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
+        create_block_sparse_attention("distributed", distributed_config={"colour": "red"})
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

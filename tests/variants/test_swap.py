@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention as by_another_name
 from torch.utils.checkpoint import checkpoint
 
 from raybsa import BlockSparseMultihead, patterns
-from raybsa.spec import AttentionSpec, PatternSpec
+from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
 from raybsa.variants.selector import BlockSelector, selector_loss
 from raybsa.variants.swap import attending, served_by, swap, swap_attention
 
@@ -173,6 +173,11 @@ def test_the_point_of_a_search_loads_as_it_is():
     swap_attention(fresh := Attention(CALLS["causal, by another name"]), [WINDOW], lambda: fresh(x))
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(found, fresh(x))
+    learned = AttentionSpec("adaptive", PatternSpec("adaptive"), density=0.5, block_size=8)
+    point = TrialSpec("module", (learned,), num_heads=4 * H, head_dim=2 * D).factory_arguments(0)
+    swap_attention(fresh := Attention(CALLS["causal, by another name"]), [point], lambda: fresh(x))
+    selectors = [module for module in fresh.modules() if isinstance(module, BlockSelector)]
+    assert [(one.num_heads, one.head_dim) for one in selectors] == [(H, D)], "its own heads, not the largest module's"
 
 
 def test_a_recomputed_forward_attends_alike():
