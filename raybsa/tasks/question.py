@@ -1,7 +1,6 @@
 """The contract of a search over a torch module of your own: what its function returns, and how that is used."""
 
-from __future__ import annotations
-
+# Annotations are types here, not text: of a NamedTuple's texts the API reference finds no names.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
