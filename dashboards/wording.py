@@ -27,10 +27,13 @@ def size(value: float | None) -> str:
     """Bytes in the largest binary unit that leaves at least 1."""
     if value is None:
         return "–"
-    for unit, name in _UNITS:
-        if value >= unit:
-            return f"{number(value / unit)}\u00a0{name}"
-    return f"{value:.0f}\u00a0B"
+    unit, name = unit_of(value)
+    return f"{number(value / unit)}\u00a0{name}" if unit > 1 else f"{value:.0f}\u00a0B"
+
+
+def unit_of(value: float) -> tuple[int, str]:
+    """The largest binary unit of bytes that leaves at least 1, and its name."""
+    return next((pair for pair in _UNITS if value >= pair[0]), (1, "B"))
 
 
 def percent(share: float | None) -> str:

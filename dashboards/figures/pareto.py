@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Literal, NamedTuple
 
 import plotly.graph_objects as go
 
+from dashboards.figures.front_numbers import Place, add_joint_numbers, front_numbers, inside
 from dashboards.frames import Trial
 from dashboards.theme import base_figure, colour, density_colour, log_axis
 from dashboards.wording import milliseconds, number, ratio
@@ -27,6 +28,11 @@ class Point(NamedTuple):
     quality: float
     rank: int | None
     diameter: float
+
+    @property
+    def place(self) -> Place:
+        """In the picture, whose first axis is logarithmic."""
+        return Place(math.log10(self.latency_ms), self.quality, self.diameter)
 
 
 class ParetoInfo(NamedTuple):
@@ -87,8 +93,8 @@ def pareto_info(trials: Sequence[Trial]) -> ParetoInfo:
 
 
 def pareto_plot(info: ParetoInfo) -> go.Figure:
-    """Filled points form the front, numbered as far as numbers can be read. The area of a point is its peak memory,
-    its colour its density."""
+    """Filled points form the front, numbered as far as numbers can be read. The area of a point is its peak memory, its
+    colour its density."""
     figure = base_figure(600)
     better = "lower" if info.goal == "min" else "higher"
     figure.update_xaxes(
@@ -103,13 +109,17 @@ def pareto_plot(info: ParetoInfo) -> go.Figure:
     pruned = [p for p in info.points if p.trial.pruned]
     best = [p for p in info.front if not p.trial.is_dense]
     dense = [p for p in info.points if p.trial.is_dense]
+    places = [p.place for p in info.front] if len(info.front) <= MOST_NUMBERS else []
+    labels = front_numbers(places, [p.place for p in info.points])
+    numbers = {p.trial.id: inside(label) for p, label in zip(info.front, labels, strict=False)}
     grey = colour("dominated")
     _add_points(figure, "dominated", beaten, "rgba(0,0,0,0)", grey)
     if pruned:
         _add_points(figure, "stopped early", pruned, grey, grey, symbol="x-thin")
     fills = [density_colour(p.trial.density) for p in best]
-    _add_points(figure, "front", best, fills, colour("paper"))
-    _add_points(figure, "dense baseline", dense, colour("dense"), colour("paper"), symbol="diamond")
+    _add_points(figure, "front", best, fills, colour("paper"), numbers=numbers)
+    _add_points(figure, "dense baseline", dense, colour("dense"), colour("paper"), symbol="diamond", numbers=numbers)
+    add_joint_numbers(figure, places, labels, below=info.goal == "min")
     if dense:
         _name_dense(figure, min(dense, key=lambda p: p.quality))
     return figure
@@ -175,18 +185,23 @@ def _add_front_line(figure: go.Figure, front: Sequence[Point]) -> None:
 
 
 def _add_points(
-    figure: go.Figure, name: str, points: Sequence[Point], fills: list[str] | str, edges: str, symbol: str = "circle"
+    figure: go.Figure,
+    name: str,
+    points: Sequence[Point],
+    fills: list[str] | str,
+    edges: str,
+    symbol: str = "circle",
+    numbers: Mapping[str, str] | None = None,
 ) -> None:
-    readable = sum(p.rank is not None for p in points) <= MOST_NUMBERS
-    numbers = [str(p.rank) if p.rank is not None and readable else "" for p in points]
+    texts = [(numbers or {}).get(p.trial.id, "") for p in points]
     figure.add_trace(
         go.Scatter(
             x=[p.latency_ms for p in points],
             y=[p.quality for p in points],
             customdata=[p.trial.id for p in points],
             hovertext=[_told(p) for p in points],
-            text=numbers if any(numbers) else None,
-            mode="markers+text" if any(numbers) else "markers",
+            text=texts if any(texts) else None,
+            mode="markers+text" if any(texts) else "markers",
             textfont={"color": colour("paper"), "size": 11, "weight": 700},
             marker={
                 "size": [p.diameter for p in points],

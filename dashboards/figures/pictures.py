@@ -14,7 +14,7 @@ from raybsa.layout import BlockLayout
 from raybsa.spec import ADAPTIVE, AttentionSpec, PatternSpec, TrialSpec
 
 MAX_CELLS = 32
-MAX_TOKENS = 8_192
+MAX_BLOCKS = 512  # a side of what is drawn
 MAX_PANELS = 4
 ABOVE = "."
 _SHARES = {
@@ -45,10 +45,10 @@ class Drawing(NamedTuple):
 def drawing_info(spec: TrialSpec, own_patterns: bool = False, most: int = MAX_PANELS) -> Drawing:
     """One panel for each distinct head; where layers differ, one for each distinct layer. Up to ``most``.
 
-    It is drawn at the timed length, at most ``MAX_TOKENS`` tokens. ``own_patterns`` lets it import a ``module:Class``
+    It is drawn at the timed length, at most ``MAX_BLOCKS`` blocks. ``own_patterns`` lets it import a ``module:Class``
     that the spec names: a results folder from elsewhere must not choose what code runs here.
     """
-    tokens = min(spec.seq_len, MAX_TOKENS)
+    tokens = min(spec.seq_len, MAX_BLOCKS * min(layer.block_size for layer in spec.attention))
     layers = list(dict.fromkeys(spec.attention))[:most]
     foreign = [name for layer in layers if layer.pattern for name in _family_names(layer.pattern) if ":" in name]
     if foreign and not own_patterns:

@@ -23,8 +23,11 @@ _READ = (
 )
 _TABLE = (
     "Of ideal: the ideal's time / ours. / Flex, / best: our time over theirs, below 1 is ours ahead. "
-    'Auto: what backend="auto" takes, its time over the best library\'s. Memory: beyond inputs, output and gradients, '
-    "as a share of q + k + v + out. Errors: in those of plain torch operations of the same dtype."
+    'Auto: what backend="auto" takes, its time over the best library\'s; timed: auto was timed itself.'
+)
+_COST = (
+    "Memory: ours, beyond inputs, output and gradients, and as a share of q + k + v + out. "
+    "Errors: ours, in those of plain torch operations of the same dtype."
 )
 _MEMORY = (
     "Peak of forward and backward beyond inputs, output and gradients, with what stays with the layout, at the "
@@ -39,8 +42,10 @@ def peers_section(page: Page, results: Results, *, memory: bool = True) -> Marku
     for device, rows in peer_rows(results).items():
         libraries = listed(r.library for row in rows for r in row.by_backend.values() if r.backend != "auto")
         parts += [element("h3", f"On {device}"), note(libraries), _legend(), note(_READ), _times(page, rows)]
-        parts += [peers_memory(page, rows)] if memory else []
-        parts += [element("h3", "The kernels in numbers"), note(_TABLE), _numbers(rows)]
+        if memory and (figures := peers_memory(page, rows)) is not None:
+            parts += [element("h3", "Memory against length"), figures]
+        parts += [element("h3", "The kernels in numbers"), note(_TABLE), _times_table(rows)]
+        parts += [element("h3", "Their memory and errors"), note(_COST), _cost_table(rows)]
     return section("peers", "GPU kernels beside other libraries", *parts) if parts else None
 
 
@@ -118,35 +123,51 @@ def peers_memory(page: Page, rows: Sequence[Row]) -> Markup | None:
             cards.append(element("div", element("h4", title), picture, class_="card"))
     if not cards:
         return None
-    return join(element("h3", "Memory against length"), note(_MEMORY), element("div", *cards, class_="cards wide"))
+    return join(note(_MEMORY), element("div", *cards, class_="cards wide"))
 
 
-def _numbers(rows: Sequence[Row]) -> Markup:
+def _times_table(rows: Sequence[Row]) -> Markup:
     head = [Column("cell"), Column("kept", "right")]
     for title in ("forward", "forward + backward"):
         names = (title, "of ideal", "/ Flex", "/ best", "auto")
         head += [Column(name, "right") for name in names]
-    head += [Column(name, "right") for name in ("memory", "error forward", "error gradient")]
-    return table([*head, Column("who could not", "text")], [_cells(row) for row in rows])
+    return table(head, [_times_cells(row) for row in rows])
 
 
-def _cells(row: Row) -> list[str]:
-    own = row.own
+def _times_cells(row: Row) -> list[str]:
     shown = [row.name, percent(row.density)]
     for name in PASSES:
         times = pass_of(row, name)
+        taken = NAMES.get(times.auto_name, "timed")
         shown += [
             milliseconds(times.own),
             percent(ratio(times.ideal, times.own)),
-            number(ratio(times.own, times.peers.get("flex"))),
-            f"{number(times.over_best(times.own))} {NAMES[times.best]}" if times.best else "–",
-            f"{number(times.over_best(times.auto))} {NAMES.get(times.auto_name, 'measured')}" if times.best else "–",
+            _over(ratio(times.own, times.peers.get("flex"))),
+            f"{_over(times.over_best(times.own))} {NAMES[times.best]}" if times.best else "–",
+            f"{_over(times.over_best(times.auto))} {taken}" if times.best else "–",
         ]
-    extra = extra_bytes(own, row.spec) if own else None
-    shown += [
-        f"{size(extra)} ({percent(extra / held_bytes(row.spec))})" if extra and extra > 0 else "–",
+    return shown
+
+
+def _cost_table(rows: Sequence[Row]) -> Markup:
+    names = ("memory", "of q + k + v + out", "error forward", "error gradient")
+    head = [Column("cell"), *(Column(name, "right") for name in names), Column("who could not", "text")]
+    return table(head, [_cost_cells(row) for row in rows])
+
+
+def _cost_cells(row: Row) -> list[str]:
+    own = row.own
+    extra = max(0, extra_bytes(own, row.spec) or 0) if own else None
+    return [
+        row.name,
+        size(extra or None),
+        percent(ratio(extra, held_bytes(row.spec))),
         number(ratio(own.error_forward, own.reference_error_forward) if own else None),
         number(ratio(own.error_gradient, own.reference_error_gradient) if own else None),
         listed(f"{NAMES.get(n, n)} ({r.status})" for n, r in row.by_backend.items() if r.status != "ok"),
     ]
-    return shown
+
+
+def _over(value: float | None) -> str:
+    """One time over another."""
+    return "–" if value is None else f"{value:.2f}"

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from dashboards.figures.curves import curves_info, curves_plot, later_range
+from dashboards.figures.front_numbers import Place, front_numbers
 from dashboards.figures.labels import add_end_labels
 from dashboards.figures.pareto import ParetoInfo, pareto_info, pareto_plot, thinned
-from dashboards.figures.pictures import ABOVE, MAX_CELLS, MAX_TOKENS, drawing_info, picture_plot
+from dashboards.figures.pictures import ABOVE, MAX_BLOCKS, MAX_CELLS, drawing_info, picture_plot
 from dashboards.figures.scaling import FORWARD, FORWARD_BACKWARD, MEMORY, scaling_info, scaling_plot, split_by_pattern
 from dashboards.frames import Trial, trial_of
 from dashboards.theme import base_figure, colour, density_colour
@@ -92,6 +93,18 @@ def test_the_picture_shows_each_trial_once_and_dense_apart() -> None:
     assert (dense.marker.symbol, dense.marker.color) == ("diamond", colour("dense"))
     assert "ms" in figure.layout.xaxis.title.text
     assert "bits per byte (lower is better)" in figure.layout.yaxis.title.text
+
+
+def test_points_of_the_front_that_hide_one_another_s_numbers_have_a_joint_one() -> None:
+    row = [Place(x, y, 20.0) for x, y in ((0.0, 1.0), (0.001, 0.999), (0.002, 0.998), (0.5, 0.5), (1.0, 0.0))]
+    assert front_numbers(row, row) == ["", "", "1–3", "4", "5"]
+    assert front_numbers(row[:3], row[:3]) == ["1", "2", "3"], "nothing else is drawn: the axes are theirs"
+    assert front_numbers(row[:1], row[:1]) == ["1"]
+    far = lm_record("far", DENSE, 3.0, 900.0)
+    near = [lm_record(f"near{i}", sparse("bigbird"), 2.3 - i / 1000, 9.0 + i / 1000) for i in range(2)]
+    figure = pareto_plot(pareto_info(trials(*near, far)))
+    assert [note.text for note in figure.layout.annotations] == ["1–2", "dense"]
+    assert all("1" not in (trace.text or ()) for trace in figure.data)
 
 
 # ---- speed and memory ----------------------------------------------------------------------------------------------
@@ -212,9 +225,9 @@ def test_a_picture_shows_the_blocks_of_the_layout() -> None:
     assert (list(panel.rows), panel.caption) == (wanted, "all heads")
 
 
-def test_a_picture_is_capped_in_cells_and_in_tokens() -> None:
+def test_a_picture_is_capped_in_cells_and_in_blocks() -> None:
     drawing = drawing_info(TrialSpec("speed", (sparse("bigbird", 0.05),), seq_len=131_072))
-    assert drawing.tokens == MAX_TOKENS
+    assert drawing.tokens == MAX_BLOCKS * 64
     assert {len(row) for panel in drawing.panels for row in panel.rows} == {MAX_CELLS}
 
 
