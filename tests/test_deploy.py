@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 import subprocess
 import sys
@@ -11,11 +12,14 @@ from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
 CLOUDS = ("deploy/aws.yaml", "deploy/gcp.yaml")
+# ray.io_rayjobs.yaml, of helm-chart/kuberay-operator/crds in ray-project/kuberay
+KUBERAY = os.environ.get("KUBERAY_CRD")
 
 
 def read(file: str) -> dict[str, Any]:
@@ -113,6 +117,33 @@ def test_a_rayjob_runs_the_pinned_versions_with_a_token_and_notices_a_lost_host(
         assert {f"RAY_health_check_{what}" for what in ("period_ms", "timeout_ms", "failure_threshold")} <= names
         assert container["resources"]["requests"] == container["resources"]["limits"]
     assert "nvidia.com/gpu" in containers[1]["resources"]["limits"]
+
+
+def strict(schema: Any) -> Any:
+    """The schema with what Kubernetes would silently drop, fields that it does not know, as an error."""
+    if isinstance(schema, list):
+        return [strict(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {name: strict(part) for name, part in schema.items()}
+    if made.get("x-kubernetes-int-or-string"):
+        made.pop("type", None)
+    open_ended = "additionalProperties" in made or made.get("x-kubernetes-preserve-unknown-fields")
+    if made.get("type") == "object" and "properties" in made and not open_ended:
+        made["additionalProperties"] = False
+    return made
+
+
+@pytest.mark.skipif(KUBERAY is None, reason="KUBERAY_CRD names no ray.io_rayjobs.yaml of KubeRay")
+def test_a_rayjob_fits_the_schema_of_kuberay() -> None:
+    definition = yaml.safe_load(Path(str(KUBERAY)).read_text(encoding="utf-8"))
+    (version,) = (one for one in definition["spec"]["versions"] if one["name"] == "v1")
+    schema = strict(version["schema"]["openAPIV3Schema"])
+    schema["properties"]["metadata"] = {"type": "object"}
+    job = read("deploy/rayjob.yaml")
+    jsonschema.validate(job, schema)
+    with pytest.raises(jsonschema.ValidationError, match="backofLimit"):
+        jsonschema.validate({**job, "spec": {**job["spec"], "backofLimit": 2}}, schema)
 
 
 def test_the_packages_of_a_rayjob_are_those_of_the_project() -> None:
