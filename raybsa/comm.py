@@ -23,7 +23,6 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # before any group is made: its defaults keep one that is there; DDP loads it
 from torch import Tensor
 
 SETTLE_SLEEP_S = 200e-6
