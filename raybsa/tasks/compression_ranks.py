@@ -15,7 +15,6 @@ import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,38 +39,34 @@ def measure_compression(spec: TrialSpec) -> Measurement:
         RuntimeError: a rank failed; the message is that of the first.
     """
     world_size = compression_params(spec)[2]
-    answers: Any = mp.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory(prefix="raybsa-compression-") as folder:
-        arguments = (world_size, os.path.join(folder, "store"), spec, answers)
+        answer = Path(folder, "answer.json")
+        arguments = (world_size, os.path.join(folder, "store"), spec, answer)
         try:
-            mp.start_processes(_rank, arguments, nprocs=world_size, start_method="spawn")
+            mp.start_processes(_take_part, arguments, nprocs=world_size, start_method="spawn")
         except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
             raise RuntimeError(str(error).strip().splitlines()[-1]) from error
-    return _measurement(answers.get(), world_size)
+        found = json.loads(answer.read_text())
+    return _measurement(Compressed(**found | {"losses": tuple(found["losses"])}), world_size)
 
 
-def _rank(rank: int, world_size: int, store: str, spec: TrialSpec, answers: Any) -> None:
-    found = train_rank(rank, world_size, store, spec)
-    if rank == 0:
-        answers.put(found)
-    _leave()
+def _take_part(rank: int, world_size: int, store: str, spec: TrialSpec, answer: Path) -> None:
+    """One rank's process: meets the others in the file ``store``, trains, answers if it is rank 0, and ends without
+    taking anything down.
 
-
-def _leave() -> None:
-    """Ends this process without taking anything down. Gloo's threads still hold work of DDP's hook when training ends;
-    where the interpreter or the group ends before them, the process aborts, once in some dozens of trainings."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
-
-
-def train_rank(rank: int, world_size: int, store: str, spec: TrialSpec) -> Compressed:
-    """One rank's part, from the meeting in the file ``store`` to the end. It leaves the default group behind."""
+    Gloo's threads still hold work of DDP's hook then; where the interpreter or the group ends before them, the process
+    aborts, once in some dozens of trainings.
+    """
     torch.set_num_threads(1)
     limit = datetime.timedelta(seconds=_TIMEOUT_S)
     shared = dist.FileStore(store, world_size)
     dist.init_process_group("gloo", store=shared, rank=rank, world_size=world_size, timeout=limit)
-    return train_compressed(spec, dist.group.WORLD)
+    found = train_compressed(spec, dist.group.WORLD)
+    if rank == 0:
+        answer.write_text(json.dumps(asdict(found)))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _measurement(found: Compressed, world_size: int) -> Measurement:
@@ -100,9 +95,5 @@ def _measurement(found: Compressed, world_size: int) -> Measurement:
 
 if __name__ == "__main__":
     _, own_rank, ranks, meeting, question, answer = sys.argv
-    trained = train_rank(
-        int(own_rank), int(ranks), meeting, TrialSpec.from_dict(json.loads(Path(question).read_text()))
-    )
-    if int(own_rank) == 0:
-        Path(answer).write_text(json.dumps(asdict(trained)))
-    _leave()
+    asked = TrialSpec.from_dict(json.loads(Path(question).read_text()))
+    _take_part(int(own_rank), int(ranks), meeting, asked, Path(answer))
