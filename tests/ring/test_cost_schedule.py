@@ -36,7 +36,7 @@ class Clock:
 
     def __init__(self, plan: RingPlan, rank: int, started: dict[tuple[str, int, int], float]) -> None:
         self.now = 0.0
-        self._plan, self._rank, self._started = plan, rank, started
+        self._rank, self._started = rank, started
         self._hops = {hop.shift: hop for hop in plan.of_rank(rank).hops}
         self._under_way: list[tuple[str, int]] = []
 
@@ -46,7 +46,7 @@ class Clock:
             self._under_way.append((kind, hop))
 
     def end(self, phase: Phase, kind: str, hop: int) -> None:
-        if phase == Phase.TRANSFER and kind.startswith("kv"):
+        if phase == Phase.TRANSFER:
             while (kind, hop) in self._under_way:
                 self.now = max(self.now, self._met(*self._under_way.pop(0)))
 
