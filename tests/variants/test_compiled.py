@@ -40,6 +40,7 @@ def outcome(module: Any, *inputs: Tensor, **arguments: Any) -> list[Tensor]:
 
 def same(module: nn.Module, *inputs: Tensor, fullgraph: bool = True, **arguments: Any) -> None:
     found = outcome(compiled(module, fullgraph=fullgraph), *inputs, **arguments)
+    assert bool(counters["graph_break"]) is not fullgraph
     torch.testing.assert_close(found, outcome(module, *inputs, **arguments))
 
 
