@@ -70,4 +70,4 @@ def test_an_address_at_which_nothing_answers_is_an_error_at_once(address):
     start = time.monotonic()
     with pytest.raises(ConnectionError, match=f"wanted at '{address}', nothing answers there"):
         launch.cluster(address).__enter__()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20
