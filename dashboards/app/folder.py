@@ -27,6 +27,11 @@ class Folder:
         self._trials: tuple[Trial, ...] = ()
         self.version = 0
 
+    def look(self, before: int | None) -> int:
+        """The version for a reader who has seen ``before``: one who comes (None) need not wait for what is still to be
+        read, where something was; the next look reads on."""
+        return self.version if before is None and self.version else self.refresh()
+
     def refresh(self) -> int:
         """Looks for new rows and reads them; returns the version. Does next to nothing where nothing is new."""
         with self._lock:

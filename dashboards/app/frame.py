@@ -55,7 +55,12 @@ def make_app(folder: Folder, *, own_patterns: bool = False, warm: bool = False) 
         warm: draws the first view at once.
     """
     app = Dash(
-        "dashboards", title="raybsa", update_title="", suppress_callback_exceptions=True, assets_folder="no assets"
+        "dashboards",
+        title="raybsa",
+        update_title="",
+        suppress_callback_exceptions=True,
+        assets_folder="no assets",
+        eager_loading=True,
     )
     app.index_string = app.index_string.replace("{%css%}", f"<style>{_style()}</style>{{%css%}}")
     app.layout = _layout(folder)
@@ -140,7 +145,7 @@ def _connect(app: Dash, folder: Folder, drawings: Drawings) -> None:
         Output("version", "data"), Output("notes", "children"), Input("look", "n_intervals"), State("version", "data")
     )
     def look(_: int, before: int | None) -> Any:
-        version = folder.refresh()
+        version = folder.look(before)
         return no_update if version == before else (version, [html.P(text, className="note") for text in folder.notes])
 
     @app.callback(

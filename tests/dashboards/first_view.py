@@ -3,8 +3,8 @@
 python -m tests.dashboards.first_view FOLDER --trials 10000
 
 Trials are made up and written into FOLDER where it is empty, a file each, as a search would. Chromium opens the app
-twice: over these files, and once they are compacted. Seconds are a reader's: from the address being entered until the
-front is drawn, and until no file is left to be read.
+twice: over these files, and once they are compacted. Seconds are a reader's, whose browser is open and never saw the
+app: from the address being entered until the front is drawn, and until no file is left to be read.
 """
 
 from __future__ import annotations
@@ -61,6 +61,10 @@ def served(folder: str) -> Iterator[tuple[str, Queue]]:
     app.index_string = app.index_string.replace("</body>", PROBE + "</body>")
     told: Queue = Queue()
 
+    @app.server.get("/open")
+    def opened() -> str:
+        return "<script>setTimeout(() => location.replace('/'), 3000)</script>"
+
     @app.server.post("/seen")
     def seen() -> str:
         told.put(request.get_json(force=True))
@@ -70,7 +74,7 @@ def served(folder: str) -> Iterator[tuple[str, Queue]]:
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.port}/", told
+        yield f"http://127.0.0.1:{server.port}/open", told
     finally:
         server.shutdown()
         thread.join()

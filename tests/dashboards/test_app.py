@@ -151,6 +151,14 @@ def test_the_version_grows_with_new_rows_and_only_with_them(tmp_path: Path) -> N
     assert [trial.id for trial in folder.results.trials] == ["a", "b"]
 
 
+def test_a_reader_who_comes_sees_what_was_read_and_the_next_look_reads_on(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, lm_record("early", DENSE, 2.2, 40.0))
+    Store(str(tmp_path)).write_record(lm_record("late", sparse("bigbird"), 2.3, 9.0))
+    assert (folder.look(None), len(folder.results.trials)) == (1, 1)
+    assert (folder.look(1), len(folder.results.trials)) == (2, 2)
+    assert Folder(str(tmp_path)).look(None) == 1, "where nothing was read yet, it is"
+
+
 def test_the_trial_of_the_address_is_the_one_that_is_shown(whole: Folder) -> None:
     view = shown(whole, "search", "?trial=bigbird-0.25")[1]
     parts = search.chosen(view)
