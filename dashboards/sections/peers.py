@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from statistics import median
 
 from dashboards.figures.peer_memory import memory_info, memory_plot
 from dashboards.figures.peers import NAMES, peers_info, peers_plot
@@ -12,7 +13,8 @@ from dashboards.page import Page
 from dashboards.sections.frame import listed, note, section
 from dashboards.wording import milliseconds, number, percent, ratio, size, tokens
 from raybsa.experiments.peer_cells import cells
-from raybsa.experiments.peer_rows import PASSES, Row, extra_bytes, held_bytes, pass_of, rows_of
+from raybsa.experiments.peer_rows import PASSES, Pass, Row, extra_bytes, held_bytes, pass_of, rows_of
+from raybsa.kernels.auto_table import PEERS
 from raybsa.spec import PatternSpec
 
 _TITLES = dict(zip(PASSES, ("Forward", "Forward + backward"), strict=True))
@@ -21,6 +23,7 @@ _READ = (
     "Point at a mark to see how near the ideal it is and what auto takes. What was measured at one density only is "
     "in the table."
 )
+_SHORT = "Our time over theirs in all cells that both ran: below 1 is ours ahead."
 _TABLE = (
     "Of ideal: the ideal's time / ours. / Flex, / best: our time over theirs, below 1 is ours ahead. "
     'Auto: what backend="auto" takes, its time over the best library\'s; timed: auto was timed itself.'
@@ -41,7 +44,8 @@ def peers_section(page: Page, results: Results, *, memory: bool = True) -> Marku
     parts: list[Markup | None] = []
     for device, rows in peer_rows(results).items():
         libraries = listed(r.library for row in rows for r in row.by_backend.values() if r.backend != "auto")
-        parts += [element("h3", f"On {device}"), note(libraries), _legend(), note(_READ), _times(page, rows)]
+        parts += [element("h3", f"On {device}"), note(libraries), note(_SHORT), standing_table(rows)]
+        parts += [_legend(), note(_READ), _times(page, rows)]
         if memory and (figures := peers_memory(page, rows)) is not None:
             parts += [element("h3", "Memory against length"), figures]
         parts += [element("h3", "The kernels in numbers"), note(_TABLE), _times_table(rows)]
@@ -62,6 +66,33 @@ def kind(pattern: PatternSpec | None) -> str:
     parts = pattern.params.get("parts")
     names = [part["name"] for part in parts] if isinstance(parts, list) else [pattern.name]
     return " + ".join(names).replace("_", " ")
+
+
+def standing_table(rows: Sequence[Row]) -> Markup:
+    """Ours, and what ``auto`` takes, over each library and over the fastest of them in each cell."""
+    head = [Column("")]
+    for title in ("forward", "forward + backward"):
+        head += [Column(name, "right") for name in (f"{title}, median", "best", "worst", "ahead in")]
+    by_pass = [[_over_others(pass_of(row, name)) for row in rows] for name in PASSES]
+    shown = []
+    for title in by_pass[0][0]:
+        found = [[value for row in ratios if (value := row[title]) is not None] for ratios in by_pass]
+        if any(found):
+            shown.append([title, *(cell for values in found for cell in _standing(values))])
+    return table(head, shown)
+
+
+def _over_others(times: Pass) -> dict[str, float | None]:
+    by_peer = {f"ours / {NAMES[peer]}": ratio(times.own, times.peers.get(peer)) for peer in PEERS}
+    fastest = {"ours": times.over_best(times.own), "auto": times.over_best(times.auto)}
+    return by_peer | {f"{name} / the fastest of them": value for name, value in fastest.items()}
+
+
+def _standing(values: Sequence[float]) -> list[str]:
+    if not values:
+        return ["–"] * 4
+    ahead = sum(value < 1 for value in values)
+    return [_over(median(values)), _over(min(values)), _over(max(values)), f"{ahead} of {len(values)}"]
 
 
 def _legend() -> Markup:

@@ -38,8 +38,15 @@ def folder_of(path: Path, *records: Record) -> Folder:
     store = Store.create(path)
     for record in records:
         store.write_record(record)
+    return read(path)
+
+
+def read(path: Path) -> Folder:
+    """All of a folder, however slow this machine is: a look reads for a second or so."""
     folder = Folder(str(path))
     folder.refresh()
+    while any("still to be read" in note for note in folder.notes):
+        folder.refresh()
     return folder
 
 
@@ -74,9 +81,7 @@ def drawn(folder: Folder, page: str, query: str = "") -> str:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     path = tmp_path_factory.mktemp("whole")
     a_folder(path)
-    folder = Folder(str(path))
-    folder.refresh()
-    return folder
+    return read(path)
 
 
 def test_an_address_goes_into_a_url_and_back() -> None:

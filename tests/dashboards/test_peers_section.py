@@ -10,8 +10,9 @@ import pytest
 
 from dashboards.figures.peer_memory import CLAIMED, memory_info, memory_plot
 from dashboards.figures.peers import SYMBOLS, peers_info, peers_plot
+from dashboards.markup import html
 from dashboards.report import write_report
-from dashboards.sections.peers import kind
+from dashboards.sections.peers import kind, standing_table
 from dashboards.theme import PALETTE, colour
 from raybsa.experiments import peer_rows
 from raybsa.experiments.peer_cells import cells
@@ -122,6 +123,24 @@ def test_the_page_of_a_gpu_suite_is_about_kernels_alone(tmp_path: Path, records:
     assert "<p>None.</p>" in page, "a refusal is no failure"
     assert "&lt;img src=x" in page
     assert "<img src=x" not in page
+
+
+def test_ours_over_each_library_is_told_first(records: list[Record]) -> None:
+    mine = rows(records, "d128-32K-b128-random-(1|50)%")
+    found = re.findall(r"<tr>(.*?)</tr>", html(standing_table(mine)))
+    table = {line[0]: line[1:] for row in found[1:] if (line := re.findall(r"<td.*?>(.*?)</td>", row))}
+    own, fa4, cudnn = (
+        [LAUNCH_MS[name] + 14.3 * d / SHARE[name] for d in (0.01, 0.5)] for name in ("triton", "fa4", "cudnn")
+    )
+    over_fa4 = [own[0] / fa4[0], own[1] / fa4[1]]
+    assert over_fa4[0] < 1 < over_fa4[1]
+    shown = [f"{sum(over_fa4) / 2:.2f}", f"{over_fa4[0]:.2f}", f"{over_fa4[1]:.2f}", "1 of 2"]
+    assert table["ours / FA4"] == shown * 2
+    assert table["ours / FlexAttention"][3] == "2 of 2"
+    assert table["ours / the fastest of them"][1:3] == [f"{own[0] / min(fa4[0], cudnn[0]):.2f}", shown[2]]
+    refused = html(standing_table(rows(records, "d128-32K-b64-random-1%")))
+    assert "ours / cuDNN" in refused
+    assert "ours / FA4" not in refused
 
 
 def test_kernels_stand_beside_the_other_sections_and_draw_no_patterns(tmp_path: Path, records: list[Record]) -> None:
