@@ -80,7 +80,7 @@ def test_a_trial_whose_worker_dies_goes_to_a_fresh_one_and_the_others_go_on(scri
     assert "its worker died 3 times" in outcomes[1].error
     assert (outcomes[3].error, outcomes[3].failures) == ("ValueError: no such thing", 0)
     assert [scripted.attempts(seed) for seed in (0, 1, 2, 3)] == [2, 3, 2, 1]
-    assert len(said) == 3
+    assert sum("its trial goes to a fresh one" in text for text in said) == 3
 
 
 def test_a_worker_stays_warm_from_trial_to_trial_even_through_an_error(scripted):
@@ -179,7 +179,7 @@ def test_a_worker_that_ray_killed_for_its_memory_counts_as_one_that_died(scripte
         lost, survived = coordinator.map(asked(0, 0))
     assert (lost.failures, lost.error) == (2, "its worker died 2 times: the node ran low on memory")
     assert (survived.failures, survived.error) == (1, None)
-    assert len(said) == 2
+    assert sum("its trial goes to a fresh one" in text for text in said) == 2
 
 
 def test_run_trial_records_the_answer_and_the_failures_that_it_survived(scripted, tmp_path):
