@@ -19,6 +19,11 @@ def number(value: float | None) -> str:
     return f"{rounded:,.0f}" if abs(rounded) >= 1000 else f"{rounded:g}"
 
 
+def quality(value: float | None) -> str:
+    """Four significant digits, zeros at the end too: trials of one front often differ in the third."""
+    return "–" if value is None else f"{value:#.4g}".removesuffix(".")
+
+
 def milliseconds(value: float | None) -> str:
     return "–" if value is None else f"{number(value)}\u00a0ms"
 

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from dashboards.figures.front_numbers import Place, add_joint_numbers, front_numbers, inside
 from dashboards.frames import Trial
 from dashboards.theme import base_figure, colour, density_colour, log_axis
-from dashboards.wording import milliseconds, number, ratio
+from dashboards.wording import milliseconds, quality, ratio
 from raybsa.results.pareto import FORWARD_LATENCY, LATENCY, Objective, pareto_front, quality_objective
 
 _CROWD, MOST_NUMBERS = 300, 40  # points from which on they shrink, and numbers that can still be read
@@ -142,7 +142,7 @@ def _cells(values: Sequence[float], count: int) -> list[int]:
 
 def _told(point: Point) -> str:
     """A point in words, for a page that has no better place to tell it."""
-    return f"{escape(point.trial.label, quote=False)}<br>{number(point.quality)}, {milliseconds(point.latency_ms)}"
+    return f"{escape(point.trial.label, quote=False)}<br>{quality(point.quality)}, {milliseconds(point.latency_ms)}"
 
 
 def _name_dense(figure: go.Figure, point: Point) -> None:

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from dashboards.figures.pareto import ParetoInfo, Point
 from dashboards.frames import Trial
 from dashboards.theme import base_figure, colour, log_axis
-from dashboards.wording import milliseconds, number, ratio, times
+from dashboards.wording import milliseconds, quality, ratio, times
 
 NAMES = ("A", "B")
 MEANINGS = ("own", "rival")  # in the palette
@@ -97,7 +97,7 @@ def fronts_plot(infos: Sequence[ParetoInfo]) -> go.Figure:
 def _add_front(figure: go.Figure, info: ParetoInfo, name: str, shade: str, symbol: str) -> None:
     def text(point: Point) -> str:
         label = escape(point.trial.label, quote=False)
-        return f"{name}: {label}<br>{number(point.quality)}, {milliseconds(point.latency_ms)}"
+        return f"{name}: {label}<br>{quality(point.quality)}, {milliseconds(point.latency_ms)}"
 
     figure.add_trace(
         go.Scatter(

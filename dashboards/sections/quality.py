@@ -10,7 +10,7 @@ from dashboards.frames import Results, search_command
 from dashboards.markup import Column, Markup, element, join, table
 from dashboards.page import Page, Told
 from dashboards.sections.frame import asked, note, nothing_yet, section
-from dashboards.wording import milliseconds, number, paste, percent, ratio, size, times
+from dashboards.wording import milliseconds, paste, percent, quality, ratio, size, times
 
 MOST_CURVES, MOST_NAMED, MOST_DENSE = 40, 20, 3  # dominated, of the front and of the baseline in one figure
 
@@ -101,7 +101,7 @@ def _front_row(page: Page, info: ParetoInfo, point: Point) -> list[Markup | str]
         str(point.rank),
         element("div", data_drawing=page.drawing(trial)),
         join(trial.label, element("pre", paste(trial.spec), class_="copied")),
-        number(point.quality),
+        quality(point.quality),
         milliseconds(point.latency_ms),
         times(info.speed_up(point)),
         size(trial.record.peak_bytes),
@@ -122,7 +122,7 @@ def _title(point: Point) -> str:
 def _facts(info: ParetoInfo, point: Point) -> list[tuple[str, str]]:
     record = point.trial.record
     return [
-        (info.quality_label, number(point.quality)),
+        (info.quality_label, quality(point.quality)),
         (info.latency_label, milliseconds(point.latency_ms)),
         ("speed-up over dense", times(info.speed_up(point))),
         ("peak memory", size(record.peak_bytes)),

@@ -11,7 +11,7 @@ from dashboards.frames import Results, Trial
 from dashboards.markup import Column, Markup, element, join, table
 from dashboards.page import Page
 from dashboards.sections.frame import listed, note, section
-from dashboards.wording import milliseconds, moment, number, ratio, size, times
+from dashboards.wording import milliseconds, moment, quality, ratio, size, times
 
 _MOST = 200  # rows of the table
 
@@ -89,7 +89,7 @@ def _cells(pair: Pair) -> list[str]:
         pair.label,
         *(milliseconds(r.forward_backward_ms_p50 or r.forward_ms_p50) for r in (a, b)),
         times(pair.slower),
-        *(number(r.quality) for r in (a, b)),
+        *(quality(r.quality) for r in (a, b)),
         *(size(r.peak_bytes) for r in (a, b)),
         times(ratio(b.peak_bytes, a.peak_bytes)),
     ]

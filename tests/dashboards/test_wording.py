@@ -7,7 +7,18 @@ import ast
 import pytest
 import torch
 
-from dashboards.wording import milliseconds, moment, number, paste, pattern_label, percent, size, times, trial_label
+from dashboards.wording import (
+    milliseconds,
+    moment,
+    number,
+    paste,
+    pattern_label,
+    percent,
+    quality,
+    size,
+    times,
+    trial_label,
+)
 from raybsa import create_block_sparse_attention
 from raybsa.patterns import build
 from raybsa.spec import AttentionSpec, PatternSpec, Ranks, TrialSpec
@@ -22,7 +33,15 @@ def test_numbers_have_three_digits_and_unmeasured_is_a_dash() -> None:
         "12,300",
         "3e-07",
     ]
-    assert [f(None) for f in (number, milliseconds, size, percent, times)] == ["–"] * 5
+    assert [f(None) for f in (number, milliseconds, size, percent, times, quality)] == ["–"] * 6
+    assert [quality(x) for x in (3.2, 3.2014, 0.9971, 1.0, 12.34567, 1234.0)] == [
+        "3.200",
+        "3.201",
+        "0.9971",
+        "1.000",
+        "12.35",
+        "1234",
+    ]
 
 
 def test_numbers_carry_their_unit() -> None:
