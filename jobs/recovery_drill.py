@@ -3,6 +3,8 @@
     python jobs/recovery_drill.py --out results/drill            # a default plan, under a minute on two cores
     python jobs/recovery_drill.py --out results/drill --full     # every (fault, place) pair
     python jobs/recovery_drill.py --out results/drill --soak 200 # that many faults over one run; what is left behind
+    python jobs/recovery_drill.py --out results/drill --world-size 1 --gpus-per-worker 0.5 \
+        --fault cuda_error:before_forward out_of_memory:exchange  # a GPU's own faults; the spare is on the same GPU
 
 For every fault it prints how long it took to be noticed and to train again, the steps lost, and whether the final
 weights are those of the undisturbed run, to the bit; then each kind's median and worst. It exits non-zero where weights
@@ -19,10 +21,10 @@ from pathlib import Path
 
 from raybsa.cluster.faults import FaultKind, FaultPlace
 from raybsa.cluster.journal import TrainingFailed
-from raybsa.cluster.resources import TooFewResources
+from raybsa.cluster.resources import Share, TooFewResources
 from raybsa.experiments import drill_summary
 from raybsa.experiments.drill import Drill, Survived, estimate_minutes, timed
-from raybsa.experiments.drill_plan import DEFAULT, KINDS, LEFT_OUT, Pair, groups, steps_for
+from raybsa.experiments.drill_plan import DEFAULT, Pair, groups, kinds_on, left_out_on, steps_for
 from raybsa.experiments.drill_ring import Ring
 from raybsa.experiments.launch import cluster
 from raybsa.experiments.place import absolute, git_commit
@@ -36,12 +38,15 @@ HEAD = f"{'fault':58s}{'noticed':>10s}{'trains again':>14s}{'steps lost':>12s}{'
 def main() -> int:
     arguments = _arguments()
     try:
+        share = Share(1, arguments.gpus_per_worker)
+        for kind in {kind for kind, _ in arguments.fault or ()} & {*left_out_on(share.device)}:
+            raise ValueError(f"{kind}: {left_out_on(share.device)[kind]}")
         out = absolute("--out", arguments.out)
         store = Store.create(out)
     except (ValueError, StoreError) as error:
         print(f"jobs/recovery_drill.py: {error}", file=sys.stderr)
         return 2
-    ring = Ring(arguments.world_size, arguments.spares, arguments.heartbeat, arguments.text, arguments.verbose)
+    ring = Ring(arguments.world_size, arguments.spares, arguments.heartbeat, arguments.text, arguments.verbose, share)
     num_cpus = ring.world_size + ring.spares + 2
     with own_temporary_folder(), cluster(arguments.address, num_cpus=num_cpus, deaths=arguments.verbose):
         try:
@@ -57,7 +62,9 @@ def main() -> int:
 
 
 def _drill(drill: Drill, ring: Ring, arguments: argparse.Namespace) -> bool:
-    pairs = list(product(KINDS, FaultPlace)) if arguments.full else arguments.fault or list(DEFAULT)
+    pairs = (
+        list(product(kinds_on(ring.share.device), FaultPlace)) if arguments.full else arguments.fault or list(DEFAULT)
+    )
     grouped = groups(pairs, arguments.at_once)
     seconds = timed(drill, steps_for(grouped[0]))
     print(
@@ -65,7 +72,7 @@ def _drill(drill: Drill, ring: Ring, arguments: argparse.Namespace) -> bool:
         f"about {estimate_minutes(grouped, ring, seconds):.1f} minutes"
     )
     if arguments.full:
-        print("left out: " + "; ".join(f"{kind} ({why})" for kind, why in LEFT_OUT.items()))
+        print("left out: " + "; ".join(f"{kind} ({why})" for kind, why in left_out_on(ring.share.device).items()))
     print(HEAD, flush=True)
     begin, rows = time.monotonic(), list[Survived]()
     for group in grouped:
@@ -108,9 +115,10 @@ def _line(row: Survived) -> str:
 
 def _pair(text: str) -> Pair:
     kind, _, place = text.partition(":")
-    if kind not in list(KINDS) or place not in list(FaultPlace):
+    kinds = kinds_on("cuda")
+    if kind not in list(kinds) or place not in list(FaultPlace):
         raise argparse.ArgumentTypeError(
-            f"a fault is KIND:PLACE, a kind of {', '.join(KINDS)} and a place of {', '.join(FaultPlace)}, got {text!r}"
+            f"a fault is KIND:PLACE, a kind of {', '.join(kinds)} and a place of {', '.join(FaultPlace)}, got {text!r}"
         )
     return FaultKind(kind), FaultPlace(place)
 
@@ -126,6 +134,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--soak", type=int, metavar="N", help="N drawn faults over one run, and what is left behind")
     parser.add_argument("--world-size", type=int, default=4, help="ranks")
     parser.add_argument("--spares", type=int, default=1, help="warm workers that wait for a loss")
+    parser.add_argument("--gpus-per-worker", type=float, default=0.0, help="a GPU, or a share of one; 0: on CPUs")
     parser.add_argument("--heartbeat", type=float, default=2.0, help="seconds of silence after which a rank is lost")
     parser.add_argument("--at-once", type=int, default=7, help="faults in one run")
     parser.add_argument("--text", help="file or folder; default: the Python standard library's sources")

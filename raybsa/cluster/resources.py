@@ -23,14 +23,15 @@ class TooFewResources(RuntimeError):
 
 @dataclass(frozen=True)
 class Share:
-    """What one worker owns: whole CPUs, or a fraction of one that it shares with others, and one GPU or none."""
+    """What one worker owns: whole CPUs, or a fraction of one that it shares with others; and a GPU, a share of one, or
+    none."""
 
     num_cpus: float = 1
-    num_gpus: int = 0
+    num_gpus: float = 0
 
     def __post_init__(self) -> None:
         whole = self.num_cpus >= 1 and self.num_cpus == int(self.num_cpus)
-        if not (whole or _SMALLEST <= self.num_cpus < 1) or self.num_gpus not in (0, 1):
+        if not (whole or _SMALLEST <= self.num_cpus < 1) or not 0 <= self.num_gpus <= 1:
             raise ValueError(
                 f"a worker owns whole CPUs or a fraction of one, from {_SMALLEST:g}, and at most one GPU, got {self}"
             )
@@ -43,7 +44,7 @@ class Share:
     @property
     def bundle(self) -> dict[str, float]:
         """As a placement group asks for it."""
-        return {"CPU": float(self.num_cpus)} | ({"GPU": 1.0} if self.num_gpus else {})
+        return {"CPU": float(self.num_cpus)} | ({"GPU": float(self.num_gpus)} if self.num_gpus else {})
 
     @property
     def device(self) -> str:

@@ -22,10 +22,7 @@ KINDS = (
     FaultKind.SPARE,
     FaultKind.DRIVER,
 )
-LEFT_OUT = {
-    FaultKind.CUDA_ERROR: "needs a GPU",
-    FaultKind.LOST_NODE: "needs a cluster of several nodes: tests/platform/test_lost_host.py",
-}
+LEFT_OUT = {FaultKind.LOST_NODE: "needs a cluster of several nodes: tests/platform/test_lost_host.py"}
 DEFAULT: tuple[Pair, ...] = (
     (FaultKind.EXIT, FaultPlace.FORWARD_HOP),
     (FaultKind.SIGKILL, FaultPlace.BACKWARD_HOP),
@@ -44,6 +41,16 @@ def question(steps: int, text: str | None) -> TrialSpec:
     return TrialSpec(
         "byte_lm", (attention,), train_len=256, train_steps=steps, num_heads=2, head_dim=16, task_params=params
     )
+
+
+def kinds_on(device: str) -> tuple[FaultKind, ...]:
+    """The kinds that a drill can inject where the ranks compute."""
+    return (*KINDS, FaultKind.CUDA_ERROR) if device == "cuda" else KINDS
+
+
+def left_out_on(device: str) -> dict[FaultKind, str]:
+    """The kinds that it cannot, and why."""
+    return LEFT_OUT if device == "cuda" else {FaultKind.CUDA_ERROR: "needs a GPU: --gpus-per-worker"} | LEFT_OUT
 
 
 def groups(pairs: Sequence[Pair], size: int) -> list[Sequence[Pair]]:

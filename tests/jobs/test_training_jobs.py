@@ -102,6 +102,8 @@ def test_a_drill_says_when_a_fault_was_noticed_and_that_the_weights_are_equal(
         ("train.py", ["--partition", "round"], "partition must be one of"),
         ("train.py", ["--text", "/nonesuch"], "text must be a file or a folder, got '/nonesuch'"),
         ("recovery_drill.py", ["--fault", "flood:exchange"], "a fault is KIND:PLACE, a kind of exit"),
+        ("recovery_drill.py", ["--fault", "cuda_error:exchange"], "cuda_error: needs a GPU: --gpus-per-worker"),
+        ("recovery_drill.py", ["--gpus-per-worker", "2"], "at most one GPU, got 1 CPU and 2 GPU"),
     ],
 )
 def test_bad_input_is_named_before_anything_starts(

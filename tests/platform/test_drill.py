@@ -13,14 +13,17 @@ from raybsa.cluster.journal import Recovery
 from raybsa.cluster.member import MemberSettings
 from raybsa.experiments.census import Census
 from raybsa.experiments.drill import Survived, survived
-from raybsa.experiments.drill_plan import EVERY, KINDS, LEFT_OUT, groups, plan_of, soak_plan, steps_for
+from raybsa.experiments.drill_plan import EVERY, KINDS, groups, kinds_on, left_out_on, plan_of, soak_plan, steps_for
 from raybsa.experiments.drill_summary import STRUCK_AGAIN, line_of, summaries, verdict
 from raybsa.experiments.launch import without_rays_messages
 from raybsa.experiments.soak import Soaked
 
 
 def test_every_kind_is_drilled_or_left_out_with_a_reason() -> None:
-    assert {*KINDS, *LEFT_OUT} == {*FaultKind}
+    for device in ("cpu", "cuda"):
+        assert {*kinds_on(device), *left_out_on(device)} == {*FaultKind}
+        assert not {*kinds_on(device)} & {*left_out_on(device)}
+    assert FaultKind.CUDA_ERROR in kinds_on("cuda")
     assert set(FROM_OUTSIDE) <= {*FaultKind}
 
 

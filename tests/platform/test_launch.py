@@ -45,6 +45,7 @@ def test_a_cluster_without_cpus_is_asked_for_one(machines):
         (Share(8), [{"CPU": 4.0}] * 4, 0),
         (Share(0.1), [{"CPU": 1.0}, {"CPU": 0.15}], 11),
         (Share(0.5, 1), [{"CPU": 1.0, "GPU": 8.0}], 2),
+        (Share(1, 0.25), [{"CPU": 64.0, "GPU": 2.0}, {"CPU": 64.0}], 8),
     ],
 )
 def test_room_is_counted_machine_by_machine(machines, share, resources, room):
@@ -63,6 +64,13 @@ def test_a_share_has_a_thread_for_each_whole_cpu_and_one_for_a_fraction(machines
 def test_a_share_of_no_cpu_or_of_one_and_a_half_is_refused(cpus):
     with pytest.raises(ValueError, match=r"whole CPUs or a fraction of one, from 0\.001, and at most one GPU, got "):
         Share(cpus)
+
+
+@pytest.mark.parametrize("gpus", [-1, 1.5, 2])
+def test_a_share_of_more_than_a_gpu_is_refused(gpus):
+    with pytest.raises(ValueError, match=r"at most one GPU, got 1 CPU and "):
+        Share(1, gpus)
+    assert (Share(1, 0.5).bundle, Share(1, 0.5).device) == ({"CPU": 1.0, "GPU": 0.5}, "cuda")
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:nine"])
