@@ -1,4 +1,4 @@
-"""Names at the right end of lines."""
+"""Names that a figure has room for, and names at the right end of lines."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def add_end_labels(figure: go.Figure, ends: Sequence[tuple[float, str, str]], y_
             "x": 1,
             "xref": "paper",
             "y": place,
-            "text": escape(_shortened(name, most), quote=False),
+            "text": escape(shortened(name, most), quote=False),
             "xanchor": "left",
             "xshift": _SHIFT,
             "showarrow": False,
@@ -38,7 +38,7 @@ def add_end_labels(figure: go.Figure, ends: Sequence[tuple[float, str, str]], y_
     figure.update_layout(annotations=[*figure.layout.annotations, *made])
 
 
-def _shortened(name: str, most: int) -> str:
+def shortened(name: str, most: int) -> str:
     """At most so many letters: parameters in parentheses go first, then the end."""
     if len(name) > most:
         name = re.sub(r"\(.*\)", "", name)

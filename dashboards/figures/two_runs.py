@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import plotly.graph_objects as go
 
+from dashboards.figures.labels import shortened
 from dashboards.figures.pareto import ParetoInfo, Point
 from dashboards.frames import Trial
 from dashboards.theme import base_figure, colour, log_axis
@@ -18,6 +19,7 @@ NAMES = ("A", "B")
 MEANINGS = ("own", "rival")  # in the palette
 SYMBOLS = ("circle", "square")
 _MOST = 40  # bars of a figure
+_LETTERS = 36  # of a bar's name beside it
 
 
 class Pair(NamedTuple):
@@ -55,6 +57,7 @@ def changes_plot(found: Sequence[Pair]) -> go.Figure | None:
         return None
     shown = timed if len(timed) <= _MOST else timed[: _MOST // 2] + timed[-_MOST // 2 :]
     labels = [escape(label, quote=False) for _, label in shown]
+    names = [escape(shortened(label, _LETTERS), quote=False) for _, label in shown]
     figure = base_figure(96 + 24 * len(shown))
     figure.add_trace(
         go.Bar(
@@ -72,10 +75,10 @@ def changes_plot(found: Sequence[Pair]) -> go.Figure | None:
     reach = max(0.3, *(abs(log2(slower)) for slower, _ in shown)) * 1.25
     ticks = [n for n in (0.1, 0.2, 0.5, 0.8, 0.9, 1.0, 1.1, 1.25, 2.0, 5.0, 10.0) if abs(log2(n)) <= reach]
     figure.update_xaxes(
-        title_text="time of B / time of A (log scale)", range=[-reach, reach], tickvals=list(map(log2, ticks)),
+        title_text="time of B / A (log scale)", range=[-reach, reach], tickvals=list(map(log2, ticks)),
         ticktext=[f"{n:g}×" for n in ticks],
     )  # fmt: skip
-    figure.update_yaxes(showgrid=False, ticks="", tickvals=list(range(len(shown))), ticktext=labels)
+    figure.update_yaxes(showgrid=False, ticks="", tickvals=list(range(len(shown))), ticktext=names)
     figure.add_vline(x=0, line={"color": colour("muted"), "width": 1.5})
     return figure
 

@@ -11,7 +11,7 @@ from dashboards.frames import Results, Trial
 from dashboards.markup import Column, Markup, element, join, table
 from dashboards.page import Page
 from dashboards.sections.frame import listed, note, section
-from dashboards.wording import milliseconds, moment, quality, ratio, size, times
+from dashboards.wording import counted, milliseconds, moment, quality, ratio, size, times
 
 _MOST = 200  # rows of the table
 
@@ -67,7 +67,7 @@ def _changes(page: Page, found: Sequence[Pair]) -> Markup:
         return join(heading, note("No trial of one has the spec of a trial of the other."))
     figure = changes_plot(found)
     slower = [pair.slower for pair in found if pair.slower is not None]
-    told = f"{len(found):,} trials have the same spec and seed in both."
+    told = f"{counted(len(found), 'trial')} of the same spec and seed."
     told += (
         f" In the middle, B takes {times(median(slower))} the time of A. Bars have the colour of the faster one."
         if slower

@@ -194,7 +194,7 @@ def test_two_runs_are_compared_by_their_equal_questions(tmp_path: Path) -> None:
         lm_record("b1", sparse("bigbird"), 2.3, 20.0, run_id="B", created_at="2026-03-02T00:00:00+00:00"),
     )
     told = drawn(folder, "compare")
-    assert "1 trials have the same spec and seed in both. In the middle, B takes 2× the time of A." in told
+    assert "1 trial of the same spec and seed. In the middle, B takes 2× the time of A." in told
     assert "takes 0.5× the time of A" in drawn(folder, "compare", "?a=B&b=A")
     assert shown(folder, "compare")[0].controls[0].value == "A"
 

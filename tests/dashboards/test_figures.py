@@ -14,6 +14,7 @@ from dashboards.figures.labels import add_end_labels
 from dashboards.figures.pareto import ParetoInfo, pareto_info, pareto_plot, thinned
 from dashboards.figures.pictures import ABOVE, MAX_BLOCKS, MAX_CELLS, drawing_info, picture_plot
 from dashboards.figures.scaling import FORWARD, FORWARD_BACKWARD, MEMORY, scaling_info, scaling_plot, split_by_pattern
+from dashboards.figures.two_runs import changes_plot, pairs
 from dashboards.frames import Trial, trial_of
 from dashboards.theme import base_figure, colour, density_colour
 from raybsa import patterns
@@ -285,3 +286,16 @@ def test_a_name_that_the_margin_cannot_hold_loses_its_parameters_first() -> None
     names = ["dense", "bigbird(num_globals=1, window=128) · 20 %", "a name that is long without any"]
     add_end_labels(figure, [(float(place), name, "#000000") for place, name in enumerate(names)], [0.0, 3.0])
     assert [label.text for label in figure.layout.annotations] == ["dense", "bigbird · 20 %", "a name that is …"]
+
+
+# ---- two runs ------------------------------------------------------------------------------------------------------
+
+
+def test_a_long_name_leaves_its_bar_room_and_is_whole_where_one_points() -> None:
+    long = sparse("vertical_slash", 0.11, columns=[0, 256], offsets=[0, 128, 256])
+    a, b = (lm_record(name, long, 2.3, ms) for name, ms in (("a", 10.0), ("b", 20.0)))
+    figure = changes_plot(pairs(trials(a), trials(b)))
+    assert figure is not None
+    assert figure.layout.yaxis.ticktext == ("vertical_slash · 11\u00a0%, 2,048 tokens",)
+    assert "offsets=[0, 128, 256]" in figure.data[0].customdata[0]
+    assert figure.data[0].x == (1.0,)
