@@ -195,7 +195,8 @@ class _RingAttention(torch.autograd.Function):
             with ring.communicator.phase(Phase.FORWARD, "attention", hop.shift):
                 call = ring.call(hop, rows_of(q, hop, 2), keys, values, block_bias)
                 parts.add(hop, *run_call(call, ring.backend))
-        out, lse = parts.out.to(q.dtype), parts.lse
+        out, lse = parts.whole
+        out = out.to(q.dtype)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, block_bias, out, lse)
         ctx.ring = ring
@@ -229,52 +230,73 @@ def _backward(
 
 
 class _Merged:
-    """out (B, H, S, D) and lse (B, H, S) of the keys seen so far, in the compute dtype."""
+    """out (B, H, S, D) and lse (B, H, S) of the keys seen so far, in the compute dtype. The first hop's are taken as
+    they are where they are all rows'."""
 
     def __init__(self, q: Tensor) -> None:
-        dtype = compute_dtype(q.dtype)
-        self.out = q.new_zeros(q.shape, dtype=dtype)
-        self.lse = q.new_full(q.shape[:-1], -math.inf, dtype=dtype)
-        self._empty = True
+        self._q, self._dtype = q, compute_dtype(q.dtype)
+        self._parts: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def whole(self) -> tuple[Tensor, Tensor]:
+        if self._parts is None:
+            nothing = self._q.new_full(self._q.shape[:-1], -math.inf, dtype=self._dtype)
+            self._parts = torch.zeros_like(self._q, dtype=self._dtype), nothing
+        return self._parts
 
     def add(self, hop: Hop, out: Tensor, lse: Tensor) -> None:
         """Merges a hop's part, of its rows."""
-        if not self._empty:
-            out, lse = merge(rows_of(self.out, hop, 2), rows_of(self.lse, hop, 2), out.to(self.out.dtype), lse)
-        self._empty = False
+        out = out.to(self._dtype)
+        if self._parts is not None:
+            whole, whole_lse = self._parts
+            out, lse = merge(rows_of(whole, hop, 2), rows_of(whole_lse, hop, 2), out, lse)
         if hop.rows is None:
-            self.out, self.lse = out.to(self.out.dtype), lse
+            self._parts = out, lse
         else:
-            self.out.index_copy_(2, hop.rows, out.to(self.out.dtype))
-            self.lse.index_copy_(2, hop.rows, lse)
+            for whole, part in zip(self.whole, (out, lse), strict=True):
+                whole.index_copy_(2, hop.rows, part)
 
 
 class _Gradients:
-    """Sums of the gradients in the compute dtype; returns of dK and dV are under way while the next hops compute."""
+    """Sums of the gradients in the compute dtype, each the first that comes where that is all rows' or keys'; returns
+    of dK and dV are under way while the next hops compute."""
 
     def __init__(self, ring: Ring, q: Tensor, k: Tensor, v: Tensor, block_bias: Tensor | None) -> None:
-        dtype = compute_dtype(q.dtype)
         self.ring, self.like = ring, (q, k, v, block_bias)
-        self.q = torch.zeros_like(q, dtype=dtype)
-        size = ring.plan.layout.kv_block_size
-        self.k, self.v = (as_blocks(torch.zeros_like(x, dtype=dtype), size) for x in (k, v))
-        self.bias = None if block_bias is None else torch.zeros_like(block_bias, dtype=dtype)
+        self._dtype, self._size = compute_dtype(q.dtype), ring.plan.layout.kv_block_size
+        self._q: Tensor | None = None
+        self._kv: tuple[Tensor, Tensor] | None = None
+        self._bias = None if block_bias is None else torch.zeros_like(block_bias, dtype=self._dtype)
         self._under_way: deque[tuple[Hop, Pending, Tensor, Payload]] = deque()
+
+    @property
+    def q(self) -> Tensor:
+        if self._q is None:
+            self._q = torch.zeros_like(self.like[0], dtype=self._dtype)
+        return self._q
+
+    @property
+    def kv(self) -> tuple[Tensor, Tensor]:
+        """dK and dV by blocks."""
+        if self._kv is None:
+            _, k, v, _ = self.like
+            of_k, of_v = (as_blocks(torch.zeros_like(x, dtype=self._dtype), self._size) for x in (k, v))
+            self._kv = of_k, of_v
+        return self._kv
 
     def add(self, hop: Hop, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, grad_bias: Tensor | None) -> None:
         if hop.rows is None:
-            self.q += grad_q
+            self._q = grad_q if self._q is None else self._q.add_(grad_q)
         elif len(hop.q_blocks):
             self.q.index_add_(2, hop.rows, grad_q)
-        if self.bias is not None and grad_bias is not None:
-            self.bias.index_add_(0, hop.bias_index, grad_bias)
+        if self._bias is not None and grad_bias is not None:
+            self._bias.index_add_(0, hop.bias_index, grad_bias)
         if hop.shift:
-            self._under_way.append((hop, *self.ring.start_return(hop, grad_k, grad_v, self.k)))
+            self._under_way.append((hop, *self.ring.start_return(hop, grad_k, grad_v, self.kv[0])))
             self._receive(self.ring.ahead)
-        elif len(hop.q_blocks):
-            size = self.ring.plan.layout.kv_block_size
-            self.k += as_blocks(grad_k, size)
-            self.v += as_blocks(grad_v, size)
+        elif len(hop.q_blocks):  # the first of all hops: its keys are the rank's own
+            of_k, of_v = (as_blocks(x.contiguous(), self._size) for x in (grad_k, grad_v))
+            self._kv = of_k, of_v
 
     def _receive(self, leave: int) -> None:
         """Waits for the oldest returns until ``leave`` are under way; they are added in the order of the hops."""
@@ -283,13 +305,13 @@ class _Gradients:
             pending.wait()
             if len(hop.send):
                 sums = self.ring.codec.decode(split(received, [like])[0])
-                add_packed(self.k, self.v, sums, hop.send, self.ring.plan.kv_groups)
+                add_packed(*self.kv, sums, hop.send, self.ring.plan.kv_groups)
 
     def finish(self) -> tuple[Tensor | None, ...]:
         """Gradients of q, k, v, block_bias in their dtypes, and None for the ring."""
         self._receive(0)
-        grad_k, grad_v = (as_tokens(x, self.q.shape[2]) for x in (self.k, self.v))
-        sums = (self.q, grad_k, grad_v, self.bias)
+        grad_k, grad_v = (as_tokens(x, self.q.shape[2]) for x in self.kv)
+        sums = (self.q, grad_k, grad_v, self._bias)
         return (
             *(None if x is None or t is None else x.to(t.dtype) for x, t in zip(sums, self.like, strict=True)),
             None,
