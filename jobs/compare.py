@@ -71,7 +71,7 @@ def _arguments() -> argparse.Namespace:
         description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--out", required=True, help="results folder or pyarrow.fs URI; absolute in a submitted job")
-    parser.add_argument("--task", default="byte_lm", help="byte_lm or recall")
+    parser.add_argument("--task", default="byte_lm", help="byte_lm, recall or your own module:function")
     parser.add_argument("--task-params", default='{"train_batch": 1, "eval_windows": 32}', help="JSON; text, batches")
     parser.add_argument(
         "--pattern",

@@ -77,8 +77,8 @@ def main() -> int:
 
     with cluster(arguments.address, verbose=arguments.verbose):
         pool = _pool(arguments, preset)
-        workers = f"{pool.num_workers} worker(s)" if pool.num_workers else "as many workers as fit"
-        print(f"{plan.trials} trials on {workers} of {pool.share}, results in {out}", flush=True)
+        workers = f"{pool.num_workers}" if pool.num_workers else "as many as fit"
+        print(f"{plan.trials} trials; workers of {pool.share}, {workers} at once; results in {out}", flush=True)
         if plan.resume:
             print(f"{done} of them are done", flush=True)
         progress = Progress(plan.trials, count=done)
@@ -129,7 +129,7 @@ def _again(arguments: argparse.Namespace, out: str) -> int:
     spec, before = read_best(arguments.again)
     store = Store.create(out)
     with cluster(arguments.address, verbose=arguments.verbose):
-        share = worker_share(arguments.cpus_per_worker)
+        share = worker_share(arguments.cpus_per_worker, arguments.gpus_per_worker)
         limits = {"wait_s": arguments.wait, "trial_s": arguments.limit}
         with coordinator_of(spec.ranks.world_size, share, **limits) as coordinator:
             record = run_trial(spec, coordinator, Run.start("again", arguments.git_commit), store=store)
@@ -179,6 +179,9 @@ def _arguments() -> argparse.Namespace:
         "--workers", type=int, help="trials at once (as many as fit, also while the cluster grows or shrinks)"
     )
     parser.add_argument("--cpus-per-worker", type=float, default=1, help="whole ones, or a fraction of one (1)")
+    parser.add_argument(
+        "--gpus-per-worker", type=float, help="a GPU, a share of one, or 0 (one where the cluster has any now)"
+    )
     parser.add_argument("--wait", type=float, default=60.0, help="seconds to wait for resources")
     parser.add_argument("--limit", type=float, default=1800.0, help="seconds that one trial may take")
     parser.add_argument("--verbose", action="store_true", help="print events too, a line of key=value each")
@@ -238,8 +241,9 @@ def _plan(arguments: argparse.Namespace, preset: Preset) -> Plan:
 
 
 def _pool(arguments: argparse.Namespace, preset: Preset) -> Pool:
-    """A worker a GPU; on a cluster without GPUs a worker a CPU share. As many as fit, which may change, or as asked."""
-    share = worker_share(arguments.cpus_per_worker)
+    """A worker a GPU; on a cluster without GPUs a worker a CPU share; or as asked. As many as fit, which may change, or
+    as asked."""
+    share = worker_share(arguments.cpus_per_worker, arguments.gpus_per_worker)
     return Pool(share, arguments.workers, wait_s=arguments.wait, trial_s=arguments.limit, timing=preset.timing)
 
 

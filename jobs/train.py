@@ -47,7 +47,7 @@ def main() -> int:
     run = Run.start("train", arguments.git_commit or git_commit(Path(__file__).parent))
     settings = replace(settings, labels=run.labels(0))
     with cluster(arguments.address, verbose=arguments.verbose):
-        share = worker_share(arguments.cpus)
+        share = worker_share(arguments.cpus, arguments.gpus)
         print(f"{arguments.world_size} ranks and {arguments.spares} spares of {share}, results in {out}", flush=True)
         try:
             with TrainingCoordinator(
@@ -138,6 +138,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--spares", type=int, default=0, help="warm workers that wait for a loss")
     parser.add_argument("--min-ranks", type=int, default=1, help="the fewest ranks to go on with")
     parser.add_argument("--cpus", type=int, default=1, help="CPUs a rank")
+    parser.add_argument(
+        "--gpus", type=float, help="a GPU a rank, a share of one, or 0 (one where the cluster has any now)"
+    )
     parser.add_argument("--wait", type=float, default=60.0, help="seconds to wait for resources")
     parser.add_argument("--heartbeat", type=float, default=2.0, help="seconds of silence after which a rank is lost")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in OUT")

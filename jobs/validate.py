@@ -38,7 +38,7 @@ def main() -> int:
     run = Run.start("validate", arguments.git_commit)
     found: list[Record] = []
     with cluster(arguments.address, verbose=arguments.verbose):
-        share = worker_share(arguments.cpus_per_worker)
+        share = worker_share(arguments.cpus_per_worker, arguments.gpus_per_worker)
         workers = arguments.workers or max(1, min(len(specs), room_for(share)))
         print(f"{len(points)} points, {len(specs)} trials on {workers} worker(s) of {share}", flush=True)
         progress = Progress(len(specs))
@@ -108,6 +108,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--address", help="a running Ray cluster (RAY_ADDRESS, else one of our own)")
     parser.add_argument("--workers", type=int, help="trials at once")
     parser.add_argument("--cpus-per-worker", type=float, default=1, help="whole ones, or a fraction of one (1)")
+    parser.add_argument(
+        "--gpus-per-worker", type=float, help="a GPU, a share of one, or 0 (one where the cluster has any now)"
+    )
     parser.add_argument("--wait", type=float, default=60.0, help="seconds to wait for resources")
     parser.add_argument("--limit", type=float, default=3600.0, help="seconds that one trial may take")
     parser.add_argument("--verbose", action="store_true", help="print events too, a line of key=value each")

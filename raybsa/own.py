@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 from functools import lru_cache
@@ -14,7 +15,7 @@ from typing import Any
 
 
 def own(name: str, kind: str, known: Iterable[str]) -> Any:
-    """What ``module:attribute`` stands for, imported now.
+    """What ``module:attribute`` stands for, imported now, from the Python path or else the current folder.
 
     Args:
         kind: what is named, for the error.
@@ -26,9 +27,13 @@ def own(name: str, kind: str, known: Iterable[str]) -> Any:
     module, colon, attribute = name.partition(":")
     if not colon:
         raise ValueError(f"unknown {kind} {name!r}; there are {', '.join(known)}, or your own 'module:Name'")
+    _also_from(os.getcwd())
     try:
         return getattr(import_module(module), attribute)
-    except (ModuleNotFoundError, AttributeError, ValueError) as error:
+    except ModuleNotFoundError as error:
+        where = f"in {os.getcwd()} or on the Python path of this process"
+        raise ValueError(f"{kind} {name!r} names a module that must lie {where}: {error}") from error
+    except (AttributeError, ValueError) as error:
         raise ValueError(f"{kind} {name!r} must name something as 'module:Name': {error}") from error
 
 
@@ -48,11 +53,15 @@ def own_of_file(name: str, kind: str) -> Any:
     return getattr(module, attribute)
 
 
-@lru_cache(maxsize=8)
-def _run(path: str, changed_at: int) -> ModuleType:
-    folder = str(Path(path).resolve().parent)
+def _also_from(folder: str) -> None:
+    """What lies in the folder can be imported, after all else."""
     if folder not in sys.path:
         sys.path.append(folder)
+
+
+@lru_cache(maxsize=8)
+def _run(path: str, changed_at: int) -> ModuleType:
+    _also_from(str(Path(path).resolve().parent))
     name = f"raybsa_own_{Path(path).stem}"
     spec = spec_from_file_location(name, path)
     assert spec is not None

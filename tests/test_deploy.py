@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from ipaddress import ip_address, ip_network
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def read(file: str) -> dict[str, Any]:
 
 def pinned(package: str) -> str:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    (version,) = (line.partition("==")[2] for line in lines if line.startswith(f"{package}=="))
+    (version,) = (line.partition("==")[2] for line in lines if line.lower().startswith(f"{package}=="))
     return version
 
 
@@ -108,7 +109,6 @@ def test_a_rayjob_runs_the_pinned_versions_with_a_token_and_notices_a_lost_host(
     cluster = job["spec"]["rayClusterSpec"]
     assert cluster["authOptions"] == {"mode": "token"}
     assert cluster["rayVersion"] == pinned("ray")
-    assert f"torch=={pinned('torch')}" in yaml.safe_load(job["spec"]["runtimeEnvYAML"])["pip"]
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     containers = [group["template"]["spec"]["containers"][0] for group in groups]
     for container in containers:
@@ -152,11 +152,32 @@ def test_the_packages_of_a_rayjob_are_those_of_the_project() -> None:
     given = yaml.safe_load(read("deploy/rayjob.yaml")["spec"]["runtimeEnvYAML"])["pip"]
     in_the_image = {"ray", "numpy"}
     wanted = {re.split(r"[>=\[]", one)[0] for one in project["dependencies"]} - in_the_image
-    assert wanted | {"triton"} == {re.split(r"[>=\[]", one)[0] for one in given}
+    assert {f"{one}=={pinned(one)}" for one in wanted | {"triton"}} == {*given}
 
 
-def test_the_entry_point_of_a_rayjob_is_a_job_with_arguments_that_it_knows() -> None:
-    program, job, *arguments = read("deploy/rayjob.yaml")["spec"]["entrypoint"].split()
+def told_to_submit(file: str) -> str:
+    """The command after ``--`` of a cluster file's first lines."""
+    head = re.sub(r"\\\n#\s+", "", (ROOT / file).read_text(encoding="utf-8"))
+    (command,) = re.findall(r"ray job submit .* -- (.*)", head)
+    return command
+
+
+@pytest.mark.parametrize("file", CLOUDS)
+def test_a_cloud_that_starts_gpu_machines_on_demand_is_asked_for_gpus(file: str) -> None:
+    asked, gpu = told_to_submit(file).split(), read(file)["available_node_types"]["gpu"]
+    given = dict(pairwise(asked))
+    assert {"CPU": int(given["--cpus-per-worker"]), "GPU": int(given["--gpus-per-worker"])} == gpu["resources"]
+    assert int(given["--workers"]) == gpu["max_workers"]
+    assert int(given["--wait"]) >= 600, "a machine takes minutes to start"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [read("deploy/rayjob.yaml")["spec"]["entrypoint"], *map(told_to_submit, ("cluster.yaml", *CLOUDS))],
+    ids=["rayjob", "cluster", "aws", "gcp"],
+)
+def test_what_is_submitted_is_a_job_with_arguments_that_it_knows(command: str) -> None:
+    program, job, *arguments = command.split()
     assert program == "python"
     shown = subprocess.run(
         [sys.executable, str(ROOT / job), "--help"], capture_output=True, text=True, timeout=60, check=True

@@ -67,10 +67,16 @@ def without_rays_messages() -> Iterator[None]:
         ray_worker._worker_logs_enabled = before
 
 
-def worker_share(cpus: float | None) -> Share:
-    """``cpus``, whole or a fraction of one, and one GPU where the connected cluster has any; None: all CPUs of the
-    largest machine to be had."""
-    gpus = 1 if any(_has(node, "GPU") for node in alive_nodes()) else 0
+def worker_share(cpus: float | None, gpus: float | None = None) -> Share:
+    """What a worker owns.
+
+    Args:
+        cpus: whole ones or a fraction of one; None: all CPUs of the largest machine to be had.
+        gpus: one, a share of one or none; None: one where the connected cluster has any now. A cluster that starts its
+            GPU machines when someone asks for a GPU must be asked.
+    """
+    if gpus is None:
+        gpus = 1 if any(_has(node, "GPU") for node in alive_nodes()) else 0
     if cpus is None:
         cpus = max([1, *(_has(node, "CPU") for node in alive_nodes() if _has(node, "GPU") >= gpus)])
     return Share(cpus, gpus)

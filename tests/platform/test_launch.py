@@ -24,11 +24,13 @@ def test_the_default_worker_has_all_cpus_of_the_largest_machine_not_of_all_toget
     machines({"CPU": 4.0}, {"CPU": 16.0}, {}, down=[{"CPU": 64.0}])
     assert launch.worker_share(None) == Share(16, 0)
     assert launch.worker_share(3) == Share(3, 0)
+    assert launch.worker_share(3, 1) == Share(3, 1), "a cluster that grows where a GPU is asked for has none yet"
 
 
 def test_where_there_are_gpus_a_worker_lies_beside_one(machines):
     machines({"CPU": 64.0}, {"CPU": 8.0, "GPU": 2.0})
     assert launch.worker_share(None) == Share(8, 1)
+    assert launch.worker_share(None, 0) == Share(64, 0)
 
 
 def test_a_cluster_without_cpus_is_asked_for_one(machines):
