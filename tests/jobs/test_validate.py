@@ -46,7 +46,7 @@ class Here:
 def job(monkeypatch, capsys):
     monkeypatch.setattr("raybsa.cluster.ring_coordinator.Coordinator", Here)
     monkeypatch.setattr("raybsa.experiments.launch.cluster", lambda address, verbose: nullcontext())
-    monkeypatch.setattr("raybsa.experiments.launch.worker_share", lambda cpus: Share(cpus))
+    monkeypatch.setattr("raybsa.experiments.launch.worker_share", lambda cpus, gpus: Share(cpus))
     monkeypatch.setattr("raybsa.experiments.launch.room_for", lambda share: 1)
 
     def run(name, *arguments):
