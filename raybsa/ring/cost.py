@@ -147,14 +147,16 @@ class _Links:
 
 def _memory(work: Work, sizes: Sizes, block: int, ahead: int) -> float:
     """Bytes of the fullest rank in forward and backward, beyond q, k, v and the kernel's workspace: out, its gradient,
-    lse and delta, dQ, dK and dV as sums and as a hop's part, and the buffers of the hops under way with one unpacked.
+    lse and delta, dQ, dK and dV as sums (which the first hop's part becomes), a later hop's part of dQ, and the buffers
+    of the hops under way with one unpacked.
     """
     tokens = work.owned * work.q_block_size
     wide = sizes.num_heads * sizes.head_dim
     all_wide = wide + 2 * sizes.num_kv_heads * sizes.head_dim
     held = tokens * sizes.batch * (2 * wide * sizes.itemsize + 2 * sizes.num_heads * sizes.sum_itemsize)
     sums = tokens * sizes.batch * all_wide * sizes.sum_itemsize
+    part = tokens * sizes.batch * wide * sizes.sum_itemsize * (work.world_size > 1)
     hop = work.received.max(0) * block
     under_way = 2 + min(ahead, len(work.shifts))
     buffers = under_way * hop * (sizes.itemsize + sizes.sum_itemsize)
-    return float((held + 2 * sums + buffers).max())
+    return float((held + sums + part + buffers).max())
