@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: small tensors, and threads that wait for others spin
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: a lost peer is a page of C++ frames
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 

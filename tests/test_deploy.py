@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from ipaddress import ip_address, ip_network
 from itertools import pairwise
 from pathlib import Path
@@ -162,6 +163,12 @@ def told_to_submit(file: str) -> str:
     return command
 
 
+@cache
+def help_of(job: str) -> str:
+    command = [sys.executable, str(ROOT / job), "--help"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
 @pytest.mark.parametrize("file", CLOUDS)
 def test_a_cloud_that_starts_gpu_machines_on_demand_is_asked_for_gpus(file: str) -> None:
     asked, gpu = told_to_submit(file).split(), read(file)["available_node_types"]["gpu"]
@@ -179,7 +186,4 @@ def test_a_cloud_that_starts_gpu_machines_on_demand_is_asked_for_gpus(file: str)
 def test_what_is_submitted_is_a_job_with_arguments_that_it_knows(command: str) -> None:
     program, job, *arguments = command.split()
     assert program == "python"
-    shown = subprocess.run(
-        [sys.executable, str(ROOT / job), "--help"], capture_output=True, text=True, timeout=60, check=True
-    ).stdout
-    assert all(one in shown for one in arguments if one.startswith("--"))
+    assert all(one in help_of(job) for one in arguments if one.startswith("--"))
