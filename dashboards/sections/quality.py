@@ -13,6 +13,7 @@ from dashboards.sections.frame import asked, note, nothing_yet, section
 from dashboards.wording import milliseconds, paste, percent, quality, ratio, size, times
 
 MOST_CURVES, MOST_NAMED, MOST_DENSE = 40, 20, 3  # dominated, of the front and of the baseline in one figure
+NOTHING_TIMED = "No trial of this question was timed and trained to its end"
 
 
 def quality_section(page: Page, results: Results, folder: str) -> Markup:
@@ -31,17 +32,13 @@ def quality_section(page: Page, results: Results, folder: str) -> Markup:
 def front_part(page: Page, info: ParetoInfo, panel: str, folder: str) -> Markup:
     """The front as a figure, a panel for the trial that was clicked, and the front as a table."""
     if not info.front:
-        return nothing_timed(folder)
+        return nothing_yet(NOTHING_TIMED, search_command(folder))
     chosen = element("aside", id=panel, class_="panel trial", data_trial=info.front[0].trial.id)
     return join(
         note(how_to_read(info)),
         element("div", front_figure(page, info, panel), chosen, class_="split"),
         front_table(page, info),
     )
-
-
-def nothing_timed(folder: str) -> Markup:
-    return nothing_yet("No trial of this question was timed and trained to its end", search_command(folder))
 
 
 def front_figure(page: Page, info: ParetoInfo, panel: str) -> Markup:
