@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dashboards.figures.marks import TOLD
 from dashboards.figures.ring_error import ErrorPoint, ring_error_plot
 from dashboards.figures.ring_scaling import ring_efficiency_plot, ring_scaling_info, ring_time_plot
 from dashboards.markup import Column, Markup, element, join, table
@@ -96,6 +97,7 @@ def _scalings(page: Page, index: int, hardware: Hardware, scalings: Sequence[Sca
         info = ring_scaling_info(scaling.lines)
         if info is None:
             continue
+        told = f"{scaling.told} {TOLD}" if info.shares_colours else scaling.told
         cards = (
             element("div", element("h4", title), page.figure(figure, f"{scaling.title}: {title}"), class_="card")
             for title, figure in (
@@ -103,7 +105,7 @@ def _scalings(page: Page, index: int, hardware: Hardware, scalings: Sequence[Sca
                 ("Efficiency", ring_efficiency_plot(info)),
             )
         )
-        parts += [element("h3", scaling.title), note(scaling.told), element("div", *cards, class_="cards wide")]
+        parts += [element("h3", scaling.title), note(told), element("div", *cards, class_="cards wide")]
     facts = element("dl", *(p for pair in _facts(hardware) for p in pair), class_="facts")
     return section(f"hardware-{index}", f"Scaling on {hardware.label}", facts, note(_assumed(hardware)), *parts)
 

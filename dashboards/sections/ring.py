@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
+from dashboards.figures.marks import TOLD
 from dashboards.figures.ring_scaling import (
     RingLine,
     RingPoint,
@@ -71,6 +72,8 @@ def _scaling(page: Page, trials: Sequence[Trial]) -> Markup:
     caption = "Forward and backward, medians. Dotted: the ideal, one process's time for the same work / ranks."
     if any(point.crowded for line in info.lines for point in line.measured):
         caption += _CROWDED.format(devices=record.devices)
+    if info.shares_colours:
+        caption += f" {TOLD}"
     cards = (
         element("div", element("h4", title), page.figure(figure, title), class_="card")
         for title, figure in (
