@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dashboards.figures.marks import TOLD
 from dashboards.figures.ring_error import ErrorPoint, ring_error_plot
 from dashboards.figures.ring_scaling import ring_efficiency_plot, ring_scaling_info, ring_time_plot
 from dashboards.markup import Column, Markup, element, join, table
@@ -97,7 +96,9 @@ def _scalings(page: Page, index: int, hardware: Hardware, scalings: Sequence[Sca
         info = ring_scaling_info(scaling.lines)
         if info is None:
             continue
-        told = f"{scaling.told} {TOLD}" if info.shares_colours else scaling.told
+        told = scaling.told
+        if info.shares_colours:
+            told += " Lines of one colour differ in their points and dashes, which stand before their names."
         cards = (
             element("div", element("h4", title), page.figure(figure, f"{scaling.title}: {title}"), class_="card")
             for title, figure in (

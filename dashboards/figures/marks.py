@@ -30,7 +30,6 @@ MARKS = (
     Mark("x", "✕", "16px,3px", "━ ━"),
 )
 ALONE = MARKS[0]._replace(point="", dashes="")
-TOLD = "Lines of one colour differ in their points and dashes, which stand before their names."
 
 
 def marks(shades: Sequence[str]) -> list[Mark]:

@@ -9,8 +9,9 @@ from dashboards.figures.pareto import MOST_BEATEN, MOST_NUMBERS, ParetoInfo, Poi
 from dashboards.frames import Results, search_command
 from dashboards.markup import Column, Markup, element, join, table
 from dashboards.page import Page, Told
-from dashboards.sections.frame import asked, note, nothing_yet, section
-from dashboards.wording import milliseconds, paste, percent, quality, ratio, size, times
+from dashboards.sections.frame import asked, listed, note, nothing_yet, section
+from dashboards.wording import milliseconds, moment, paste, percent, quality, ratio, size, times
+from raybsa.results.record import Record
 
 MOST_CURVES, MOST_NAMED, MOST_DENSE = 40, 20, 3  # dominated, of the front and of the baseline in one figure
 NOTHING_TIMED = "No trial of this question was timed and trained to its end"
@@ -127,8 +128,17 @@ def _facts(info: ParetoInfo, point: Point) -> list[tuple[str, str]]:
         ("blocks kept", f"{percent(record.density)} at block {record.block_size}"),
         ("computed by", f"{record.variant}, {record.backend}"),
         ("trial", record.trial_id),
+        ("made by", _made_by(record)),
+        ("row", f"records/{record.trial_id}.parquet, until it is compacted"),
         *([("stopped early", record.error or "")] if point.trial.pruned else []),
     ]
+
+
+def _made_by(record: Record) -> str:
+    """The job, its commit and the time; what an older row lacks is left out."""
+    job = f"job {record.job}" if record.job else ""
+    commit = f"commit {record.git_commit[:12]}" if record.git_commit else ""
+    return listed([job, commit, moment(record.created_at or "")]) or "–"
 
 
 def curves_part(page: Page, results: Results, info: ParetoInfo) -> Markup:

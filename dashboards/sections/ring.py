@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from dashboards.figures.marks import TOLD
 from dashboards.figures.ring_scaling import (
     RingLine,
     RingPoint,
@@ -73,7 +72,7 @@ def _scaling(page: Page, trials: Sequence[Trial]) -> Markup:
     if any(point.crowded for line in info.lines for point in line.measured):
         caption += _CROWDED.format(devices=record.devices)
     if info.shares_colours:
-        caption += f" {TOLD}"
+        caption += " Lines of one colour differ in their points, which stand before their names."
     cards = (
         element("div", element("h4", title), page.figure(figure, title), class_="card")
         for title, figure in (

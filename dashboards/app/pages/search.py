@@ -21,7 +21,8 @@ def show(view: View) -> Shown:
     groups = {stable_hash(trials[0].question): trials for trials in view.results.quality_groups}
     if not groups:
         missing = waiting(view, "No trial has measured a quality yet", search_command(view.folder))
-        return Shown(section("quality", "Search", missing), failures_section(view.results))
+        failed = failures_section(view.results) if view.results.trials else None
+        return Shown(section("quality", "Search", missing), failed)
     name = _name(view, groups)
     info = pareto_info(groups[name])
     labels = [Option(key, f"{asked(trials[0])} ({len(trials)} trials)") for key, trials in groups.items()]
