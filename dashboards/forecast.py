@@ -96,6 +96,9 @@ def _scalings(page: Page, index: int, hardware: Hardware, scalings: Sequence[Sca
         info = ring_scaling_info(scaling.lines)
         if info is None:
             continue
+        told = scaling.told
+        if info.shares_colours:
+            told += " Lines of one colour differ in their points and dashes, which stand before their names."
         cards = (
             element("div", element("h4", title), page.figure(figure, f"{scaling.title}: {title}"), class_="card")
             for title, figure in (
@@ -103,7 +106,7 @@ def _scalings(page: Page, index: int, hardware: Hardware, scalings: Sequence[Sca
                 ("Efficiency", ring_efficiency_plot(info)),
             )
         )
-        parts += [element("h3", scaling.title), note(scaling.told), element("div", *cards, class_="cards wide")]
+        parts += [element("h3", scaling.title), note(told), element("div", *cards, class_="cards wide")]
     facts = element("dl", *(p for pair in _facts(hardware) for p in pair), class_="facts")
     return section(f"hardware-{index}", f"Scaling on {hardware.label}", facts, note(_assumed(hardware)), *parts)
 

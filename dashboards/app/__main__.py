@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import socket
 import sys
 from collections.abc import Sequence
 
@@ -19,9 +20,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine only)"
     )
-    parser.add_argument("--port", type=int, default=8050, help="(default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8050, help="0: any free one (default: %(default)s)")
     parser.add_argument("--own-patterns", action="store_true", help="import and draw patterns named as module:Class")
     options = parser.parse_args(arguments)
+    if not 0 <= options.port <= 65535:
+        wanted = "--port must be in 1..65535, or 0 for any free one"
+        print(f"error: {wanted}, got {options.port}", file=sys.stderr)
+        return 2
+    try:
+        port = free_port(options.host, options.port)
+    except OSError as error:
+        print(f"error: cannot listen at {options.host}, port {options.port}: {error.strerror}", file=sys.stderr)
+        return 1
     try:
         from dashboards.app.frame import make_app
     except ModuleNotFoundError as error:
@@ -30,12 +40,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         app = make_app(Folder(options.results), own_patterns=options.own_patterns, warm=True)
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
-        print(f"http://{options.host}:{options.port} shows {options.results}; Ctrl-C ends it", flush=True)
-        app.run(host=options.host, port=options.port)
+        print(f"http://{options.host}:{port} shows {options.results}; Ctrl-C ends it", flush=True)
+        app.run(host=options.host, port=port)
     except (StoreError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def free_port(host: str, port: int) -> int:
+    """The port, proven free before anything is read or told; any free one for 0. Raises OSError where it is taken."""
+    with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as found:
+        return found.getsockname()[1]
 
 
 if __name__ == "__main__":

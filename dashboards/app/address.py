@@ -9,6 +9,7 @@ from urllib.parse import parse_qs, urlencode
 FILTERS = ("run", "pattern", "device", "density")  # may hold several values
 CHOICES = ("question", "trial", "a", "b", "hardware", "ranks")  # hold one
 MANY = 50  # values of a name; more were not made by this app
+_MOST = 1000  # parameters of a URL that are read
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Address:
         return replace(self, chosen={key: value for key, value in self.chosen.items() if key not in names})
 
     @property
+    def filters(self) -> Address:
+        """The same address with its filters alone."""
+        return replace(self, chosen={name: self.chosen[name] for name in FILTERS if name in self.chosen})
+
+    @property
     def search(self) -> str:
         """The URL's part from ``?`` on; empty where nothing was chosen."""
         pairs = [(name, value) for name in (*FILTERS, *CHOICES) for value in self.chosen.get(name, ())]
@@ -39,8 +45,9 @@ class Address:
 
 
 def parse(pathname: str | None, search: str | None) -> Address:
-    """The address of a URL; names that we do not know are left out."""
-    found = parse_qs((search or "").removeprefix("?"), max_num_fields=1000)
+    """The address of a URL; names that we do not know are left out, and so is all after many parameters."""
+    first = (search or "").removeprefix("?").split("&", _MOST)[:_MOST]
+    found = parse_qs("&".join(first))
     chosen = {name: tuple(dict.fromkeys(found[name]))[:MANY] for name in FILTERS if name in found}
     chosen |= {name: (found[name][-1],) for name in CHOICES if name in found}
     return Address((pathname or "/").strip("/"), chosen)

@@ -25,14 +25,26 @@ _READ: dict[str, Callable[[Trial], str]] = {
 }
 
 
-def options(results: Results) -> dict[str, list[Option]]:
-    """The values that occur, by filter; densities the sparsest first, all else by name."""
-    found = {name: sorted({read(trial) for trial in results.trials} - {""}) for name, read in _READ.items()}
-    labels = {str(index): label for index, label in enumerate(DENSITY_LABELS)}
-    return {
-        name: [Option(value, labels[value] if name == "density" else value) for value in found[name]]
-        for name in FILTERS
+_DENSITIES = {str(index): label for index, label in enumerate(DENSITY_LABELS)}
+
+
+def options(results: Results, address: Address) -> dict[str, list[Option]]:
+    """The values that occur and those that are chosen, whose rows may be still to come, by filter; densities the
+    sparsest first, all else by name."""
+    found = {
+        name: sorted({*map(read, results.trials), *address.chosen.get(name, ())} - {""}) for name, read in _READ.items()
     }
+    return {name: [Option(value, _label(name, value)) for value in found[name]] for name in FILTERS}
+
+
+def told(address: Address) -> str:
+    """The filters in words."""
+    labels = {name: [_label(name, value) for value in values] for name, values in address.filters.chosen.items()}
+    return "; ".join(f"{name} {' or '.join(values)}" for name, values in labels.items())
+
+
+def _label(name: str, value: str) -> str:
+    return _DENSITIES.get(value, value) if name == "density" else value
 
 
 def filtered(results: Results, address: Address) -> Results:

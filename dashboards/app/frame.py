@@ -15,14 +15,15 @@ from dash import ALL, Dash, Input, Output, State, ctx, dcc, html, no_update
 from dash.development.base_component import Component
 from flask import Response
 
-from dashboards.app.address import FILTERS, Address, parse
+from dashboards.app.address import Address, parse
 from dashboards.app.components import components
-from dashboards.app.filters import Option, filtered, options
+from dashboards.app.filters import Option, options
 from dashboards.app.folder import Folder
 from dashboards.app.pages import benchmark, compare, compression, forecast, memory, recovery, ring, search
-from dashboards.app.view import Control, Shown, View
-from dashboards.markup import Markup
+from dashboards.app.view import Control, Shown, View, view_of
+from dashboards.markup import Markup, element, join
 from dashboards.page import STYLE, Page
+from dashboards.sections.frame import note, section
 from dashboards.theme import css_variables
 
 PAGES: dict[str, ModuleType] = {
@@ -93,9 +94,10 @@ class Drawings:
         results = self._folder.results
         with self._drawing:
             view = self._view(address)
-            shown = PAGES[address.page].show(view)
-            parts = [_made(part, view, dark) for part in (shown.top, shown.rest)]
-        return _nav(address), _controls(address, options(results), shown), parts[0], parts[1]
+            shown = PAGES[address.page].show(view) if address.page in PAGES else _no_page(address.page)
+            top = join(*map(note, _not_offered(address, shown.controls)), shown.top)
+            parts = [_made(part, view, dark) for part in (top, shown.rest)]
+        return _nav(address), _controls(address, options(results, address), shown), parts[0], parts[1]
 
     def _chosen(self, name: str, query: str, version: int, dark: bool) -> tuple[list, list]:
         """The card and the figures of the trial that the address names, where its page shows one."""
@@ -106,7 +108,7 @@ class Drawings:
             return (_made(parts[0], view, dark), _made(parts[1], view, dark)) if parts else ([], [])
 
     def _view(self, address: Address) -> View:
-        return View(Page(self._own_patterns), filtered(self._folder.results, address), self._folder.root, address)
+        return view_of(Page(self._own_patterns), self._folder.results, self._folder.root, address)
 
 
 def _style() -> str:
@@ -185,7 +187,7 @@ def _connect(app: Dash, folder: Folder, drawings: Drawings) -> None:
 def _address(pathname: str, query: str) -> Address:
     """The address of a URL: the first page where it names none; runs that are compared are not filtered by run."""
     address = parse(pathname, query)
-    if address.page not in PAGES:
+    if not address.page:
         return Address(next(iter(PAGES)), address.chosen)
     return address.without("run") if address.page == "compare" else address
 
@@ -205,9 +207,24 @@ def _made(part: Markup | None, view: View, dark: bool) -> list[Component | str]:
     return [] if part is None else components(part, view.page, dark=dark)
 
 
+def _no_page(name: str) -> Shown:
+    told = f"There is no page {name!r}; these are: {', '.join(PAGES)}."
+    return Shown(section("no-page", "No such page", element("p", told)))
+
+
+def _not_offered(address: Address, controls: tuple[Control, ...]) -> list[str]:
+    """What the address asks of the controls and they do not have, each in a sentence."""
+    asked = ((control, address.one(control.name)) for control in controls)
+    return [
+        f"{control.label}: there is no {value!r} here; what is shown is {control.label_of_value}."
+        for control, value in asked
+        if value is not None and value not in [option.value for option in control.options]
+    ]
+
+
 def _nav(address: Address) -> list[Component]:
     """The filters go along to every page."""
-    kept = Address("", {name: address.chosen[name] for name in FILTERS if name in address.chosen}).search
+    kept = address.filters.search
     return [
         dcc.Link(page.TITLE, href=f"/{name}{kept}", className="here" if name == address.page else "", id=f"to-{name}")
         for name, page in PAGES.items()
@@ -218,9 +235,9 @@ def _controls(address: Address, found: dict[str, list[Option]], shown: Shown) ->
     filters = [
         _filter(name, offered, address.chosen.get(name, ()))
         for name, offered in found.items()
-        if len(offered) > 1 and (name, address.page) != ("run", "compare")
+        if (len(offered) > 1 or name in address.chosen) and (name, address.page) != ("run", "compare")
     ]
-    return [*map(_choice, shown.controls), *filters]
+    return [*(_choice(control) for control in shown.controls if len(control.options) > 1), *filters]
 
 
 def _filter(name: str, offered: list[Option], chosen: tuple[str, ...]) -> Component:

@@ -89,7 +89,7 @@ def speed_plot(info: RecoveryInfo) -> go.Figure:
             x=[at for at, _ in info.speed],
             y=[speed for _, speed in info.speed],
             mode="lines+markers",
-            line={"color": colour("own"), "width": 1.5, "shape": "vh"},
+            line={"color": colour("ink"), "width": 1.5, "shape": "vh"},
             marker={"size": 4},
             hovertemplate="%{x:.2f} s: %{y:,.0f} tokens/s<extra></extra>",
         )

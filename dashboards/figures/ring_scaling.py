@@ -10,6 +10,7 @@ from typing import NamedTuple
 import plotly.graph_objects as go
 
 from dashboards.figures.labels import add_end_labels
+from dashboards.figures.marks import Mark, marks
 from dashboards.theme import base_figure, colour, density_colour, log_axis
 from dashboards.wording import number
 
@@ -48,6 +49,15 @@ class RingScalingInfo(NamedTuple):
     lines: list[RingLine]
 
     @property
+    def marks(self) -> list[Mark]:
+        """A mark for each line."""
+        return marks([density_colour(line.density) for line in self.lines])
+
+    @property
+    def shares_colours(self) -> bool:
+        return any(mark.point for mark in self.marks)
+
+    @property
     def ranks(self) -> list[int]:
         return sorted({p.ranks for line in self.lines for p in (*line.measured, *line.forecast)})
 
@@ -60,14 +70,17 @@ def ring_scaling_info(lines: Sequence[RingLine]) -> RingScalingInfo | None:
 
 
 def ring_time_plot(info: RingScalingInfo) -> go.Figure:
-    """Log-log. Points: measured (open where ranks shared cores); dashes: forecast; dots: one rank's time / ranks."""
+    """Log-log. Points: measured (open where ranks shared cores); dashes: forecast; dots: one rank's time / ranks.
+
+    Lines of one colour differ in their points and dashes, which stand before their names.
+    """
     figure = base_figure(_HEIGHT, _RIGHT)
     points = [p for line in info.lines for p in (*line.measured, *line.forecast)]
     unit, scale = ("s", 1e-3) if max(p.ms for p in points) >= _LONG_MS else ("ms", 1.0)
-    for line in info.lines:
+    for line, mark in zip(info.lines, info.marks, strict=True):
         _add_ideal(figure, line, unit, scale)
         forecast, measured = ([(p, scale * p.ms) for p in some] for some in (line.forecast, line.measured))
-        _add_line(figure, line, forecast, measured, unit, ".4~g")
+        _add_line(figure, line, mark, forecast, measured, unit, ".4~g")
     ideals = [p.alone_ms / p.ranks for p in points if p.alone_ms]
     axis = log_axis(
         [scale * ms for ms in (*(p.ms for p in points), *ideals)], f"{unit}, forward + backward (log scale)"
@@ -83,12 +96,12 @@ def ring_efficiency_plot(info: RingScalingInfo) -> go.Figure:
     figure = base_figure(_HEIGHT, _RIGHT)
     ends: list[float] = []
     top = 1.05
-    for line in info.lines:
+    for line, mark in zip(info.lines, info.marks, strict=True):
         forecast, measured = (
             [(p, 100 * p.efficiency) for p in points if p.efficiency is not None]
             for points in (line.forecast, line.measured)
         )
-        _add_line(figure, line, forecast, measured, "%", ".0f")
+        _add_line(figure, line, mark, forecast, measured, "%", ".0f")
         top = max([top, *(value / 100 for _, value in (*forecast, *measured))])
         last = (forecast or measured)[-1:]
         ends.append(last[0][1] if last else 0.0)
@@ -119,6 +132,7 @@ def _add_ideal(figure: go.Figure, line: RingLine, unit: str, scale: float) -> No
 def _add_line(
     figure: go.Figure,
     line: RingLine,
+    mark: Mark,
     forecast: Sequence[tuple[RingPoint, float]],
     measured: Sequence[tuple[RingPoint, float]],
     unit: str,
@@ -132,6 +146,7 @@ def _add_line(
         marker = {
             "color": [colour("card") if p.crowded else shade for p, _ in points],
             "size": 8,
+            "symbol": mark.symbol,
             "line": {"color": shade, "width": 2},
         }
         figure.add_trace(
@@ -139,7 +154,7 @@ def _add_line(
                 x=[p.ranks for p, _ in points],
                 y=[value for _, value in points],
                 mode="lines+markers" if solid else "lines",
-                line={"color": shade, "width": 2, "dash": "solid" if solid else "dash"},
+                line={"color": shade, "width": 2, "dash": "solid" if solid else mark.dash},
                 marker=marker if solid else None,
                 text=[f"{word}, ranks shared cores" if p.crowded else word for p, _ in points],
                 hovertemplate=f"{escape(line.name)}<br>%{{x}} ranks: %{{y:{form}}} {unit} (%{{text}})<extra></extra>",
@@ -156,4 +171,8 @@ def _finish(figure: go.Figure, info: RingScalingInfo, y_axis: dict) -> None:
 
 
 def _ends(info: RingScalingInfo, places: Sequence[float]) -> list[tuple[float, str, str]]:
-    return [(place, x.name, density_colour(x.density)) for x, place in zip(info.lines, places, strict=True)]
+    lines = zip(info.lines, info.marks, places, strict=True)
+    return [
+        (place, mark.beside(line.name, points=bool(line.measured)), density_colour(line.density))
+        for line, mark, place in lines
+    ]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import plotly.graph_objects as go
 
 from dashboards.figures.labels import add_end_labels
+from dashboards.figures.marks import Mark, marks
 from dashboards.frames import Trial, line_label
 from dashboards.theme import base_figure, colour, density_colour, log_axis
 from dashboards.wording import percent, tokens
@@ -144,11 +145,16 @@ def _ideal(record: Record, dense: dict[int, float]) -> float | None:
 
 
 def scaling_plot(info: ScalingInfo) -> go.Figure:
-    """Log-log. Solid: measured, with p20 to p80; dotted in the same colour: the ideal; diamonds: dense."""
+    """Log-log. Solid: measured, with p20 to p80; dotted in the same colour: the ideal; diamonds: dense.
+
+    Lines of one colour differ in their points, which stand before their names.
+    """
     unit = info.quantity.unit
     figure = base_figure(_HEIGHT, _RIGHT)
-    for line in info.lines:
-        _add_line(figure, line, unit)
+    shades = [density_colour(line.density) for line in info.lines]
+    lines = list(zip(info.lines, shades, marks(shades), strict=True))
+    for line, _, mark in lines:
+        _add_line(figure, line, mark, unit)
     if info.dense:
         _add_dense(figure, info.dense, unit)
     lengths = sorted({n for line in info.lines for n in line.lengths} | {n for n, _ in info.dense})
@@ -158,14 +164,14 @@ def scaling_plot(info: ScalingInfo) -> go.Figure:
     values = [v for line in info.lines for v in (*line.values, *line.ideal) if v is not None]
     axis = log_axis([*values, *(v for _, v in info.dense)], f"{unit} (log scale)")
     figure.update_yaxes(axis)
-    ends = [(log10(line.values[-1]), line.name, density_colour(line.density)) for line in info.lines]
+    ends = [(log10(line.values[-1]), mark.beside(line.name), shade) for line, shade, mark in lines]
     if info.dense:
         ends.append((log10(info.dense[-1][1]), "dense", colour("dense")))
     add_end_labels(figure, ends, axis["range"])
     return figure
 
 
-def _add_line(figure: go.Figure, line: Line, unit: str) -> None:
+def _add_line(figure: go.Figure, line: Line, mark: Mark, unit: str) -> None:
     shade, name = density_colour(line.density), line.name
     ideal = [(n, v) for n, v in zip(line.lengths, line.ideal, strict=True) if v is not None]
     if ideal:
@@ -186,7 +192,7 @@ def _add_line(figure: go.Figure, line: Line, unit: str) -> None:
             y=line.values,
             mode="lines+markers",
             line={"color": shade, "width": 2},
-            marker={"color": shade, "size": 7},
+            marker={"color": shade, "size": 7, "symbol": mark.symbol},
             error_y={**bars, "color": shade, "thickness": 1},
             hovertemplate=f"density {name}<br>%{{x:,}} tokens: %{{y:.3g}} {unit}<extra></extra>",
         )

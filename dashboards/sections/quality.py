@@ -9,10 +9,12 @@ from dashboards.figures.pareto import MOST_BEATEN, MOST_NUMBERS, ParetoInfo, Poi
 from dashboards.frames import Results, search_command
 from dashboards.markup import Column, Markup, element, join, table
 from dashboards.page import Page, Told
-from dashboards.sections.frame import asked, note, nothing_yet, section
-from dashboards.wording import milliseconds, paste, percent, quality, ratio, size, times
+from dashboards.sections.frame import asked, listed, note, nothing_yet, section
+from dashboards.wording import milliseconds, moment, paste, percent, quality, ratio, size, times
+from raybsa.results.record import Record
 
 MOST_CURVES, MOST_NAMED, MOST_DENSE = 40, 20, 3  # dominated, of the front and of the baseline in one figure
+NOTHING_TIMED = "No trial of this question was timed and trained to its end"
 
 
 def quality_section(page: Page, results: Results, folder: str) -> Markup:
@@ -31,17 +33,13 @@ def quality_section(page: Page, results: Results, folder: str) -> Markup:
 def front_part(page: Page, info: ParetoInfo, panel: str, folder: str) -> Markup:
     """The front as a figure, a panel for the trial that was clicked, and the front as a table."""
     if not info.front:
-        return nothing_timed(folder)
+        return nothing_yet(NOTHING_TIMED, search_command(folder))
     chosen = element("aside", id=panel, class_="panel trial", data_trial=info.front[0].trial.id)
     return join(
         note(how_to_read(info)),
         element("div", front_figure(page, info, panel), chosen, class_="split"),
         front_table(page, info),
     )
-
-
-def nothing_timed(folder: str) -> Markup:
-    return nothing_yet("No trial of this question was timed and trained to its end", search_command(folder))
 
 
 def front_figure(page: Page, info: ParetoInfo, panel: str) -> Markup:
@@ -130,8 +128,17 @@ def _facts(info: ParetoInfo, point: Point) -> list[tuple[str, str]]:
         ("blocks kept", f"{percent(record.density)} at block {record.block_size}"),
         ("computed by", f"{record.variant}, {record.backend}"),
         ("trial", record.trial_id),
+        ("made by", _made_by(record)),
+        ("row", "the one of that trial_id in records/"),
         *([("stopped early", record.error or "")] if point.trial.pruned else []),
     ]
+
+
+def _made_by(record: Record) -> str:
+    """The job, its commit and the time; what an older row lacks is left out."""
+    job = f"job {record.job}" if record.job else ""
+    commit = f"commit {record.git_commit[:12]}" if record.git_commit else ""
+    return listed([job, commit, moment(record.created_at or "")]) or "–"
 
 
 def curves_part(page: Page, results: Results, info: ParetoInfo) -> Markup:

@@ -71,6 +71,8 @@ def _scaling(page: Page, trials: Sequence[Trial]) -> Markup:
     caption = "Forward and backward, medians. Dotted: the ideal, one process's time for the same work / ranks."
     if any(point.crowded for line in info.lines for point in line.measured):
         caption += _CROWDED.format(devices=record.devices)
+    if info.shares_colours:
+        caption += " Lines of one colour differ in their points, which stand before their names."
     cards = (
         element("div", element("h4", title), page.figure(figure, title), class_="card")
         for title, figure in (

@@ -23,7 +23,8 @@ def _comparison(page: Page, trials: Sequence[Trial]) -> Markup:
     rows = (_row(page, name, own, trials) for name, own in split_by_pattern(trials).items())
     caption = "Solid: median, with bars from the 20th to the 80th percentile. Dotted: the ideal, dense × density. "
     caption += (
-        "Each line is named by the density that was asked for; own: the pattern's own, which may change with length."
+        "Each line is named by the density that was asked for; own: the pattern's own, which may change with length. "
+        "Lines of one colour differ in their points."
     )
     return join(
         element("h3", f"{question_label(trials[0].spec)}, on {record.device_name or record.device}"),

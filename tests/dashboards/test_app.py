@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import socket
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from dash.dcc import Dropdown
 from dash.development.base_component import Component
 
 from dashboards.app.__main__ import main
@@ -16,9 +18,9 @@ from dashboards.app.address import Address, parse
 from dashboards.app.components import components, themed, thumbnail
 from dashboards.app.filters import filtered, options
 from dashboards.app.folder import Folder
-from dashboards.app.frame import PAGES, make_app
+from dashboards.app.frame import PAGES, Drawings, make_app
 from dashboards.app.pages import search
-from dashboards.app.view import Shown, View
+from dashboards.app.view import Shown, View, view_of
 from dashboards.figures.pictures import drawing_info
 from dashboards.frames import trial_of
 from dashboards.markup import element
@@ -51,8 +53,7 @@ def read(path: Path) -> Folder:
 
 
 def shown(folder: Folder, page: str, query: str = "") -> tuple[Shown, View]:
-    address = parse(f"/{page}", query)
-    view = View(Page(), filtered(folder.results, address), folder.root, address)
+    view = view_of(Page(), folder.results, folder.root, parse(f"/{page}", query))
     return PAGES[page].show(view), view
 
 
@@ -77,6 +78,13 @@ def drawn(folder: Folder, page: str, query: str = "") -> str:
     return texts([components(part, view.page, dark=False) for part in (answer.top, answer.rest) if part])
 
 
+def framed(folder: Folder, page: str, query: str = "") -> tuple[str, dict[str, Dropdown]]:
+    """A page within its frame: what a reader would read, and the dropdowns by name."""
+    _, controls, top, rest = Drawings(folder, own_patterns=False).page(page, query, folder.version, False)
+    dropdowns = [label.children[1] for label in controls]
+    return texts([top, rest]), {dropdown.id["name"]: dropdown for dropdown in dropdowns}
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     path = tmp_path_factory.mktemp("whole")
@@ -93,7 +101,7 @@ def test_an_address_goes_into_a_url_and_back() -> None:
 
 
 def test_filters_keep_the_rows_that_have_one_of_the_values_of_each(whole: Folder) -> None:
-    found = options(whole.results)
+    found = options(whole.results, Address("search"))
     assert {"bigbird", "dense"} <= {option.value for option in found["pattern"]}
     assert [option.label for option in found["density"]] == sorted(
         (option.label for option in found["density"]), key=lambda label: float(label.strip("≤> %"))
@@ -102,6 +110,43 @@ def test_filters_keep_the_rows_that_have_one_of_the_values_of_each(whole: Folder
     assert {trial.record.pattern for trial in kept} == {"bigbird", "random"}
     assert {trial.record.run_id for trial in kept} == {"run-1"}
     assert filtered(whole.results, parse("/search", "?pattern=nobody")).trials == ()
+
+
+def test_a_filter_that_is_set_has_a_control_that_offers_all_its_values(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, lm_record("d", DENSE, 2.2, 40.0), lm_record("w", sparse("sliding_window"), 2.3, 9.0))
+    assert "run" not in framed(folder, "search")[1], "there is one run: nothing to choose"
+    controls = framed(folder, "search", "?pattern=bigbird&pattern=dense&run=zzz&density=3&density=x")[1]
+    for name, chosen in (("pattern", ["bigbird", "dense"]), ("run", ["zzz"]), ("density", ["3", "x"])):
+        assert controls[name].value == chosen
+        assert set(chosen) <= {option["value"] for option in controls[name].options}
+    assert {"value": "3", "label": "≤ 15 %"} in controls["density"].options
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_filters_that_leave_nothing_are_named_and_no_command_is_told(whole: Folder, page: str) -> None:
+    told = framed(whole, page, "?device=b&pattern=bigbird&pattern=strided&density=0")[0]
+    assert "The filters leave nothing to show here" in told
+    assert "pattern bigbird or strided; device b; density ≤ 1.5 %" in told
+    assert "python jobs/" not in told
+
+
+def test_what_an_address_asks_for_and_is_not_there_is_said(whole: Folder) -> None:
+    told = framed(whole, "nopage")[0]
+    assert "There is no page 'nopage'; these are: search, benchmark" in told
+    told, controls = framed(whole, "forecast", "?ranks=-5&hardware=abacus")
+    assert "up to how many ranks: there is no '-5' here; what is shown is 128." in told
+    assert "hardware: there is no 'abacus' here; what is shown is fitted to the rows here." in told
+    assert controls["ranks"].value == "128"
+    assert "question: there is no 'nope' here; what is shown is byte_lm" in framed(whole, "search", "?question=nope")[0]
+    card, detail = Drawings(whole, own_patterns=False).chosen("search", "?trial=nope", whole.version, False)
+    assert texts(card).startswith("No trial 'nope' is here; what is shown is the first of the front. 1. ")
+    assert detail
+    card, _ = Drawings(whole, own_patterns=False).chosen("search", "?trial=bigbird-0.25", whole.version, False)
+    assert "is here" not in texts(card)
+
+
+def test_of_a_url_with_very_many_parameters_the_first_are_read() -> None:
+    assert parse("/search", "?run=a" + "&x=1" * 5000 + "&run=b") == Address("search", {"run": ("a",)})
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -170,6 +215,8 @@ def test_the_trial_of_the_address_is_the_one_that_is_shown(whole: Folder) -> Non
     assert parts is not None
     told = texts([components(part, view.page, dark=False) for part in parts])
     assert "bigbird-0.25" in told
+    assert "made by job search, commit 0123456789ab, 2026-03-01 10:12 UTC" in told
+    assert "row the one of that trial_id in records/" in told
     assert "train loss" in told
 
 
@@ -238,10 +285,39 @@ def test_the_app_listens_on_this_machine_alone_unless_told(
 ) -> None:
     asked: list[dict] = []
     monkeypatch.setattr("dash.Dash.run", lambda self, **options: asked.append(options))
+    monkeypatch.setattr("dashboards.app.__main__.free_port", lambda host, port: port)
     assert main([str(tmp_path)]) == 0
     assert main([str(tmp_path), "--host", "0.0.0.0", "--port", "9000"]) == 0
     assert asked == [{"host": "127.0.0.1", "port": 8050}, {"host": "0.0.0.0", "port": 9000}]
     assert "http://127.0.0.1:8050" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("port", ["99999", "-1"])
+def test_a_port_that_is_none_ends_the_app_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], port: str
+) -> None:
+    assert main([str(tmp_path), "--port", port]) == 2
+    assert capsys.readouterr().err == f"error: --port must be in 1..65535, or 0 for any free one, got {port}\n"
+
+
+def test_a_port_in_use_ends_the_app_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main([str(tmp_path), "--port", str(port)]) == 1
+    told = capsys.readouterr()
+    assert told.err.startswith(f"error: cannot listen at 127.0.0.1, port {port}: Address already in use")
+    assert told.err.count("\n") == 1
+    assert not told.out
+
+
+def test_port_0_is_any_free_one_and_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ports: list[int] = []
+    monkeypatch.setattr("dash.Dash.run", lambda self, host, port: ports.append(port))
+    assert main([str(tmp_path), "--port", "0"]) == 0
+    assert 0 < ports[0] <= 65535
+    assert f":{ports[0]} shows" in capsys.readouterr().out
 
 
 def test_every_answer_forbids_other_sources(tmp_path: Path) -> None:

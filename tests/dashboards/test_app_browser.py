@@ -15,34 +15,50 @@ from werkzeug.serving import make_server
 
 from dashboards.app.folder import Folder
 from dashboards.app.frame import PAGES, make_app
+from dashboards.theme import PALETTE
 from tests.dashboards.browser import BROWSER, FLAGS, IN_A_BROWSER
 from tests.dashboards.made import lm_record, sparse
 from tests.dashboards.made_folder import a_folder
 
 pytestmark = IN_A_BROWSER
+VIEWS = [[800, "light"], [1400, "dark"]]  # a frame each: no layout depends on colours
 OPTIONS = FLAGS + "--window-size=800,1000 --remote-debugging-port=0"
 # Walks through the pages as a reader would, and sends what it saw.
 PROBE = """<script>
 const until = async (holds) => { while (!holds()) await new Promise((done) => setTimeout(done, 40)); };
-const all = (what) => [...document.querySelectorAll(what)];
-const drawn = () => all(".figure").every((figure) => figure.querySelector(".main-svg"));
+const all = (what, where = document) => [...where.querySelectorAll(what)];
+const drawn = (where = document) => all(".figure", where).every((figure) => figure.querySelector(".main-svg"));
 const marks = () => all("#top .points path.point").length;
 const told = () => document.querySelector("#chosen h3")?.textContent;
-const page = async (name) => {
-  await until(() => document.getElementById("to-" + name));
-  document.getElementById("to-" + name).click();
-  await until(() => document.querySelector("nav a.here")?.id === "to-" + name && drawn());
+const page = async (name, where = document) => {
+  await until(() => where.getElementById("to-" + name));
+  where.getElementById("to-" + name).click();
+  await until(() => where.querySelector("nav a.here")?.id === "to-" + name && drawn(where));
+};
+const framed = async (width, scheme) => {
+  const frame = document.createElement("iframe");
+  frame.style.cssText = `width:${width}px;height:1000px;border:0;color-scheme:${scheme}`;
+  frame.src = "/";
+  document.body.append(frame);
+  await until(() => frame.contentDocument.querySelector("#chosen h3") && drawn(frame.contentDocument));
+  const pages = {}, where = frame.contentDocument;
+  for (const name of PAGE_NAMES) {
+    await page(name, where);
+    const shown = { figures: all(".figure", where).length };
+    shown.overflow = where.documentElement.scrollWidth - frame.contentWindow.innerWidth;
+    shown.paper = getComputedStyle(where.body).backgroundColor;
+    shown.ink = getComputedStyle(where.querySelector(".main-svg .xtick text, .main-svg .ytick text")).fill;
+    pages[name] = shown;
+  }
+  frame.remove();
+  return pages;
 };
 const go = (search) => { history.pushState({}, "", search); dispatchEvent(new PopStateEvent("popstate")); };
 (async () => {
+  if (window !== top) return;
   const seen = { pages: {} };
   await until(() => told() && marks() && drawn());
-  for (const name of PAGE_NAMES) {
-    await page(name);
-    const shown = { figures: all(".figure").length, title: document.querySelector("main h2").textContent };
-    shown.overflow = document.documentElement.scrollWidth - innerWidth;
-    seen.pages[name] = shown;
-  }
+  for (const [width, scheme] of VIEWS) seen.pages[scheme] = await framed(width, scheme);
   await page("search");
   await until(() => told() && marks());
   seen.first = told();
@@ -66,10 +82,21 @@ const go = (search) => { history.pushState({}, "", search); dispatchEvent(new Po
   go("?pattern=bigbird");
   await until(() => marks() && marks() < 10 && drawn());
   seen.filtered = marks();
+  go("?pattern=bigbird&pattern=nosuch");
+  await until(() => all("#controls .many").some((label) => label.textContent.includes("nosuch")));
+  go("?run=zzz");
+  await until(() => document.querySelector("#top")?.textContent.includes("The filters leave nothing"));
+  await new Promise((done) => setTimeout(done, 300));
+  seen.kept = location.search;
   seen.hacked = document.body.dataset.hacked ?? "no";
   await fetch("/seen", { method: "POST", body: JSON.stringify(seen) });
 })();
 </script>"""
+
+
+def rgb(shade: str) -> str:
+    """``rgb(1, 2, 3)`` of ``#010203``, as a browser tells it."""
+    return f"rgb({', '.join(str(int(shade[i : i + 2], 16)) for i in (1, 3, 5))})"
 
 
 class Served:
@@ -78,8 +105,8 @@ class Served:
     def __init__(self, folder: Path) -> None:
         store = a_folder(folder)
         app = make_app(Folder(str(folder)))
-        names = str(list(PAGES))
-        app.index_string = app.index_string.replace("</body>", PROBE.replace("PAGE_NAMES", names) + "</body>")
+        probe = PROBE.replace("PAGE_NAMES", str(list(PAGES))).replace("VIEWS", str(VIEWS))
+        app.index_string = app.index_string.replace("</body>", f"{probe}</body>")
         self.seen: dict[str, Any] = {}
         self.done = threading.Event()
 
@@ -126,14 +153,18 @@ def test_every_page_is_drawn_and_what_is_clicked_is_shown(served: Served, tmp_pa
         browser.wait(20)
     assert finished, f"the walk did not come to its end:\n{log.read_text()[-3000:]}"
     seen = served.seen
-    assert list(seen["pages"]) == list(PAGES)
-    for name, page in seen["pages"].items():
-        assert page["figures"] >= 1, f"{name} draws nothing"
-        assert page["overflow"] <= 0, f"{name} is {page['overflow']} pixels too wide at 800"
+    for dark, (width, scheme) in enumerate(VIEWS):
+        assert list(seen["pages"][scheme]) == list(PAGES)
+        for name, page in seen["pages"][scheme].items():
+            assert page["figures"] >= 1, f"{name} draws nothing"
+            assert page["overflow"] <= 0, f"{name} is {page['overflow']} pixels too wide at {width}"
+            for meaning in ("paper", "ink"):
+                assert page[meaning] == rgb(PALETTE[meaning][dark]), f"{name}: {meaning}, {scheme}"
     assert seen["clicked"] != seen["first"]
     assert "trial=" in seen["address"]
     assert seen["spec"].startswith("create_block_sparse_attention(**{")
     assert seen["details"] >= 3
     assert 1 <= seen["filtered"] < seen["marks"]
+    assert seen["kept"] == "?run=zzz"
     assert seen["hacked"] == "no"
     assert "CONSOLE" not in log.read_text(), log.read_text()

@@ -179,6 +179,17 @@ def test_speed_is_drawn_log_log_with_one_colour_a_density() -> None:
     assert [a.text.replace("\u00a0", " ") for a in figure.layout.annotations] == ["3 %", "10 %", "25 %", "dense"]
 
 
+def test_densities_of_one_colour_differ_in_their_points_and_their_names_say_which() -> None:
+    everything = trials(*(speed_record(f"d{d}", sparse("bigbird", d), 1024) for d in (0.05, 0.06, 0.25)))
+    info = scaling_info(everything, everything, FORWARD)
+    assert info is not None
+    figure = scaling_plot(info)
+    names = [a.text.replace("\u00a0", " ") for a in figure.layout.annotations]
+    assert names == ["● 5 %", "■ 6 %", "25 %", "dense"]
+    solid = [trace for trace in figure.data if trace.line.dash != "dot"]
+    assert [trace.marker.symbol for trace in solid] == ["circle", "square", "circle", "diamond"]
+
+
 # ---- learning curves -----------------------------------------------------------------------------------------------
 
 

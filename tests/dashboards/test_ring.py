@@ -103,6 +103,26 @@ def test_measured_is_solid_forecast_is_dashed_and_crowded_ranks_are_open() -> No
         assert solid.marker.color[1] == colour("card") != solid.marker.color[0]
 
 
+def test_lines_of_one_colour_differ_in_points_and_dashes_and_their_names_say_which() -> None:
+    points = [RingPoint(n, 100.0 / n, 100.0) for n in (1, 2)]
+    lines = [RingLine("bigbird", 0.1, points, points), RingLine("window", 0.1, [], points)]
+    info = ring_scaling_info([*lines, RingLine("dense", 1.0, points, [])])
+    assert info is not None
+    assert info.shares_colours
+    for figure in (ring_time_plot(info), ring_efficiency_plot(info)):
+        names = [label.text for label in figure.layout.annotations]
+        assert names == ["● bigbird", "–·– window", "dense"]
+        drawn = [trace for trace in figure.data if trace.line.dash != "dot"]
+        assert [trace.line.dash for trace in drawn] == ["dash", "solid", "dashdot", "solid"]
+    both = ring_scaling_info([line._replace(measured=points) for line in lines])
+    assert both is not None
+    solid = [trace for trace in ring_time_plot(both).data if trace.line.dash == "solid"]
+    assert [trace.marker.symbol for trace in solid] == ["circle", "square"]
+    alone = ring_scaling_info(lines[:1])
+    assert alone is not None
+    assert not alone.shares_colours
+
+
 def test_long_times_are_drawn_in_seconds() -> None:
     info = ring_scaling_info([RingLine("dense", 1.0, [], [RingPoint(1, 2e6, 2e6), RingPoint(2, 1e6, 2e6)])])
     assert info is not None

@@ -17,6 +17,6 @@ def show(view: View) -> Shown:
     speed = speed_section(view.page, view.results, view.folder) if view.results.speed_groups else None
     if kernels is None and speed is None:
         command = benchmark_command(view.folder)
-        missing = waiting("No benchmark has run yet", f"{command} --suite cpu", f"{command} --suite gpu --peers")
+        missing = waiting(view, "No benchmark has run yet", f"{command} --suite cpu", f"{command} --suite gpu --peers")
         return Shown(section("benchmark", "Benchmark", missing))
     return Shown(join(kernels, speed))

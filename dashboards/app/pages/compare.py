@@ -20,7 +20,9 @@ def show(view: View) -> Shown:
         runs[trial.record.run_id or "–"].append(trial)
     if len(runs) < 2:
         command = search_command(view.folder)
-        return Shown(section("compare", "Two runs", waiting(f"Two runs are compared, {len(runs)} is here", command)))
+        return Shown(
+            section("compare", "Two runs", waiting(view, f"Two runs are compared, {len(runs)} is here", command))
+        )
     newest = list(reversed(runs))
     b = _asked(view, "b", runs, next((name for name in newest if _alike(runs, name)), newest[0]))
     others = [name for name in newest if name != b]

@@ -12,6 +12,8 @@ TITLE = "Compression"
 def show(view: View) -> Shown:
     found = compression_section(view.page, view.results)
     missing = waiting(
-        "No training with compressed gradients has finished yet", f"python jobs/compression.py --out {view.folder}"
+        view,
+        "No training with compressed gradients has finished yet",
+        f"python jobs/compression.py --out {view.folder}",
     )
     return Shown(found or section("compression", TITLE, missing))

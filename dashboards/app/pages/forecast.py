@@ -43,7 +43,9 @@ def _content(view: View, name: str, most: int) -> Markup:
             compared, part = _fitted(trials, tuple(view.results.points(trials)), most)
     except ValueError as error:
         command = f"python jobs/benchmark.py --suite ring --out {view.folder}"
-        missing = waiting(f"No rows to fit the cost formula to ({error}); other hardware can be chosen above", command)
+        missing = waiting(
+            view, f"No rows to fit the cost formula to ({error}); other hardware can be chosen above", command
+        )
         return section("forecast", "Scaling forecast", missing)
     told = note("Solid lines and points were measured. Dashed lines are forecasts of the cost formula.")
     return join(section("forecast", "Scaling forecast", told), forecast_parts(view.page, compared, [part]))

@@ -19,7 +19,7 @@ def show(view: View) -> Shown:
     if not kernels and speed is None:
         command = benchmark_command(view.folder)
         missing = waiting(
-            "No benchmark has measured memory yet", f"{command} --suite cpu", f"{command} --suite gpu --peers"
+            view, "No benchmark has measured memory yet", f"{command} --suite cpu", f"{command} --suite gpu --peers"
         )
         return Shown(section("memory", "Memory", missing))
     return Shown(section("memory", "Memory", *kernels, speed))

@@ -11,5 +11,7 @@ TITLE = "Recovery"
 
 def show(view: View) -> Shown:
     found = recovery_section(view.page, view.results)
-    missing = waiting("No training has survived a failure yet", f"python jobs/recovery_drill.py --out {view.folder}")
+    missing = waiting(
+        view, "No training has survived a failure yet", f"python jobs/recovery_drill.py --out {view.folder}"
+    )
     return Shown(found or section("recovery", TITLE, missing))

@@ -11,5 +11,5 @@ TITLE = "Ring"
 
 def show(view: View) -> Shown:
     found = ring_section(view.page, view.results)
-    missing = waiting("No ring was measured yet", f"python jobs/benchmark.py --suite ring --out {view.folder}")
+    missing = waiting(view, "No ring was measured yet", f"python jobs/benchmark.py --suite ring --out {view.folder}")
     return Shown(found or section("ring", TITLE, missing))

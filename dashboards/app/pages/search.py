@@ -10,7 +10,7 @@ from dashboards.markup import Markup, join
 from dashboards.sections.failures import failures_section
 from dashboards.sections.frame import asked, note, section
 from dashboards.sections.header import density_legend
-from dashboards.sections.quality import curves_part, front_figure, front_table, how_to_read, nothing_timed
+from dashboards.sections.quality import NOTHING_TIMED, curves_part, front_figure, front_table, how_to_read
 from dashboards.sections.trial import trial_card, trial_detail
 from raybsa.spec import stable_hash
 
@@ -20,20 +20,20 @@ TITLE = "Search"
 def show(view: View) -> Shown:
     groups = {stable_hash(trials[0].question): trials for trials in view.results.quality_groups}
     if not groups:
-        missing = waiting("No trial has measured a quality yet", search_command(view.folder))
-        return Shown(section("quality", "Search", missing), failures_section(view.results))
+        missing = waiting(view, "No trial has measured a quality yet", search_command(view.folder))
+        failed = failures_section(view.results) if view.results.trials else None
+        return Shown(section("quality", "Search", missing), failed)
     name = _name(view, groups)
     info = pareto_info(groups[name])
     labels = [Option(key, f"{asked(trials[0])} ({len(trials)} trials)") for key, trials in groups.items()]
-    control = (Control("question", "question", labels, name),) if len(groups) > 1 else ()
     figure = (
         (note(how_to_read(info)), front_figure(view.page, info, "front"))
         if info.front
-        else (nothing_timed(view.folder),)
+        else (waiting(view, NOTHING_TIMED, search_command(view.folder)),)
     )
     top = section("quality", asked(groups[name][0]), density_legend(ideal=False), *figure)
     rest = (curves_part(view.page, view.results, info), front_table(view.page, info)) if info.front else ()
-    return Shown(top, join(*rest, failures_section(view.results)), control)
+    return Shown(top, join(*rest, failures_section(view.results)), (Control("question", "question", labels, name),))
 
 
 def chosen(view: View) -> tuple[Markup, Markup] | None:
@@ -42,10 +42,15 @@ def chosen(view: View) -> tuple[Markup, Markup] | None:
     if not groups:
         return None
     info = pareto_info(groups[_name(view, groups)])
-    point = _point(info, view.address.one("trial"))
+    trial = view.address.one("trial")
+    point = _point(info, trial)
+    missing = None
+    if trial is not None and (point is None or point.trial.id != trial):
+        instead = "" if point is None else "; what is shown is the first of the front"
+        missing = note(f"No trial {trial!r} is here{instead}.")
     if point is None:
-        return None
-    return trial_card(view.page, info, point), trial_detail(view.page, view.results, info, point)
+        return None if missing is None else (missing, join())
+    return join(missing, trial_card(view.page, info, point)), trial_detail(view.page, view.results, info, point)
 
 
 def _name(view: View, groups: dict[str, list[Trial]]) -> str:
