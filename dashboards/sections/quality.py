@@ -129,7 +129,6 @@ def _facts(info: ParetoInfo, point: Point) -> list[tuple[str, str]]:
         ("computed by", f"{record.variant}, {record.backend}"),
         ("trial", record.trial_id),
         ("made by", _made_by(record)),
-        ("row", "the one of that trial_id in records/"),
         *([("stopped early", record.error or "")] if point.trial.pruned else []),
     ]
 

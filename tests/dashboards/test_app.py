@@ -216,7 +216,6 @@ def test_the_trial_of_the_address_is_the_one_that_is_shown(whole: Folder) -> Non
     told = texts([components(part, view.page, dark=False) for part in parts])
     assert "bigbird-0.25" in told
     assert "made by job search, commit 0123456789ab, 2026-03-01 10:12 UTC" in told
-    assert "row the one of that trial_id in records/" in told
     assert "train loss" in told
 
 
