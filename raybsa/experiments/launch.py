@@ -19,6 +19,10 @@ from raybsa.experiments.place import exit_on_sigterm
 _ANSWER_SECONDS = 10.0
 
 
+class NoCluster(ConnectionError):
+    """Nothing answers at the address of a cluster."""
+
+
 @contextmanager
 def cluster(
     address: str | None, *, num_cpus: int | None = None, deaths: bool = True, verbose: bool = False
@@ -33,7 +37,7 @@ def cluster(
         verbose: print the events of this process, and what the workers print, all of it.
 
     Raises:
-        ConnectionError: nothing answers at the address.
+        NoCluster: nothing answers at the address.
     """
     target = address or os.environ.get("RAY_ADDRESS", "local")
     _require_an_answer(target)
@@ -89,9 +93,7 @@ def _require_an_answer(target: str) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=_ANSWER_SECONDS).close()
     except (OSError, ValueError) as error:
-        raise ConnectionError(
-            f"a running Ray cluster was wanted at {target!r}, nothing answers there: {error}"
-        ) from error
+        raise NoCluster(f"a running Ray cluster was wanted at {target!r}, nothing answers there: {error}") from error
 
 
 def _has(node: dict[str, float], what: str) -> int:

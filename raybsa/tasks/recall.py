@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from raybsa.counter import Stream, hash_u32
-from raybsa.spec import TrialSpec
+from raybsa.spec import TrialSpec, require_positive
 from raybsa.tasks.goals import QUALITIES
 from raybsa.tasks.model import Transformer
 from raybsa.tasks.params import known_params
@@ -37,6 +37,8 @@ def prepare_training(spec: TrialSpec, device: torch.device, lock: DeviceLock) ->
     known = {"distance": spec.train_len // 2, "train_batch": 16, "eval_batch": 64, "eval_seed": 0}
     params = known_params(spec, known)
     distance = params["distance"]
+    for name in ("train_batch", "eval_batch"):
+        require_positive(name, params[name])
     if not spec.causal:
         raise ValueError("recall asks about the past, so its attention must be causal, got causal=False")
     if not KEYS <= distance <= spec.train_len - KEYS:
