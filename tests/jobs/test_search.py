@@ -54,7 +54,7 @@ def processes_with(word: str) -> list[str]:
         (["--out", "OUT", "--dry-run", "--text", "/no/such/text"], "got '/no/such/text', which does not exist"),
         (["--out", "OUT", "--dry-run", "--learning-rate", "-1"], "learning_rate must be a positive number, got -1.0"),
         (["--out", "OUT", "--cpus-per-worker", "1.5"], "whole CPUs or a fraction of one"),
-        (["--out", "OUT", "--space", "BROKEN"], "expected ',' or ']', but got '<stream end>'"),
+        (["--out", "OUT", "--space", "BROKEN"], "found '<stream end>'"),
         (["--out", "OUT", "--captured", "BROKEN"], "must hold dicts with q, k and v"),
         (["--out", "OUT", "--seq-len", "-1"], "seq_len must be a positive integer, got -1"),
         (["--out", "OUT", "--address", "127.0.0.1:1"], "wanted at '127.0.0.1:1', nothing answers there"),
