@@ -86,10 +86,8 @@ def main() -> None:
         parser.error(str(error))
     found = [row for row in rows if options.only.search(row.name)]
     if not found:
-        parser.error(
-            f"rows of --suite gpu whose cell's name {options.only.pattern!r} finds were wanted, "
-            f"there are none of {len(rows)} under {options.results!r}"
-        )
+        which = f" whose name {options.only.pattern!r} finds" if options.only.pattern else ""
+        parser.error(f"rows of --suite gpu{which} were wanted under {options.results!r}, found none")
     print(text_of(found))
 
 

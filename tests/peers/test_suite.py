@@ -239,7 +239,7 @@ def test_a_table_of_no_rows_names_the_folder(
     monkeypatch.setattr(sys, "argv", ["peer_table.py", str(tmp_path / "none"), "--only", "causal"])
     with pytest.raises(SystemExit, match="2"):
         peer_table.main()
-    assert f"'causal' finds were wanted, there are none of 0 under '{tmp_path / 'none'}'" in capsys.readouterr().err
+    assert f"whose name 'causal' finds were wanted under '{tmp_path / 'none'}', found none" in capsys.readouterr().err
 
 
 def test_a_part_that_there_is_not_is_refused() -> None:
