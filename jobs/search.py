@@ -46,6 +46,7 @@ from raybsa.tasks.byte_lm import ByteText
 from raybsa.tasks.captured import question_of
 from raybsa.tasks.goals import QUALITIES
 from raybsa.tasks.module import question_of as question_of_module
+from raybsa.tasks.recall import recall_params
 
 SIZES = {
     "seq_len": int,
@@ -206,6 +207,8 @@ def _preset(arguments: argparse.Namespace) -> Preset:
     trials = preset.trials if arguments.trials is None else arguments.trials
     if base.task == "byte_lm":
         ByteText(base, torch.device("cpu"))
+    if base.task == "recall":
+        recall_params(base)
     space = make_space(arguments.space, base) if arguments.space else replace(preset.space, base=base)
     if arguments.per_layer:
         space = replace(space, per_layer=True)

@@ -53,6 +53,7 @@ def processes_with(word: str) -> list[str]:
         (["--out", "OUT", "--objectives", "quality,quality"], "objectives must be different ones of"),
         (["--out", "OUT", "--dry-run", "--text", "/no/such/text"], "got '/no/such/text', which does not exist"),
         (["--out", "OUT", "--dry-run", "--learning-rate", "-1"], "learning_rate must be a positive number, got -1.0"),
+        (["--out", "OUT", "--distance", "1"], "distance must lie in "),
         (["--out", "OUT", "--cpus-per-worker", "1.5"], "whole CPUs or a fraction of one"),
         (["--out", "OUT", "--space", "BROKEN"], "found '<stream end>'"),
         (["--out", "OUT", "--captured", "BROKEN"], "must hold dicts with q, k and v"),
@@ -61,7 +62,7 @@ def processes_with(word: str) -> list[str]:
     ],
     ids=[
         "unwritable out", "empty text", "no such text", "unknown objective", "objective twice", "no text to list",
-        "no learning rate", "no share", "no YAML", "nothing captured", "no tokens", "no cluster",
+        "no learning rate", "no distance", "no share", "no YAML", "nothing captured", "no tokens", "no cluster",
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_before_anything_starts(
