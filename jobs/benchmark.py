@@ -17,9 +17,7 @@ where an earlier one in the same folder ended.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import re
 import signal
 import sys
 from collections.abc import Iterable, Iterator
@@ -28,22 +26,26 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
+import torch
+
 from raybsa import patterns
 from raybsa.events import show
 from raybsa.experiments import peer_table
+from raybsa.experiments.options import at_least, backend, name_or_json, not_negative, positive, regex
 from raybsa.experiments.peer_cells import cells, parts_of
 from raybsa.experiments.peer_rows import rows_of
 from raybsa.experiments.peer_suite import PeerSuite
-from raybsa.experiments.place import absolute, git_commit
+from raybsa.experiments.place import BAD_INPUT, FAILED, absolute, ending, git_commit, refusing
 from raybsa.experiments.recording import Run, record_of, write
 from raybsa.experiments.scaling_run import LIMIT_S, Scaled, measure_scaling
-from raybsa.experiments.suites import BASE, SUITES, grid, on_ranks
+from raybsa.experiments.suites import BASE, RING_GPU, SUITES, grid, on_ranks
 from raybsa.experiments.table import head_line, line, ring_head_line, ring_line
 from raybsa.results.record import Outcome, Record
 from raybsa.results.store import Store
 from raybsa.ring.partition import STRATEGIES
-from raybsa.spec import PatternSpec, TrialSpec
+from raybsa.spec import TrialSpec
 from raybsa.tasks.peers import GpuLost
+from raybsa.tasks.ring import ring_params
 from raybsa.tasks.ring_rank import Answer
 from raybsa.tasks.ring_ranks import measure_rings
 
@@ -57,9 +59,10 @@ def main() -> int:
         return _gpu(arguments)
     if arguments.suite == SCALING:
         return _scaling(arguments)
-    specs = _specs(arguments)
-    out = absolute("--out", arguments.out)
-    store = Store.create(out)
+    with refusing():
+        specs = _specs(arguments)
+        out = absolute("--out", arguments.out)
+        store = Store.create(out)
     if arguments.verbose:
         show()
     run = Run.start("benchmark", arguments.git_commit)
@@ -82,29 +85,30 @@ def _speeds(specs: list[TrialSpec], arguments: argparse.Namespace, run: Run, sto
     """Attention beside dense attention, on one worker of Ray."""
     from raybsa.cluster.coordinator import Coordinator, WorkerNotMade
     from raybsa.cluster.resources import TooFewResources
-    from raybsa.experiments.launch import cluster, worker_share
+    from raybsa.experiments.launch import NoCluster, cluster, worker_share
     from raybsa.experiments.trial import run_trial
 
-    try:
-        with cluster(arguments.address, verbose=arguments.verbose):
-            share = worker_share(arguments.threads)
-            timing = {"repeats": arguments.repeats, "budget_s": arguments.budget or 5.0}
-            print(f"{len(specs)} measurements on {share}, results in {store.root}", flush=True)
-            print(head_line())
-            with Coordinator(share, wait_s=arguments.wait, trial_s=arguments.limit, timing=timing) as coordinator:
-                for number, spec in enumerate(specs):
-                    record = run_trial(spec, coordinator, run, trial_id=run.trial_id(number), store=store)
-                    print(line(record), flush=True)
-                    yield record
-    except (TooFewResources, WorkerNotMade) as error:
-        sys.exit(f"error: {error}")
+    with (
+        ending(FAILED, TooFewResources, WorkerNotMade),
+        ending(BAD_INPUT, NoCluster),
+        cluster(arguments.address, verbose=arguments.verbose),
+    ):
+        share = worker_share(arguments.threads)
+        timing = {"repeats": arguments.repeats, "budget_s": arguments.budget}
+        print(f"{len(specs)} measurements on {share}, results in {store.root}", flush=True)
+        print(head_line())
+        with Coordinator(share, wait_s=arguments.wait, trial_s=arguments.limit, timing=timing) as coordinator:
+            for number, spec in enumerate(specs):
+                record = run_trial(spec, coordinator, run, trial_id=run.trial_id(number), store=store)
+                print(line(record), flush=True)
+                yield record
 
 
 def _rings(specs: list[TrialSpec], arguments: argparse.Namespace, run: Run, store: Store) -> Iterator[Record]:
     """The ring on processes of this host, one a rank. Needs no Ray."""
     print(f"{len(specs)} measurements on ranks of this host, results in {store.root}", flush=True)
     print(ring_head_line(), flush=True)
-    answers = measure_rings(specs, repeats=arguments.repeats, budget_s=arguments.budget or 3.0)
+    answers = measure_rings(specs, repeats=arguments.repeats, budget_s=arguments.budget)
     yield from _ring_records(answers, run, store)
 
 
@@ -112,25 +116,26 @@ def _actors(specs: list[TrialSpec], arguments: argparse.Namespace, run: Run, sto
     """The ring on Ray actors, one a rank."""
     from raybsa.cluster.resources import TooFewResources
     from raybsa.cluster.rings import measure_rings_on_actors
-    from raybsa.experiments.launch import cluster, worker_share
+    from raybsa.experiments.launch import NoCluster, cluster, worker_share
 
     threads = arguments.threads or 1
-    try:
-        with cluster(arguments.address, num_cpus=threads * max(arguments.world_size), verbose=arguments.verbose):
-            share = worker_share(threads)
-            print(f"{len(specs)} measurements on actors of {share} each, results in {store.root}", flush=True)
-            print(ring_head_line(), flush=True)
-            answers = measure_rings_on_actors(
-                specs,
-                share,
-                wait_s=arguments.wait,
-                limit_s=arguments.limit,
-                repeats=arguments.repeats,
-                budget_s=arguments.budget or 3.0,
-            )
-            yield from _ring_records(answers, run, store)
-    except TooFewResources as error:
-        sys.exit(f"error: {error}")
+    with (
+        ending(FAILED, TooFewResources),
+        ending(BAD_INPUT, NoCluster),
+        cluster(arguments.address, num_cpus=threads * max(arguments.world_size), verbose=arguments.verbose),
+    ):
+        share = worker_share(threads)
+        print(f"{len(specs)} measurements on actors of {share} each, results in {store.root}", flush=True)
+        print(ring_head_line(), flush=True)
+        answers = measure_rings_on_actors(
+            specs,
+            share,
+            wait_s=arguments.wait,
+            limit_s=arguments.limit,
+            repeats=arguments.repeats,
+            budget_s=arguments.budget,
+        )
+        yield from _ring_records(answers, run, store)
 
 
 def _ring_records(answers: Iterable[tuple[TrialSpec, Answer]], run: Run, store: Store) -> Iterator[Record]:
@@ -145,13 +150,13 @@ def _ring_records(answers: Iterable[tuple[TrialSpec, Answer]], run: Run, store: 
 
 def _gpu(arguments: argparse.Namespace) -> int:
     """Our kernels beside other libraries' on one GPU. Needs no Ray."""
-    part, _, parts = arguments.part.partition("/")
-    asked = parts_of(cells(quick=arguments.quick), int(part), int(parts or 1))
-    asked = [cell for cell in asked if re.search(arguments.only, cell.name)]
-    out = absolute("--out", arguments.out)
-    store, run = Store.create(out), Run.start("benchmark", arguments.git_commit)
-    timing = {"repeats": arguments.repeats, "budget_s": arguments.budget or 0.3}
-    suite = PeerSuite(asked, store, run, peers=arguments.peers, time_budget_s=arguments.time_budget, **timing)
+    timing = {"repeats": arguments.repeats, "budget_s": arguments.budget}
+    with refusing():
+        asked = parts_of(cells(quick=arguments.quick), *arguments.part)
+        asked = [cell for cell in asked if arguments.only.search(cell.name)]
+        out = absolute("--out", arguments.out)
+        store, run = Store.create(out), Run.start("benchmark", arguments.git_commit)
+        suite = PeerSuite(asked, store, run, peers=arguments.peers, time_budget_s=arguments.time_budget, **timing)
     print(f"{len(asked)} cells, results in {out}", flush=True)
     ended = None
     try:
@@ -170,9 +175,11 @@ def _gpu(arguments: argparse.Namespace) -> int:
 
 def _scaling(arguments: argparse.Namespace) -> int:
     """The ring on 1, 2, 4 and 8 ranks of this host beside torch's rings. Needs Ray for the recovery alone."""
-    out = absolute("--out", arguments.out)
-    store, limit_s = Store.create(out), arguments.time_budget or LIMIT_S
-    timing = {"repeats": arguments.repeats, "budget_s": arguments.budget or 2.0}
+    with refusing():
+        out = absolute("--out", arguments.out)
+        store = Store.create(out)
+    limit_s = arguments.time_budget or LIMIT_S
+    timing = {"repeats": arguments.repeats, "budget_s": arguments.budget}
     scaled = measure_scaling(
         store, arguments.git_commit, quick=arguments.quick, limit_s=limit_s, say=partial(print, flush=True), **timing
     )
@@ -210,7 +217,12 @@ def _report(out: str) -> None:
 
 def _specs(arguments: argparse.Namespace) -> list[TrialSpec]:
     if arguments.suite:
-        return SUITES[arguments.suite]()
+        specs = SUITES[arguments.suite]()
+        if arguments.suite == RING_GPU:
+            gpus, ranks = torch.cuda.device_count(), max(ring_params(spec)[0] for spec in specs)
+            if gpus < ranks:
+                raise ValueError(f"the {RING_GPU} suite needs {ranks} CUDA devices, this machine has {gpus}")
+        return specs
     params = {"error_len": min(arguments.error_len, *arguments.lengths)} if arguments.error_len else {}
     base = replace(
         BASE,
@@ -226,7 +238,7 @@ def _specs(arguments: argparse.Namespace) -> list[TrialSpec]:
     specs = grid(
         base,
         variants=arguments.variant,
-        patterns=[_pattern(text) for text in arguments.pattern],
+        patterns=[patterns.build(given).spec for given in arguments.pattern],
         lengths=arguments.lengths,
         densities=arguments.density,
         block_size=arguments.block_size,
@@ -239,10 +251,13 @@ def _specs(arguments: argparse.Namespace) -> list[TrialSpec]:
     return on_ranks([*product(specs, arguments.partition)], arguments.world_size)
 
 
-def _pattern(text: str) -> PatternSpec:
-    """A family's name, ``module:Class``, or a PatternSpec's dict as JSON."""
-    given = json.loads(text) if text.lstrip().startswith("{") else text
-    return patterns.build(given).spec
+def _part(text: str) -> tuple[int, int]:
+    """``2/3``: the second of three parts."""
+    part, _, parts = text.partition("/")
+    try:
+        return int(part), int(parts or 1)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"a part is I/N, as 2/3, got {text!r}") from error
 
 
 def _arguments() -> argparse.Namespace:
@@ -252,7 +267,9 @@ def _arguments() -> argparse.Namespace:
         "--suite", choices=[*SUITES, GPU, SCALING], help="a named set of measurements, instead of the options below"
     )
     parser.add_argument("--variant", nargs="+", default=["base"], choices=["base", "multihead", DISTRIBUTED])
-    parser.add_argument("--pattern", nargs="+", default=["random"], help="names, module:Class or JSON specs")
+    parser.add_argument(
+        "--pattern", type=name_or_json, nargs="+", default=["random"], help="names, module:Class or JSON specs"
+    )
     parser.add_argument("--density", nargs="+", type=float, default=[0.1])
     parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 8192])
     parser.add_argument("--block-size", type=int, default=64)
@@ -262,28 +279,34 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--causal", action="store_true")
-    parser.add_argument("--backend", default="auto")
-    parser.add_argument("--error-len", type=int, default=1024, help="tokens at which errors are measured; 0: nowhere")
+    parser.add_argument("--backend", type=backend, default="auto")
+    parser.add_argument(
+        "--error-len", type=at_least(0), default=1024, help="tokens at which errors are measured; 0: nowhere"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--repeats", type=int, default=20, help="timed calls of each side (5 where they are slow)")
-    parser.add_argument("--budget", type=float, default=5.0, help="seconds for the timed calls of each side")
-    parser.add_argument("--threads", type=int, help="CPU threads of the worker (all of the largest machine's)")
+    parser.add_argument(
+        "--repeats", type=at_least(1), default=20, help="timed calls of each side (5 where they are slow)"
+    )
+    parser.add_argument("--budget", type=positive, default=5.0, help="seconds for the timed calls of each side")
+    parser.add_argument("--threads", type=at_least(1), help="CPU threads of the worker (all of the largest machine's)")
     parser.add_argument("--address", help="a running Ray cluster (RAY_ADDRESS, else one of our own)")
-    parser.add_argument("--wait", type=float, default=60.0, help="seconds to wait for resources")
-    parser.add_argument("--limit", type=float, default=1800.0, help="seconds that one measurement may take")
+    parser.add_argument("--wait", type=not_negative, default=60.0, help="seconds to wait for resources")
+    parser.add_argument("--limit", type=positive, default=1800.0, help="seconds that one measurement may take")
     gpu = parser.add_argument_group("suites gpu and scaling")
     gpu.add_argument("--peers", action="store_true", help="also FlexAttention, FA4 and cuDNN where installed")
     gpu.add_argument("--quick", action="store_true", help="a few small cells")
-    gpu.add_argument("--only", default="", metavar="REGEX", help="cells whose name it finds")
-    gpu.add_argument("--part", default="1/1", metavar="I/N", help="one of N runs that share the cells")
+    gpu.add_argument("--only", type=regex, default="", metavar="REGEX", help="cells whose name it finds")
+    gpu.add_argument("--part", type=_part, default="1/1", metavar="I/N", help="one of N runs that share the cells")
     gpu.add_argument(
         "--time-budget",
-        type=float,
+        type=positive,
         metavar="SECONDS",
         help=f"for cells; what is left is named (scaling: {LIMIT_S:.0f}, with all else)",
     )
     ring = parser.add_argument_group(f"variant {DISTRIBUTED}")
-    ring.add_argument("--world-size", nargs="+", type=int, default=[2], help="ranks; each actor has --threads CPUs (1)")
+    ring.add_argument(
+        "--world-size", nargs="+", type=at_least(1), default=[2], help="ranks; each actor has --threads CPUs (1)"
+    )
     ring.add_argument("--partition", nargs="+", default=["balanced"], choices=STRATEGIES)
     parser.add_argument("--verbose", action="store_true", help="print events too, a line of key=value each")
     parser.add_argument("--git-commit", default=git_commit(Path(__file__).parent), help="recorded with each row")
@@ -291,7 +314,5 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
+    with ending(FAILED, ValueError, TypeError, OSError):
         sys.exit(main())
-    except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"error: {error}")

@@ -9,15 +9,16 @@ Every answer is in --out as soon as it is there; the same command asks only for 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from raybsa import patterns
-from raybsa.experiments.compare import answer, questions, summary
-from raybsa.experiments.place import absolute, exit_on_sigterm, git_commit
+from raybsa.experiments.compare import answer, questions, require_training, summary
+from raybsa.experiments.options import at_least, json_object, name_or_json
+from raybsa.experiments.place import FAILED, absolute, ending, exit_on_sigterm, git_commit, refusing
 from raybsa.experiments.recording import Run
 from raybsa.results.store import Store
 from raybsa.spec import ADAPTIVE, DENSE, AttentionSpec, PatternSpec, TrialSpec
@@ -27,25 +28,13 @@ def main() -> int:
     arguments = _arguments()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    base = TrialSpec(
-        arguments.task,
-        (AttentionSpec(DENSE),),
-        seq_len=arguments.tokens,
-        train_len=arguments.tokens,
-        train_steps=arguments.steps,
-        learning_rate=arguments.learning_rate,
-        num_layers=arguments.layers,
-        num_heads=arguments.heads,
-        head_dim=arguments.head_dim,
-        dtype=arguments.dtype,
-        task_params=json.loads(arguments.task_params),
-    )
-    asked = [_pattern(text, arguments) for text in arguments.pattern]
-    specs = questions(base, asked, arguments.density, arguments.seeds, arguments.block_size)
-    store = Store.create(absolute("--out", arguments.out))
+    with refusing(NotImplementedError):
+        specs = _specs(arguments)
+        require_training(specs[0], arguments.device)
+        store = Store.create(absolute("--out", arguments.out))
     exit_on_sigterm()
     records = []
-    for record in answer(specs, torch.device(arguments.device), Run.start("compare", arguments.git_commit), store):
+    for record in answer(specs, arguments.device, Run.start("compare", arguments.git_commit), store):
         records.append(record)
         print(
             f"{len(records)}/{len(specs)} {record.pattern} {record.density:.2%} seed {record.seed}: "
@@ -57,13 +46,42 @@ def main() -> int:
     return 0
 
 
-def _pattern(text: str, arguments: argparse.Namespace) -> PatternSpec:
-    """A family's name or a PatternSpec's dict as JSON; "adaptive" gets its warm-up and annealing from the options."""
-    given = PatternSpec.from_dict(json.loads(text)) if text.lstrip().startswith("{") else PatternSpec(text)
+def _specs(arguments: argparse.Namespace) -> list[TrialSpec]:
+    base = TrialSpec(
+        arguments.task,
+        (AttentionSpec(DENSE),),
+        seq_len=arguments.tokens,
+        train_len=arguments.tokens,
+        train_steps=arguments.steps,
+        learning_rate=arguments.learning_rate,
+        num_layers=arguments.layers,
+        num_heads=arguments.heads,
+        head_dim=arguments.head_dim,
+        dtype=arguments.dtype,
+        task_params=arguments.task_params,
+    )
+    asked = [_pattern(given, arguments) for given in arguments.pattern]
+    return questions(base, asked, arguments.density, arguments.seeds, arguments.block_size)
+
+
+def _pattern(named: str | dict[str, Any], arguments: argparse.Namespace) -> PatternSpec:
+    """A family's name or a PatternSpec's dict; "adaptive" gets its warm-up and annealing from the options."""
+    given = PatternSpec(named) if isinstance(named, str) else PatternSpec.from_dict(named)
     if given.name != ADAPTIVE:
         return patterns.build(given).spec
     shares = {"warmup": arguments.warmup, "anneal": arguments.anneal}
     return PatternSpec(ADAPTIVE, {**{name: round(x * arguments.steps) for name, x in shares.items()}, **given.params})
+
+
+def _device(text: str) -> torch.device:
+    """A device that this machine has."""
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"a device of this machine was wanted, got {text!r}: {first}") from error
+    return device
 
 
 def _arguments() -> argparse.Namespace:
@@ -72,9 +90,12 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--out", required=True, help="results folder or pyarrow.fs URI; absolute in a submitted job")
     parser.add_argument("--task", default="byte_lm", help="byte_lm, recall or your own module:function")
-    parser.add_argument("--task-params", default='{"train_batch": 1, "eval_windows": 32}', help="JSON; text, batches")
+    parser.add_argument(
+        "--task-params", type=json_object, default='{"train_batch": 1, "eval_windows": 32}', help="JSON; text, batches"
+    )
     parser.add_argument(
         "--pattern",
+        type=name_or_json,
         nargs="+",
         default=[ADAPTIVE, "sliding_window", "sink_window", "bigbird", "random", DENSE],
         help="names or JSON specs",
@@ -91,14 +112,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16"))
     parser.add_argument("--warmup", type=float, default=0.0, help="share of the steps that adaptive trains densely")
     parser.add_argument("--anneal", type=float, default=0.0, help="share of the steps in which it becomes sparse")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads (torch's choice)")
+    parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=at_least(1), help="CPU threads (torch's choice)")
     parser.add_argument("--git-commit", default=git_commit(Path(__file__).parent), help="recorded with each row")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    try:
+    with ending(FAILED, ValueError, TypeError, OSError):
         sys.exit(main())
-    except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"error: {error}")

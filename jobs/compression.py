@@ -11,28 +11,32 @@ same seed.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from raybsa.experiments.compared import HEAD, compare, line_of
-from raybsa.experiments.place import absolute, git_commit
+from raybsa.experiments.options import at_least, regex
+from raybsa.experiments.place import FAILED, absolute, ending, git_commit, refusing
 from raybsa.experiments.recording import Run, record_of, write
 from raybsa.experiments.suites import COMPRESSION, compression
 from raybsa.results.record import Measurement, Outcome
 from raybsa.results.store import Store
 from raybsa.spec import TrialSpec, canonical_json
+from raybsa.tasks.compression import compression_params
 from raybsa.tasks.compression_ranks import measure_compression
 
 
 def main() -> int:
     arguments = _arguments()
-    out = absolute("--out", arguments.out)
-    store, run = Store.create(out), Run.start("compression", git_commit(Path(__file__).parent))
+    with refusing():
+        specs = _specs(arguments)
+        out = absolute("--out", arguments.out)
+        store = Store.create(out)
+    run = Run.start("compression", git_commit(Path(__file__).parent))
     done = {record.spec_hash for record in store.read_records() if record.status == "ok"}
-    asked = [spec for spec in _specs(arguments) if spec.digest not in done]
+    asked = [spec for spec in specs if spec.digest not in done]
     print(f"{len(asked)} trainings, results in {out}", flush=True)
     failed = sum(not _train(spec, store, run) for spec in asked)
     print(HEAD)
@@ -47,7 +51,7 @@ def _train(spec: TrialSpec, store: Store, run: Run) -> bool:
     outcome = Outcome(spec, measured, error, 0)
     write(store, record_of(outcome, run, f"compression-{spec.digest}"), outcome)
     told = error or f"{measured and measured.quality:.4f} bits a byte, {measured and measured.train_seconds:.0f} s"
-    print(f"{canonical_json(spec.task_params['codec'])} seed {spec.seed}: {told}", flush=True)
+    print(f"{_codec(spec)} seed {spec.seed}: {told}", flush=True)
     return error is None
 
 
@@ -61,21 +65,29 @@ def _measured(spec: TrialSpec) -> tuple[Measurement | None, str | None]:
 def _specs(arguments: argparse.Namespace) -> Sequence[TrialSpec]:
     base = replace(COMPRESSION, train_steps=arguments.steps)
     specs = compression(base, seeds=arguments.seeds, world_size=arguments.world_size)
-    return [spec for spec in specs if re.search(arguments.only, canonical_json(spec.task_params["codec"]))]
+    found = [spec for spec in specs if arguments.only.search(_codec(spec))]
+    if not found:
+        codecs = ", ".join(dict.fromkeys(map(_codec, specs)))
+        raise ValueError(f"--only must find some of the codecs {codecs}, got {arguments.only.pattern!r}")
+    for spec in found:
+        compression_params(spec)
+    return found
+
+
+def _codec(spec: TrialSpec) -> str:
+    return canonical_json(spec.task_params["codec"])
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="results/compression", help="results folder or pyarrow.fs URI")
     parser.add_argument("--steps", type=int, default=COMPRESSION.train_steps)
-    parser.add_argument("--seeds", type=int, default=3, help="trainings of each codec")
-    parser.add_argument("--world-size", type=int, default=2, help="ranks, which share the 4 windows of a step")
-    parser.add_argument("--only", default="", metavar="REGEX", help="codecs in whose JSON it is found")
+    parser.add_argument("--seeds", type=at_least(1), default=3, help="trainings of each codec")
+    parser.add_argument("--world-size", type=at_least(1), default=2, help="ranks, which share the 4 windows of a step")
+    parser.add_argument("--only", type=regex, default="", metavar="REGEX", help="codecs in whose JSON it is found")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    try:
+    with ending(FAILED, ValueError, TypeError, OSError):
         sys.exit(main())
-    except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"error: {error}")

@@ -18,7 +18,9 @@ import time
 from pathlib import Path
 
 from raybsa.cluster.head import local_head
-from raybsa.experiments.place import exit_on_sigterm, git_commit
+from raybsa.experiments.options import at_least
+from raybsa.experiments.place import FAILED, ending, exit_on_sigterm, git_commit, refusing
+from raybsa.results.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,6 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def main() -> int:
     arguments = _arguments()
     out = arguments.out.resolve()
+    with refusing():
+        Store.create(out)
     started = time.monotonic()
     exit_on_sigterm()
     print(f"Starting a Ray head with {arguments.num_cpus} CPUs ...", flush=True)
@@ -47,15 +51,16 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for records and the report")
-    parser.add_argument("--num-cpus", type=int, default=os.cpu_count(), help="CPU shares of the head (default: all)")
+    parser.add_argument(
+        "--num-cpus", type=at_least(1), default=os.cpu_count(), help="CPU shares of the head (default: all)"
+    )
     parser.add_argument("search_arguments", nargs="*", help="after `--`: more arguments for jobs/search.py")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
-    except (RuntimeError, OSError) as error:
-        sys.exit(f"error: {error}")
+        with ending(FAILED, RuntimeError, OSError):
+            sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

@@ -13,25 +13,32 @@ import argparse
 import statistics
 import sys
 
+import torch
+
 from raybsa.cluster.journal import TrainingFailed
 from raybsa.cluster.resources import TooFewResources
-from raybsa.experiments.launch import cluster
-from raybsa.experiments.overhead import Round, rounds
+from raybsa.experiments.launch import NoCluster, cluster
+from raybsa.experiments.options import at_least
+from raybsa.experiments.overhead import WARMUP, Round, rounds
+from raybsa.experiments.place import BAD_INPUT, FAILED, ending, refusing
 from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
+from raybsa.tasks.byte_lm import ByteText
 
 
 def main() -> int:
     arguments = _arguments()
-    spec = TrialSpec(
-        "byte_lm",
-        (AttentionSpec("distributed", PatternSpec("bigbird"), 0.2, 16),),
-        train_len=arguments.tokens,
-        train_steps=arguments.steps,
-        num_layers=2,
-        num_heads=4,
-        head_dim=32,
-        task_params={"text": arguments.text, "train_batch": arguments.batch},
-    )
+    with refusing():
+        spec = TrialSpec(
+            "byte_lm",
+            (AttentionSpec("distributed", PatternSpec("bigbird"), 0.2, 16),),
+            train_len=arguments.tokens,
+            train_steps=arguments.steps,
+            num_layers=2,
+            num_heads=4,
+            head_dim=32,
+            task_params={"text": arguments.text, "train_batch": arguments.batch},
+        )
+        ByteText(spec, torch.device("cpu"))
     found: list[Round] = []
     with cluster(arguments.address, num_cpus=arguments.world_size):
         for each in rounds(spec, arguments.world_size, arguments.rounds):
@@ -51,9 +58,9 @@ def _arguments() -> argparse.Namespace:
         description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--address", help="Ray cluster; default: RAY_ADDRESS, else one of our own")
-    parser.add_argument("--world-size", type=int, default=2, help="ranks, one CPU each")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--world-size", type=at_least(1), default=2, help="ranks, one CPU each")
+    parser.add_argument("--rounds", type=at_least(1), default=3)
+    parser.add_argument("--steps", type=at_least(WARMUP + 2), default=40)
     parser.add_argument("--tokens", type=int, default=512, help="tokens of a sequence")
     parser.add_argument("--batch", type=int, default=8, help="sequences a step")
     parser.add_argument("--text", help="file or folder; default: the Python standard library's sources")
@@ -61,7 +68,5 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
+    with ending(FAILED, OSError, RuntimeError, TooFewResources, TrainingFailed), ending(BAD_INPUT, NoCluster):
         sys.exit(main())
-    except (ValueError, OSError, RuntimeError, TooFewResources, TrainingFailed) as error:
-        sys.exit(f"error: {error}")

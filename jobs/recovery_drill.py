@@ -19,34 +19,37 @@ import time
 from itertools import product
 from pathlib import Path
 
+import torch
+
 from raybsa.cluster.faults import FaultKind, FaultPlace
 from raybsa.cluster.journal import TrainingFailed
 from raybsa.cluster.resources import Share, TooFewResources
 from raybsa.experiments import drill_summary
 from raybsa.experiments.drill import Drill, Survived, estimate_minutes, timed
-from raybsa.experiments.drill_plan import DEFAULT, Pair, groups, kinds_on, left_out_on, steps_for
+from raybsa.experiments.drill_plan import DEFAULT, Pair, groups, kinds_on, left_out_on, question, steps_for
 from raybsa.experiments.drill_ring import Ring
-from raybsa.experiments.launch import cluster
-from raybsa.experiments.place import absolute, git_commit
+from raybsa.experiments.launch import NoCluster, cluster
+from raybsa.experiments.options import at_least
+from raybsa.experiments.place import BAD_INPUT, FAILED, absolute, ending, git_commit, refusing
 from raybsa.experiments.recording import Run
 from raybsa.experiments.soak import own_temporary_folder, soak
-from raybsa.results.store import Store, StoreError
+from raybsa.results.store import Store
+from raybsa.tasks.byte_lm import ByteText
 
 HEAD = f"{'fault':58s}{'noticed':>10s}{'trains again':>14s}{'steps lost':>12s}{'filled by':>11s}  weights"
 
 
 def main() -> int:
     arguments = _arguments()
-    try:
+    with refusing():
         share = Share(1, arguments.gpus_per_worker)
         for kind in {kind for kind, _ in arguments.fault or ()} & {*left_out_on(share.device)}:
             raise ValueError(f"{kind}: {left_out_on(share.device)[kind]}")
+        shape = (arguments.world_size, arguments.spares, arguments.heartbeat)
+        ring = Ring(*shape, arguments.text, arguments.verbose, share)
+        ByteText(question(1, ring.text), torch.device("cpu"))
         out = absolute("--out", arguments.out)
         store = Store.create(out)
-    except (ValueError, StoreError) as error:
-        print(f"jobs/recovery_drill.py: {error}", file=sys.stderr)
-        return 2
-    ring = Ring(arguments.world_size, arguments.spares, arguments.heartbeat, arguments.text, arguments.verbose, share)
     num_cpus = ring.world_size + ring.spares + 2
     with own_temporary_folder(), cluster(arguments.address, num_cpus=num_cpus, deaths=arguments.verbose):
         try:
@@ -54,9 +57,6 @@ def main() -> int:
                 return 0 if _soak(ring, arguments.soak, arguments.seed) else 1
             run = Run.start("recovery_drill", git_commit(Path(__file__).parent))
             return 0 if _drill(Drill(ring, store, run, arguments.seed), ring, arguments) else 1
-        except (TooFewResources, TrainingFailed) as error:
-            print(f"jobs/recovery_drill.py: {error}", file=sys.stderr)
-            return 1
         finally:
             print(f"results: {out}")
 
@@ -131,12 +131,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--address", help="Ray cluster; default: RAY_ADDRESS, else one of our own")
     parser.add_argument("--full", action="store_true", help="every kind at every place")
     parser.add_argument("--fault", nargs="+", type=_pair, help="KIND:PLACE ..., instead of the default plan")
-    parser.add_argument("--soak", type=int, metavar="N", help="N drawn faults over one run, and what is left behind")
+    parser.add_argument(
+        "--soak", type=at_least(1), metavar="N", help="N drawn faults over one run, and what is left behind"
+    )
     parser.add_argument("--world-size", type=int, default=4, help="ranks")
     parser.add_argument("--spares", type=int, default=1, help="warm workers that wait for a loss")
     parser.add_argument("--gpus-per-worker", type=float, default=0.0, help="a GPU, or a share of one; 0: on CPUs")
     parser.add_argument("--heartbeat", type=float, default=2.0, help="seconds of silence after which a rank is lost")
-    parser.add_argument("--at-once", type=int, default=7, help="faults in one run")
+    parser.add_argument("--at-once", type=at_least(1), default=7, help="faults in one run")
     parser.add_argument("--text", help="file or folder; default: the Python standard library's sources")
     parser.add_argument("--verbose", action="store_true", help="with what Ray says of each worker that died")
     parser.add_argument("--seed", type=int, default=0, help="which ranks are hit; of a soak also how and where")
@@ -144,4 +146,5 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with ending(FAILED, TooFewResources, TrainingFailed), ending(BAD_INPUT, NoCluster):
+        sys.exit(main())

@@ -13,14 +13,22 @@ import argparse
 import statistics
 import sys
 
+import torch
+
 from raybsa.cluster.journal import TrainingFailed
 from raybsa.cluster.resources import TooFewResources
-from raybsa.experiments.launch import cluster
-from raybsa.experiments.recovery_rival import RIVAL, Killed, rounds
+from raybsa.experiments.drill_plan import question
+from raybsa.experiments.launch import NoCluster, cluster
+from raybsa.experiments.options import at_least
+from raybsa.experiments.place import BAD_INPUT, FAILED, ending, refusing
+from raybsa.experiments.recovery_rival import RIVAL, STEPS, VICTIM, Killed, rounds
+from raybsa.tasks.byte_lm import ByteText
 
 
 def main() -> int:
     arguments = _arguments()
+    with refusing():
+        ByteText(question(STEPS, arguments.text), torch.device("cpu"))
     found: dict[str, list[Killed]] = {}
     with cluster(arguments.address, num_cpus=arguments.world_size + 2, deaths=False):
         for each in rounds(arguments.world_size, arguments.rounds, arguments.text):
@@ -45,15 +53,12 @@ def _arguments() -> argparse.Namespace:
         description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--address", help="Ray cluster; default: RAY_ADDRESS, else one of our own")
-    parser.add_argument("--world-size", type=int, default=3, help="ranks, one CPU each")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--world-size", type=at_least(VICTIM + 1), default=3, help="ranks, one CPU each")
+    parser.add_argument("--rounds", type=at_least(1), default=3)
     parser.add_argument("--text", help="file or folder; default: the Python standard library's sources")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    try:
+    with ending(FAILED, TooFewResources, TrainingFailed, RuntimeError), ending(BAD_INPUT, NoCluster):
         sys.exit(main())
-    except (TooFewResources, TrainingFailed, RuntimeError) as error:
-        print(f"jobs/recovery_rival.py: {error}", file=sys.stderr)
-        sys.exit(1)

@@ -18,6 +18,8 @@ from dashboards.measured_forecast import Part, measured_part, write_forecast
 from dashboards.scalings import preset_scalings
 from dashboards.wording import attention_label
 from raybsa.experiments.forecast import Compared, compare, fit_rows, median_error_line, ring_rows
+from raybsa.experiments.options import at_least
+from raybsa.experiments.place import refusing
 from raybsa.results.store import Store
 from raybsa.ring.hardware import PRESETS
 
@@ -29,6 +31,10 @@ def main() -> int:
     if arguments.results:
         store = Store(arguments.results)
         rows = ring_rows(store.read_records())
+        if not rows:
+            raise ValueError(
+                f"rows of `jobs/benchmark.py --suite ring --out {arguments.results}` were wanted, found none there"
+            )
         hardware = fit_rows(rows, store.read_series())
         compared = compare(rows, hardware)
         _print(compared)
@@ -76,13 +82,13 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", help="folder or pyarrow.fs URI with the rows of `jobs/benchmark.py --suite ring`")
     parser.add_argument("--hardware", nargs="*", default=[], choices=PRESETS, help="presets, not measured here")
-    parser.add_argument("--ranks", type=int, default=1024, help="forecast up to this many (default: %(default)s)")
+    parser.add_argument(
+        "--ranks", type=at_least(1), default=1024, help="forecast up to this many (default: %(default)s)"
+    )
     parser.add_argument("--out", default="forecast.html", help="the page to write (default: %(default)s)")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    try:
+    with refusing():  # there is nothing to run: what goes wrong lies in what was given
         sys.exit(main())
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")

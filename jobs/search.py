@@ -23,15 +23,16 @@ import torch
 
 from dashboards.report import write_report
 from raybsa.cluster.coordinator import WorkerNotMade
-from raybsa.cluster.resources import TooFewResources
+from raybsa.cluster.resources import Share, TooFewResources
 from raybsa.cluster.ring_coordinator import coordinator_of
 from raybsa.experiments.advantage import advantage
 from raybsa.experiments.algorithms import ALGORITHMS
 from raybsa.experiments.dry_run import dry_run
 from raybsa.experiments.front import read_best, write_front
 from raybsa.experiments.history import history
-from raybsa.experiments.launch import cluster, worker_share
-from raybsa.experiments.place import absolute, git_commit
+from raybsa.experiments.launch import NoCluster, cluster, worker_share
+from raybsa.experiments.options import at_least, not_negative, positive
+from raybsa.experiments.place import BAD_INPUT, FAILED, absolute, ending, git_commit, refusing
 from raybsa.experiments.presets import PRESETS, Preset
 from raybsa.experiments.progress import Progress, summary
 from raybsa.experiments.recording import Run
@@ -41,10 +42,11 @@ from raybsa.experiments.trial import run_trial
 from raybsa.results.pareto import COSTS, named_objectives
 from raybsa.results.store import Store
 from raybsa.spec import TrialSpec
+from raybsa.tasks.byte_lm import ByteText
 from raybsa.tasks.captured import question_of
 from raybsa.tasks.goals import QUALITIES
 from raybsa.tasks.module import question_of as question_of_module
-from raybsa.tasks.text import load_corpus
+from raybsa.tasks.recall import recall_params
 
 SIZES = {
     "seq_len": int,
@@ -62,17 +64,17 @@ _UNITS = {"s": 1, "m": 60, "h": 3600}
 
 def main() -> int:
     arguments = _arguments()
-    out = absolute("--out", arguments.out)
     if arguments.again:
-        return _again(arguments, out)
-    preset = _preset(arguments)
-    plan = _plan(arguments, preset)
+        return _again(arguments)
+    with refusing(NotImplementedError):
+        Share(arguments.cpus_per_worker, arguments.gpus_per_worker or 0)
+        out = absolute("--out", arguments.out)
+        preset = _preset(arguments)
+        plan = _plan(arguments, preset)
+        store = Store(out) if arguments.dry_run else Store.create(out)
     if arguments.dry_run:
-        return _dry_run(arguments, preset, plan, out)
-    store = Store.create(out)
+        return _dry_run(arguments, preset, plan, store)
     done = len(history(preset.space, store.read_records())) if plan.resume else 0
-    if preset.space.base.task == "byte_lm":
-        load_corpus(preset.space.base.task_params.get("text"))
     torch.set_num_threads(1)  # the driver only looks at layouts
 
     with cluster(arguments.address, verbose=arguments.verbose):
@@ -113,8 +115,7 @@ def _conclude(arguments: argparse.Namespace, store: Store, plan: Plan, found: Fo
     return code if front else 1
 
 
-def _dry_run(arguments: argparse.Namespace, preset: Preset, plan: Plan, out: str) -> int:
-    store = Store(out)
+def _dry_run(arguments: argparse.Namespace, preset: Preset, plan: Plan, store: Store) -> int:
     records = store.read_records()
     earlier = history(preset.space, records) if plan.resume else []
     torch.set_num_threads(1)
@@ -124,10 +125,12 @@ def _dry_run(arguments: argparse.Namespace, preset: Preset, plan: Plan, out: str
     return 0
 
 
-def _again(arguments: argparse.Namespace, out: str) -> int:
+def _again(arguments: argparse.Namespace) -> int:
     """Asks one question once more, exactly as it was asked."""
-    spec, before = read_best(arguments.again)
-    store = Store.create(out)
+    with refusing():
+        Share(arguments.cpus_per_worker, arguments.gpus_per_worker or 0)
+        spec, before = read_best(arguments.again)
+        store = Store.create(absolute("--out", arguments.out))
     with cluster(arguments.address, verbose=arguments.verbose):
         share = worker_share(arguments.cpus_per_worker, arguments.gpus_per_worker)
         limits = {"wait_s": arguments.wait, "trial_s": arguments.limit}
@@ -135,7 +138,7 @@ def _again(arguments: argparse.Namespace, out: str) -> int:
             record = run_trial(spec, coordinator, Run.start("again", arguments.git_commit), store=store)
     print(summary(record))
     print(f"the search had {', '.join(f'{name} {value:.4g}' for name, value in before.items())}")
-    print(f"results: {out}")
+    print(f"results: {store.root}")
     return 0 if record.status == "ok" else 1
 
 
@@ -146,7 +149,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--space", help=f"{', '.join(SPACES)}, or a YAML file (the preset's)")
     parser.add_argument("--per-layer", action="store_true", help="also ask questions whose layers differ")
     parser.add_argument("--papers", action="store_true", help="first ask the papers' BigBird, window and sink + window")
-    parser.add_argument("--trials", "--max-trials", type=int, help="how many in all (the preset's number)")
+    parser.add_argument("--trials", "--max-trials", type=at_least(1), help="how many in all (the preset's number)")
     parser.add_argument("--time-budget", type=_seconds, default=math.inf, help="no trial begins later: 90s, 10m, 2h")
     parser.add_argument("--dry-run", action="store_true", help="list what would run, with predicted costs, and end")
     parser.add_argument("--resume", action="store_true", help="go on from the trials of this search in --out")
@@ -176,14 +179,14 @@ def _arguments() -> argparse.Namespace:
         parser.add_argument(f"--{size.replace('_', '-')}", type=kind, help="instead of the preset's")
     parser.add_argument("--address", help="a running Ray cluster (RAY_ADDRESS, else one of our own)")
     parser.add_argument(
-        "--workers", type=int, help="trials at once (as many as fit, also while the cluster grows or shrinks)"
+        "--workers", type=at_least(1), help="trials at once (as many as fit, also while the cluster grows or shrinks)"
     )
-    parser.add_argument("--cpus-per-worker", type=float, default=1, help="whole ones, or a fraction of one (1)")
+    parser.add_argument("--cpus-per-worker", type=positive, default=1, help="whole ones, or a fraction of one (1)")
     parser.add_argument(
-        "--gpus-per-worker", type=float, help="a GPU, a share of one, or 0 (one where the cluster has any now)"
+        "--gpus-per-worker", type=not_negative, help="a GPU, a share of one, or 0 (one where the cluster has any now)"
     )
-    parser.add_argument("--wait", type=float, default=60.0, help="seconds to wait for resources")
-    parser.add_argument("--limit", type=float, default=1800.0, help="seconds that one trial may take")
+    parser.add_argument("--wait", type=not_negative, default=60.0, help="seconds to wait for resources")
+    parser.add_argument("--limit", type=positive, default=1800.0, help="seconds that one trial may take")
     parser.add_argument("--verbose", action="store_true", help="print events too, a line of key=value each")
     parser.add_argument("--git-commit", default=git_commit(Path(__file__).parent), help="recorded with each trial")
     return parser.parse_args()
@@ -205,9 +208,10 @@ def _preset(arguments: argparse.Namespace) -> Preset:
         base = replace(base, task_params={**base.task_params, "text": text})
     base = replace(base, seed=arguments.seed, **sizes)
     trials = preset.trials if arguments.trials is None else arguments.trials
-    for option, number in (("--trials", trials), ("--workers", arguments.workers)):
-        if number is not None and number < 1:
-            raise ValueError(f"{option} must be at least 1, got {number}")
+    if base.task == "byte_lm":
+        ByteText(base, torch.device("cpu"))
+    if base.task == "recall":
+        recall_params(base)
     space = make_space(arguments.space, base) if arguments.space else replace(preset.space, base=base)
     if arguments.per_layer:
         space = replace(space, per_layer=True)
@@ -260,7 +264,8 @@ def _seconds(text: str) -> float:
 
 
 if __name__ == "__main__":
-    try:
+    with (
+        ending(FAILED, ValueError, OSError, NotImplementedError, TooFewResources, WorkerNotMade),
+        ending(BAD_INPUT, NoCluster),
+    ):
         sys.exit(main())
-    except (ValueError, OSError, NotImplementedError, TooFewResources, WorkerNotMade) as error:
-        sys.exit(f"error: {error}")

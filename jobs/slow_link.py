@@ -13,6 +13,8 @@ import sys
 from dataclasses import replace
 
 from raybsa.experiments.compared import codec_label
+from raybsa.experiments.options import at_least
+from raybsa.experiments.place import FAILED, ending, refusing
 from raybsa.experiments.slow_link import over_links
 from raybsa.experiments.suites import COMPRESSION, compression
 
@@ -22,7 +24,8 @@ INT8_FACTORS = tuple({"name": "powersgd", "params": {"rank": rank, "wire": "int8
 
 def main() -> int:
     arguments = _arguments()
-    base = replace(COMPRESSION, num_layers=arguments.layers, train_steps=arguments.steps)
+    with refusing():
+        base = replace(COMPRESSION, num_layers=arguments.layers, train_steps=arguments.steps)
     plain = compression(base, seeds=1)[0]
     codecs = [codec if isinstance(codec, dict) else {"name": codec, "params": {}} for codec in (*CODECS, *INT8_FACTORS)]
     specs = [replace(plain, task_params={**plain.task_params, "codec": codec}) for codec in codecs]
@@ -41,14 +44,14 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabits", type=int, nargs="+", default=[1_000, 10_000], help="per second and direction")
+    parser.add_argument(
+        "--megabits", type=at_least(1), nargs="+", default=[1_000, 10_000], help="per second and direction"
+    )
     parser.add_argument("--layers", type=int, default=2, help="of the byte model: 0.85 M parameters each")
     parser.add_argument("--steps", type=int, default=60)
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    try:
+    with ending(FAILED, OSError, RuntimeError, ValueError):
         sys.exit(main())
-    except (OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"jobs/slow_link.py: {error}")

@@ -10,62 +10,56 @@ goes on from the newest one. The record and its curves (loss, recoveries) are ro
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import torch
 from ray.exceptions import RayError
 
 from raybsa import patterns
 from raybsa.cluster.journal import TrainingFailed
 from raybsa.cluster.member import MemberSettings
-from raybsa.cluster.resources import TooFewResources
+from raybsa.cluster.resources import Share, TooFewResources
 from raybsa.cluster.trace import Trace
-from raybsa.cluster.training import TrainingCoordinator
-from raybsa.experiments.launch import cluster, worker_share
-from raybsa.experiments.place import absolute, git_commit
+from raybsa.cluster.training import TrainingCoordinator, require_ring
+from raybsa.experiments.launch import NoCluster, cluster, worker_share
+from raybsa.experiments.options import at_least, backend, name_or_json, not_negative, positive
+from raybsa.experiments.place import BAD_INPUT, FAILED, absolute, ending, git_commit, refusing
 from raybsa.experiments.recording import Run
 from raybsa.experiments.trained import write_training
 from raybsa.gradients.catalog import build
-from raybsa.results.store import Store, StoreError
+from raybsa.results.store import Store
 from raybsa.spec import ADAPTIVE, AttentionSpec, PatternSpec, TrialSpec
-from raybsa.tasks.text import load_corpus
+from raybsa.tasks.byte_lm import ByteText
 from raybsa.variants.distributed import DistributedConfig
 
 
 def main() -> int:
     arguments = _arguments()
-    try:
+    with refusing():
+        Share(arguments.cpus, arguments.gpus or 0)
         spec, settings, out = _question(arguments)
+        ByteText(spec, torch.device("cpu"))
         store = Store.create(out)
-        load_corpus(arguments.text)
-    except (ValueError, TypeError, StoreError) as error:
-        print(f"jobs/train.py: {error}", file=sys.stderr)
-        return 2
     run = Run.start("train", arguments.git_commit or git_commit(Path(__file__).parent))
     settings = replace(settings, labels=run.labels(0))
     with cluster(arguments.address, verbose=arguments.verbose):
         share = worker_share(arguments.cpus, arguments.gpus)
         print(f"{arguments.world_size} ranks and {arguments.spares} spares of {share}, results in {out}", flush=True)
-        try:
-            with TrainingCoordinator(
-                spec,
-                share,
-                world_size=arguments.world_size,
-                spares=arguments.spares,
-                min_ranks=arguments.min_ranks,
-                settings=settings,
-                heartbeat_s=arguments.heartbeat,
-                wait_s=arguments.wait,
-                tell=lambda step, loss: print(f"step {step}/{spec.train_steps}: {loss:.4f} nats a byte", flush=True),
-                say=lambda text: print(text, flush=True),
-            ) as coordinator:
-                result = coordinator.run(resume=arguments.resume, stretch=arguments.tell_every)
-        except (TooFewResources, TrainingFailed, RayError) as error:
-            print(f"jobs/train.py: {error}", file=sys.stderr)
-            return 1
+        with TrainingCoordinator(
+            spec,
+            share,
+            world_size=arguments.world_size,
+            spares=arguments.spares,
+            min_ranks=arguments.min_ranks,
+            settings=settings,
+            heartbeat_s=arguments.heartbeat,
+            wait_s=arguments.wait,
+            tell=lambda step, loss: print(f"step {step}/{spec.train_steps}: {loss:.4f} nats a byte", flush=True),
+            say=lambda text: print(text, flush=True),
+        ) as coordinator:
+            result = coordinator.run(resume=arguments.resume, stretch=arguments.tell_every)
         write_training(store, run, 0, spec, settings, share.device, result)
     print(
         f"{result.bits_per_byte:.4f} bits per held-out byte after {len(result.losses)} steps on {result.world_size} "
@@ -99,10 +93,12 @@ def _question(arguments: argparse.Namespace) -> tuple[TrialSpec, MemberSettings,
     )
     if arguments.pattern != ADAPTIVE:
         patterns.build(arguments.pattern)
+    sizes = {"spares": arguments.spares, "min_ranks": arguments.min_ranks, "heartbeat_s": arguments.heartbeat}
+    require_ring(arguments.world_size, **sizes)
     out = absolute("--out", arguments.out)
     settings = MemberSettings(
         DistributedConfig(partition=arguments.partition),
-        codec=build(_codec(arguments.codec)).spec,
+        codec=build(arguments.codec).spec,
         warmup_steps=arguments.warmup,
         bucket_bytes=max(1, round(arguments.bucket_mib * 2**20)),
         overlap=not arguments.no_overlap,
@@ -123,11 +119,6 @@ def _trace(arguments: argparse.Namespace, out: str) -> Trace | None:
     return Trace(f"{out}/profile", arguments.profile)
 
 
-def _codec(text: str) -> Any:
-    """A codec's name, or its spec as JSON: ``{"name": "powersgd", "params": {"rank": 4}}``."""
-    return json.loads(text) if text.lstrip().startswith("{") else text
-
-
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -137,24 +128,29 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--world-size", type=int, default=2, help="ranks that share a sequence")
     parser.add_argument("--spares", type=int, default=0, help="warm workers that wait for a loss")
     parser.add_argument("--min-ranks", type=int, default=1, help="the fewest ranks to go on with")
-    parser.add_argument("--cpus", type=int, default=1, help="CPUs a rank")
+    parser.add_argument("--cpus", type=at_least(1), default=1, help="CPUs a rank")
     parser.add_argument(
-        "--gpus", type=float, help="a GPU a rank, a share of one, or 0 (one where the cluster has any now)"
+        "--gpus", type=not_negative, help="a GPU a rank, a share of one, or 0 (one where the cluster has any now)"
     )
-    parser.add_argument("--wait", type=float, default=60.0, help="seconds to wait for resources")
+    parser.add_argument("--wait", type=not_negative, default=60.0, help="seconds to wait for resources")
     parser.add_argument("--heartbeat", type=float, default=2.0, help="seconds of silence after which a rank is lost")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in OUT")
     parser.add_argument("--checkpoint-every", type=int, default=50, help="steps between checkpoints")
-    parser.add_argument("--tell-every", type=int, default=20, help="steps between lines of progress")
+    parser.add_argument("--tell-every", type=at_least(1), default=20, help="steps between lines of progress")
     parser.add_argument(
         "--pattern", default="bigbird", help="a family of raybsa.patterns, module:Class, or adaptive: learned"
     )
     parser.add_argument("--density", type=float, default=0.2)
     parser.add_argument("--block-size", type=int, default=16)
-    parser.add_argument("--backend", default="auto")
-    parser.add_argument("--codec", default="none", help="how gradients travel: none, fp16, int8, powersgd ... or JSON")
+    parser.add_argument("--backend", type=backend, default="auto")
+    parser.add_argument(
+        "--codec",
+        type=name_or_json,
+        default="none",
+        help="how gradients travel: none, fp16, int8, powersgd ... or JSON",
+    )
     parser.add_argument("--warmup", type=int, default=0, help="steps at the start whose gradients go uncompressed")
-    parser.add_argument("--bucket-mib", type=float, default=1.0, help="gradients that travel in one message")
+    parser.add_argument("--bucket-mib", type=positive, default=1.0, help="gradients that travel in one message")
     parser.add_argument("--no-overlap", action="store_true", help="send gradients after backward, not while it runs")
     parser.add_argument("--partition", default="balanced", help="balanced, contiguous, zigzag or striped")
     parser.add_argument("--tokens", type=int, default=512, help="tokens of a sequence")
@@ -180,4 +176,5 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with ending(FAILED, TooFewResources, TrainingFailed, RayError), ending(BAD_INPUT, NoCluster):
+        sys.exit(main())

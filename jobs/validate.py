@@ -16,12 +16,13 @@ import sys
 from pathlib import Path
 
 from raybsa.cluster.coordinator import WorkerNotMade
-from raybsa.cluster.resources import TooFewResources
+from raybsa.cluster.resources import Share, TooFewResources
 from raybsa.cluster.ring_coordinator import coordinator_of
 from raybsa.experiments.front import front_objectives
 from raybsa.experiments.keeping import keep
-from raybsa.experiments.launch import cluster, room_for, worker_share
-from raybsa.experiments.place import absolute, git_commit
+from raybsa.experiments.launch import NoCluster, cluster, room_for, worker_share
+from raybsa.experiments.options import at_least, not_negative, positive
+from raybsa.experiments.place import BAD_INPUT, FAILED, absolute, ending, git_commit, refusing
 from raybsa.experiments.progress import Progress
 from raybsa.experiments.recording import Run
 from raybsa.experiments.validation import Verdict, questions, verdicts
@@ -32,9 +33,11 @@ from raybsa.results.store import Store
 
 def main() -> int:
     arguments = _arguments()
-    points, objectives = _front(arguments)
-    specs = questions(points, arguments.seeds, arguments.longer)
-    store = Store.create(absolute("--out", arguments.out))
+    with refusing():
+        Share(arguments.cpus_per_worker, arguments.gpus_per_worker or 0)
+        points, objectives = _front(arguments)
+        specs = questions(points, arguments.seeds, arguments.longer)
+        store = Store.create(absolute("--out", arguments.out))
     run = Run.start("validate", arguments.git_commit)
     found: list[Record] = []
     with cluster(arguments.address, verbose=arguments.verbose):
@@ -106,13 +109,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="new trials a point (3)")
     parser.add_argument("--longer", type=float, default=2.0, help="times the training steps of the search (2)")
     parser.add_argument("--address", help="a running Ray cluster (RAY_ADDRESS, else one of our own)")
-    parser.add_argument("--workers", type=int, help="trials at once")
-    parser.add_argument("--cpus-per-worker", type=float, default=1, help="whole ones, or a fraction of one (1)")
+    parser.add_argument("--workers", type=at_least(1), help="trials at once")
+    parser.add_argument("--cpus-per-worker", type=positive, default=1, help="whole ones, or a fraction of one (1)")
     parser.add_argument(
-        "--gpus-per-worker", type=float, help="a GPU, a share of one, or 0 (one where the cluster has any now)"
+        "--gpus-per-worker", type=not_negative, help="a GPU, a share of one, or 0 (one where the cluster has any now)"
     )
-    parser.add_argument("--wait", type=float, default=60.0, help="seconds to wait for resources")
-    parser.add_argument("--limit", type=float, default=3600.0, help="seconds that one trial may take")
+    parser.add_argument("--wait", type=not_negative, default=60.0, help="seconds to wait for resources")
+    parser.add_argument("--limit", type=positive, default=3600.0, help="seconds that one trial may take")
     parser.add_argument("--verbose", action="store_true", help="print events too, a line of key=value each")
     parser.add_argument("--git-commit", default=git_commit(Path(__file__).parent), help="recorded with each trial")
     return parser.parse_args()
@@ -120,8 +123,7 @@ def _arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
-    except (ValueError, OSError, TooFewResources, WorkerNotMade) as error:
-        sys.exit(f"error: {error}")
+        with ending(FAILED, ValueError, OSError, TooFewResources, WorkerNotMade), ending(BAD_INPUT, NoCluster):
+            sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

@@ -22,7 +22,7 @@ def own(name: str, kind: str, known: Iterable[str]) -> Any:
         known: the names that are not of your own.
 
     Raises:
-        ValueError: no such module or attribute, or a name of another form.
+        ValueError: no such module or attribute, a module that cannot be imported, or a name of another form.
     """
     module, colon, attribute = name.partition(":")
     if not colon:
@@ -33,7 +33,7 @@ def own(name: str, kind: str, known: Iterable[str]) -> Any:
     except ModuleNotFoundError as error:
         where = f"in {os.getcwd()} or on the Python path of this process"
         raise ValueError(f"{kind} {name!r} names a module that must lie {where}: {error}") from error
-    except (AttributeError, ValueError) as error:
+    except (ImportError, SyntaxError, AttributeError, ValueError) as error:
         raise ValueError(f"{kind} {name!r} must name something as 'module:Name': {error}") from error
 
 
@@ -42,12 +42,16 @@ def own_of_file(name: str, kind: str) -> Any:
     beside it can be imported, as under ``python file.py``.
 
     Raises:
-        ValueError: no such file or attribute, or a name of another form. What the file itself raises goes through.
+        ValueError: no such file or attribute, a name of another form, or a file that is no Python or imports what
+            is not there. What else the file itself raises goes through.
     """
     path, colon, attribute = name.rpartition(":")
     if not colon or not path.endswith(".py") or not Path(path).is_file():
         raise ValueError(f"{kind} is named as 'file.py:name', a file that is there, got {name!r}")
-    module = _run(path, Path(path).stat().st_mtime_ns)
+    try:
+        module = _run(path, Path(path).stat().st_mtime_ns)
+    except (ImportError, SyntaxError) as error:
+        raise ValueError(f"{kind} {name!r} cannot be imported: {error}") from error
     if not hasattr(module, attribute):
         raise ValueError(f"{kind} {name!r}: there is no {attribute!r} in {path}")
     return getattr(module, attribute)

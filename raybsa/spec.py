@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -32,9 +33,8 @@ class PatternSpec:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PatternSpec:
-        unknown = set(data) - {"name", "params"}
-        if unknown or "name" not in data:
-            raise ValueError(f"a pattern dict has the keys 'name' and 'params', got {sorted(data)}")
+        if not isinstance(data, Mapping) or "name" not in data or set(data) - {"name", "params"}:
+            raise ValueError(f"a pattern dict has the keys 'name' and 'params', got {data!r}")
         return cls(data["name"], data.get("params") or {})
 
     def __hash__(self) -> int:
@@ -92,7 +92,7 @@ class AttentionSpec:
             if not 0 < self.density <= 1:
                 raise ValueError(f"density must lie in (0, 1], got {self.density!r}")
             object.__setattr__(self, "density", float(self.density))
-        _require_positive("block_size", self.block_size)
+        require_positive("block_size", self.block_size)
         if self.block_size & (self.block_size - 1):
             raise ValueError(f"block_size must be a power of two, got {self.block_size}")
 
@@ -142,7 +142,7 @@ class Ranks:
     codec: Mapping[str, Any] = field(default_factory=lambda: {"name": "none"})
 
     def __post_init__(self) -> None:
-        _require_positive("world_size", self.world_size)
+        require_positive("world_size", self.world_size)
         for codec in (self.gradient_codec, self.codec):
             if not isinstance(codec, Mapping) or not isinstance(codec.get("name"), str):
                 raise ValueError(f"ranks have codecs as specs, with a 'name', got {codec!r}")
@@ -183,8 +183,9 @@ class TrialSpec:
             ``OVER_RANKS`` with the variant ``"distributed"``, the fields of ``Ranks`` make it a ring's.
 
     Raises:
-        ValueError: a size that is not a positive integer, heads that do not divide, an unknown dtype, ranks that are
-            none, or a number of attentions that is neither 1 nor ``num_layers``.
+        ValueError: a size that is not a positive integer, a learning rate that is not positive, heads that do not
+            divide, an unknown dtype, ranks that are none, or a number of attentions that is neither 1 nor
+            ``num_layers``.
     """
 
     task: str
@@ -208,9 +209,11 @@ class TrialSpec:
         object.__setattr__(self, "task_params", json.loads(canonical_json(dict(self.task_params))))
         object.__setattr__(self, "learning_rate", float(self.learning_rate))
         for name in ("seq_len", "train_len", "train_steps", "batch", "num_layers", "num_heads", "head_dim"):
-            _require_positive(name, getattr(self, name))
+            require_positive(name, getattr(self, name))
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be a positive number, got {self.learning_rate!r}")
         if self.num_kv_heads is not None:
-            _require_positive("num_kv_heads", self.num_kv_heads)
+            require_positive("num_kv_heads", self.num_kv_heads)
             if self.num_heads % self.num_kv_heads:
                 raise ValueError(
                     f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}"
@@ -280,13 +283,16 @@ class TrialSpec:
         return stable_hash(self.to_dict())
 
 
-def _require_positive(name: str, value: object) -> None:
+def require_positive(name: str, value: object) -> None:
+    """Raises ValueError for what is no whole number from 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
 def _known(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
     names = {f.name for f in fields(cls)}
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{cls.__name__} is a mapping of {sorted(names)}, got {data!r}")
     unknown = set(data) - names
     if unknown:
         raise ValueError(f"{cls.__name__} knows {sorted(names)}, got also {sorted(unknown)}")

@@ -84,6 +84,12 @@ def test_the_task_is_learned(mine: Path) -> None:
     assert 0 <= quality.value <= 1
 
 
+def test_a_module_that_is_no_python_is_told_in_a_line(mine: Path) -> None:
+    mine.write_text("def f(:\n")
+    with pytest.raises(ValueError, match=r"task 'mine:f' must name something as 'module:Name': .*\(mine.py, line 1\)"):
+        prepare_training(question("mine:f"), torch.device("cpu"), DeviceLock(torch.device("cpu")))
+
+
 @pytest.mark.parametrize("name", ["mine_not_there:copying", "mine:nothing", "copy"])
 def test_a_name_that_stands_for_nothing_is_an_error_with_the_names_there_are(name: str, mine: Path) -> None:
     mine.write_text("")

@@ -59,6 +59,8 @@ def test_one_attention_serves_every_layer_or_each_has_its_own():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"learning_rate": -1}, "learning_rate must be a positive number, got -1.0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a positive number, got nan"),
         ({"seq_len": 0}, "seq_len must be a positive integer, got 0"),
         ({"batch": 2.0}, "batch must be a positive integer, got 2.0"),
         ({"train_steps": True}, "train_steps must be a positive integer, got True"),
@@ -94,7 +96,7 @@ def test_an_attention_refuses_nonsense(change, message):
     [
         (lambda: TrialSpec.from_dict({**TRIAL.to_dict(), "speed": 1}), r"got also \['speed'\]"),
         (lambda: TrialSpec.from_dict({"task": "speed"}), r"names its 'attention', got \['task'\]"),
-        (lambda: PatternSpec.from_dict({"params": {}}), r"keys 'name' and 'params', got \['params'\]"),
+        (lambda: PatternSpec.from_dict({"params": {}}), r"keys 'name' and 'params', got \{'params': \{\}\}"),
         (lambda: PatternSpec(""), "non-empty string, got ''"),
     ],
     ids=["unknown key", "no attention", "no name", "empty name"],

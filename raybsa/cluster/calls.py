@@ -14,6 +14,10 @@ from raybsa.cluster.member import Progress
 from raybsa.cluster.roster import Roster
 from raybsa.comm import Broken
 
+# What a program raises again wherever it runs with the same arguments. That memory ran out or a GPU failed is none of
+# these: it is a RuntimeError or a MemoryError.
+PROGRAM_ERRORS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, NameError, AssertionError)
+
 
 class Wreck(Exception):
     """The running generation broke: an event on the coordinator's own way, never seen outside.
@@ -49,7 +53,7 @@ class Calls:
 
         Raises:
             Wreck: at the first trouble, with all who are lost; the others are free.
-            TrainingFailed: a worker refuses its arguments.
+            TrainingFailed: a worker refuses its arguments, or its program is wrong.
         """
         waiting, results = dict(references), {}
         while waiting:
@@ -98,9 +102,10 @@ class Calls:
 
 
 def _check_question(error: RayError) -> None:
-    """Arguments that a worker refuses will be refused by any other too."""
-    if isinstance(error, RayTaskError) and isinstance(error.cause, (ValueError, TypeError)):
-        raise TrainingFailed(f"a rank refused what it was asked for: {cause_of(error)}") from error
+    """Arguments that a worker refuses will be refused by any other too; and a program that is wrong may fail after each
+    step anew, where no bound on the failures of one step would end it."""
+    if isinstance(error, RayTaskError) and isinstance(error.cause, PROGRAM_ERRORS):
+        raise TrainingFailed(f"a rank refused what it was asked for, as any other would: {cause_of(error)}") from error
 
 
 def _blame(worker: int, error: RayError) -> dict[int, str]:

@@ -25,7 +25,7 @@ from raybsa.cluster.trace import Trace
 from raybsa.comm import Broken, Cancelled, Communicator, Phase, process_group
 from raybsa.events import Events, show
 from raybsa.gradients.overlap import Overlap
-from raybsa.spec import TrialSpec, stable_hash
+from raybsa.spec import TrialSpec, require_positive, stable_hash
 from raybsa.tasks.sharded import BUCKET_BYTES, ShardedTraining, send_state
 from raybsa.variants.distributed import DistributedConfig
 
@@ -51,6 +51,9 @@ class MemberSettings:
         labels: ``run`` and ``trial``, as the rows name them, for logs and metrics.
         verbose: ranks print their events, one line each.
         trace: the step to trace; None traces none.
+
+    Raises:
+        ValueError: a count below 1, steps at the start below 0, or no time to wait.
     """
 
     config: DistributedConfig = field(default_factory=DistributedConfig)
@@ -67,6 +70,14 @@ class MemberSettings:
     labels: Mapping[str, str] = field(default_factory=dict)
     verbose: bool = False
     trace: Trace | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("bucket_bytes", "num_threads", "checkpoint_every"):
+            require_positive(name, getattr(self, name))
+        if self.warmup_steps < 0 or not self.timeout_s > 0:
+            raise ValueError(
+                f"warmup_steps must be at least 0 and timeout_s positive, got {self.warmup_steps} and {self.timeout_s}"
+            )
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,17 @@ from raybsa.events import Events
 from raybsa.spec import TrialSpec
 
 
+def require_ring(world_size: int, *, spares: int = 0, min_ranks: int = 1, heartbeat_s: float = 2.0) -> None:
+    """Raises ValueError for a ring that is none; who has yet to start Ray asks first."""
+    if world_size < 1 or spares < 0 or not 1 <= min_ranks <= world_size:
+        raise ValueError(
+            f"a ring needs 1 <= min_ranks <= world_size and spares >= 0, got min_ranks {min_ranks}, "
+            f"world_size {world_size}, spares {spares}"
+        )
+    if not heartbeat_s > 0:
+        raise ValueError(f"a heartbeat is a positive number of seconds, got {heartbeat_s:g}")
+
+
 class TrainingCoordinator:
     """Trains ``spec`` on ``world_size`` ranks; use as a context manager.
 
@@ -71,11 +82,7 @@ class TrainingCoordinator:
         tell: Callable[[int, float], None] = lambda step, loss: None,
         say: Say = print,
     ) -> None:
-        if world_size < 1 or spares < 0 or not 1 <= min_ranks <= world_size:
-            raise ValueError(
-                f"a ring needs 1 <= min_ranks <= world_size and spares >= 0, got min_ranks {min_ranks}, "
-                f"world_size {world_size}, spares {spares}"
-            )
+        require_ring(world_size, spares=spares, min_ranks=min_ranks, heartbeat_s=heartbeat_s)
         settings = replace(settings or MemberSettings(num_threads=share.num_threads), run=secrets.token_hex(8))
         self._crew = Crew(spec, settings, share, heartbeat_s, say, self._strike)
         self._roster = Roster(

@@ -41,6 +41,12 @@ def questions(
     return asked
 
 
+def require_training(spec: TrialSpec, device: torch.device) -> None:
+    """Raises ValueError for a task that is unknown, does not train, or cannot be asked so."""
+    if prepare_training(spec, device, DeviceLock(device)) is None:
+        raise ValueError(f"a comparison needs a task that trains, got {spec.task!r}")
+
+
 def answer(specs: Sequence[TrialSpec], device: torch.device, run: Run, store: Store) -> Iterator[Record]:
     """The records of the questions in their order; what ``store`` has answered already is not asked again."""
     known = {record.spec_hash: record for record in store.read_records() if record.status == "ok"}
@@ -50,8 +56,7 @@ def answer(specs: Sequence[TrialSpec], device: torch.device, run: Run, store: St
             yield known[spec.digest]
             continue
         training = prepare_training(spec, device, lock)
-        if training is None:
-            raise ValueError(f"a comparison needs a task that trains, got {spec.task!r}")
+        assert training is not None, "as require_training has it"
         quality = training.advance()
         measured = Measurement(
             density=fmean(layer_density(spec, index) for index in range(spec.num_layers)),

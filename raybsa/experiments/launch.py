@@ -19,6 +19,10 @@ from raybsa.experiments.place import exit_on_sigterm
 _ANSWER_SECONDS = 10.0
 
 
+class NoCluster(ConnectionError):
+    """Nothing answers at the address of a cluster, or it is no address."""
+
+
 @contextmanager
 def cluster(
     address: str | None, *, num_cpus: int | None = None, deaths: bool = True, verbose: bool = False
@@ -33,21 +37,24 @@ def cluster(
         verbose: print the events of this process, and what the workers print, all of it.
 
     Raises:
-        ConnectionError: nothing answers at the address.
+        NoCluster: nothing answers at the address, or it is none.
     """
     target = address or os.environ.get("RAY_ADDRESS", "local")
     _require_an_answer(target)
     if verbose:
         show()
         ray_logging.RAY_DEDUP_LOGS = False  # two ranks' lines of one step would count as the same
-    ray.init(
-        address=target,
-        num_cpus=num_cpus if target == "local" else None,
-        include_dashboard=False if target == "local" else None,
-        log_to_driver=verbose,
-        logging_level=logging.ERROR,
-        namespace="raybsa",
-    )
+    try:
+        ray.init(
+            address=target,
+            num_cpus=num_cpus if target == "local" else None,
+            include_dashboard=False if target == "local" else None,
+            log_to_driver=verbose,
+            logging_level=logging.ERROR,
+            namespace="raybsa",
+        )
+    except (ConnectionError, ValueError) as error:
+        raise NoCluster(f"a running Ray cluster was wanted at {target!r}: {error}") from error
     exit_on_sigterm()
     with nullcontext() if deaths else without_rays_messages():  # Ray prints what it has kept when it shuts down
         try:
@@ -95,9 +102,7 @@ def _require_an_answer(target: str) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=_ANSWER_SECONDS).close()
     except (OSError, ValueError) as error:
-        raise ConnectionError(
-            f"a running Ray cluster was wanted at {target!r}, nothing answers there: {error}"
-        ) from error
+        raise NoCluster(f"a running Ray cluster was wanted at {target!r}, nothing answers there: {error}") from error
 
 
 def _has(node: dict[str, float], what: str) -> int:

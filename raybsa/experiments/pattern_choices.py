@@ -22,7 +22,8 @@ class PatternChoices:
     num_heads: of the questions.
 
     Raises:
-        ValueError: a mixture that is no pair of different families, or a share of the heads that is none.
+        ValueError: a mixture that is no pair of different families, a parameter without a list of choices, or a share
+            of the heads that is none.
     """
 
     families: Mapping[str, Mapping[str, Sequence[Any]]]
@@ -32,9 +33,14 @@ class PatternChoices:
 
     def __post_init__(self) -> None:
         for pair in self.mixtures:
-            if len(set(pair)) != 2 or set(pair) - set(self.families):
-                raise ValueError(f"a mixture is a pair of {sorted(self.families)}, got {list(pair)}")
-        if not all(0 < share < 1 for share in self.shares):
+            if not is_pair_of(pair, str) or len(set(pair)) != 2 or set(pair) - set(self.families):
+                got = list(pair) if isinstance(pair, tuple) else pair
+                raise ValueError(f"a mixture is a pair of {sorted(self.families)}, got {got!r}")
+        for family, parameters in self.families.items():
+            for name, choices in parameters.items():
+                if not isinstance(choices, (list, tuple)) or not choices:
+                    raise ValueError(f"{name} of {family} has a list of choices, got {choices!r}")
+        if not all(isinstance(share, (int, float)) and 0 < share < 1 for share in self.shares):
             raise ValueError(f"a share of the heads lies between 0 and 1, got {list(self.shares)}")
 
     def names(self, followed: Iterable[str], config: Config) -> list[str]:
@@ -88,6 +94,11 @@ class PatternChoices:
         turns = gcd(count, self.num_heads)
         parts = [first] * (count // turns) + [second] * ((self.num_heads - count) // turns)
         return PatternSpec(MIXTURE, {"parts": parts})
+
+
+def is_pair_of(value: Any, kind: type | tuple[type, ...]) -> bool:
+    """Whether it is a list or tuple of two of that kind."""
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(one, kind) for one in value)
 
 
 def parameters_of(pattern: PatternSpec) -> Config:

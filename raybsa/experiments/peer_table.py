@@ -6,9 +6,9 @@ python -m raybsa.experiments.peer_table results/gpu --only 'd128-32K'
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Iterable
 
+from raybsa.experiments.options import regex
 from raybsa.experiments.peer_cells import cells
 from raybsa.experiments.peer_rows import PASSES, Row, extra_bytes, held_bytes, pass_of, rows_of
 from raybsa.results.store import Store
@@ -78,10 +78,17 @@ def main() -> None:
         prog="python -m raybsa.experiments.peer_table", description="Print measured cells."
     )
     parser.add_argument("results", metavar="RESULTS", help="folder or pyarrow.fs URI of --suite gpu")
-    parser.add_argument("--only", default="", metavar="REGEX", help="cells whose name it finds")
+    parser.add_argument("--only", type=regex, default="", metavar="REGEX", help="cells whose name it finds")
     options = parser.parse_args()
-    rows = rows_of(Store(options.results).read_records(), cells())
-    print(text_of(row for row in rows if re.search(options.only, row.name)))
+    try:
+        rows = rows_of(Store(options.results).read_records(), cells())
+    except OSError as error:
+        parser.error(str(error))
+    found = [row for row in rows if options.only.search(row.name)]
+    if not found:
+        which = f" whose name {options.only.pattern!r} finds" if options.only.pattern else ""
+        parser.error(f"rows of --suite gpu{which} were wanted under {options.results!r}, found none")
+    print(text_of(found))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+BAD_INPUT, FAILED = 2, 1  # exit codes; 2 is argparse's own
 
 
 def absolute(option: str, path: str) -> str:
@@ -29,6 +33,32 @@ def git_commit(folder: Path) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+@contextmanager
+def ending(code: int, *errors: type[Exception]) -> Iterator[None]:
+    """One of ``errors`` inside ends the job with ``code`` and its words on stderr, without a traceback."""
+    try:
+        yield
+    except errors as error:
+        print(f"jobs/{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(code)
+
+
+@contextmanager
+def refusing(*more: type[Exception]) -> Iterator[None]:
+    """What was asked for is made and checked inside, before anything starts: what is wrong with it ends the job with
+    ``BAD_INPUT`` and one line on stderr.
+
+    Args:
+        more: errors beside ValueError, TypeError and OSError that tell of bad input.
+    """
+    bad: tuple[type[Exception], ...] = (ValueError, TypeError, OSError, *more)
+    with ending(BAD_INPUT, ValueError):
+        try:
+            yield
+        except bad as error:
+            raise ValueError(" ".join(str(error).split())) from error
 
 
 def exit_on_sigterm() -> None:

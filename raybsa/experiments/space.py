@@ -11,7 +11,7 @@ import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
 from raybsa.experiments.layers import followed, in_turn, layer_names, named_layers
-from raybsa.experiments.pattern_choices import MIXTURE, PatternChoices, parameters_of
+from raybsa.experiments.pattern_choices import MIXTURE, PatternChoices, is_pair_of, parameters_of
 from raybsa.experiments.rank_choices import NAMES, Config, RankChoices
 from raybsa.gradients.catalog import build
 from raybsa.spec import ADAPTIVE, DENSE, DISTRIBUTED, AttentionSpec, PatternSpec, TrialSpec
@@ -79,9 +79,11 @@ class SearchSpace:
     codecs: tuple[Any, ...] = ("none",)
 
     def __post_init__(self) -> None:
+        if not is_pair_of(self.densities, (int, float)) or not 0 < self.densities[0] <= self.densities[1] <= 1:
+            raise ValueError(
+                f"densities are a pair of numbers, 0 < lowest <= highest <= 1, got {_as_list(self.densities)}"
+            )
         low, high = self.densities
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"densities must be 0 < lowest <= highest <= 1, got {self.densities}")
         if not self.families or not self.block_sizes or not self.variants:
             raise ValueError(
                 f"a space needs families and block sizes, and variants to compute them, got {self.families}, "
@@ -269,6 +271,11 @@ class SearchSpace:
 def _families(config: Config) -> list[str]:
     """What the layers follow, as far as ``config`` tells: one for all, or one each."""
     return followed(config) if config.get("family") == PER_LAYER else [config.get("family", "")]
+
+
+def _as_list(value: Any) -> Any:
+    """As YAML and JSON write it."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _three_digits(value: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -114,24 +114,43 @@ def make_space(name: str, base: TrialSpec) -> SearchSpace:
     if not path.is_file():
         raise ValueError(f"a space is one of {', '.join(SPACES)} or a YAML file, got {name!r}")
     try:
-        return space_of(yaml.safe_load(path.read_text(encoding="utf-8")), base)
+        with path.open(encoding="utf-8") as file:
+            return space_of(yaml.safe_load(file), base)
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"the space file {name} cannot be used: {error}") from error
 
 
 def space_of(data: Mapping[str, Any], base: TrialSpec) -> SearchSpace:
-    """A space from plain data. Raises ValueError for keys that a space does not have."""
+    """A space from plain data. Raises ValueError for keys that a space does not have, and values of another form."""
     known = {field.name for field in fields(SearchSpace)} - {"base"}
     if not isinstance(data, Mapping) or set(data) - known:
-        raise ValueError(f"a space has the keys {sorted(known)}, got {sorted(data) if data else data!r}")
-    lists = {name: value for name, value in data.items() if name not in ("families", "references", "per_layer")}
+        got = [*map(str, data)] if isinstance(data, Mapping) else data
+        raise ValueError(f"a space has the keys {sorted(known)}, got {got!r}")
     values: dict[str, Any] = {
-        name: tuple(tuple(v) if isinstance(v, list) else v for v in value) for name, value in lists.items()
+        name: tuple(tuple(v) if isinstance(v, list) else v for v in _listed(name, value))
+        for name, value in data.items()
+        if name not in ("densities", "families", "references", "per_layer")
     }
+    if "densities" in data:
+        given = data["densities"]
+        values["densities"] = tuple(given) if isinstance(given, list) else given
     if "families" in data:
-        values["families"] = {family: dict(params or {}) for family, params in data["families"].items()}
-    values["references"] = tuple(AttentionSpec.from_dict(given) for given in data.get("references", ()))
+        values["families"] = _families(data["families"])
+    values["references"] = tuple(map(AttentionSpec.from_dict, _listed("references", data.get("references", ()))))
     values["per_layer"] = data.get("per_layer", False)
     if not isinstance(values["per_layer"], bool):
         raise ValueError(f"per_layer is true or false, got {values['per_layer']!r}")
     return SearchSpace(base, **values)
+
+
+def _listed(name: str, value: Any) -> Sequence[Any]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{name} is a list, got {value!r}")
+    return value
+
+
+def _families(given: Any) -> dict[str, dict[str, Any]]:
+    """Family -> parameter -> choices; a family without any parameters may be empty."""
+    if not isinstance(given, Mapping) or not all(isinstance(params or {}, Mapping) for params in given.values()):
+        raise ValueError(f"families map a name to its parameters and their lists of choices, got {given!r}")
+    return {family: dict(params or {}) for family, params in given.items()}

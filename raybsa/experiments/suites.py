@@ -165,4 +165,5 @@ def compression(base: TrialSpec = COMPRESSION, *, seeds: int = 3, world_size: in
     ]
 
 
-SUITES = {"cpu": cpu, "quick": quick, "ring": ring, "ring-quick": ring_quick, "ring-gpu": ring_gpu}
+RING_GPU = "ring-gpu"
+SUITES = {"cpu": cpu, "quick": quick, "ring": ring, "ring-quick": ring_quick, RING_GPU: ring_gpu}

@@ -134,8 +134,13 @@ def choose_backend(call: AttentionCall) -> str:
     return next((name for name in order if BACKENDS[name].why_not(call) is None), "blocked")
 
 
+def named_backend(name: str) -> ModuleType:
+    """A backend of ``BACKENDS``, or your own ``"module:Name"``. Raises ValueError where there is none."""
+    return BACKENDS[name] if name in BACKENDS else own(name, "backend", ("auto", *sorted(BACKENDS)))
+
+
 def _named(name: str, call: AttentionCall) -> ModuleType:
-    backend = BACKENDS[name] if name in BACKENDS else own(name, "backend", ("auto", *sorted(BACKENDS)))
+    backend = named_backend(name)
     reason = backend.why_not(call)
     if reason is not None:
         able = [other for other, module in BACKENDS.items() if module.why_not(call) is None]

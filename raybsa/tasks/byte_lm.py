@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from raybsa.counter import Stream, hash_u32
-from raybsa.spec import TrialSpec
+from raybsa.spec import TrialSpec, require_positive
 from raybsa.tasks.goals import QUALITIES
 from raybsa.tasks.model import Transformer
 from raybsa.tasks.params import known_params
@@ -26,13 +26,15 @@ class ByteText:
     ``eval_seed`` (0): another one moves all windows by a part of their distance, to text between those of seed 0.
 
     Raises:
-        ValueError: a text shorter than a window, an unknown parameter, or attention that sees the future.
+        ValueError: a text shorter than a window, an unknown parameter, no windows, or attention that sees the future.
     """
 
     def __init__(self, spec: TrialSpec, device: torch.device) -> None:
         params = known_params(spec, {"text": None, "train_batch": 8, "eval_windows": 32, "eval_seed": 0})
         if not spec.causal:
             raise ValueError("byte_lm predicts the next byte, so its attention must be causal, got causal=False")
+        for name in ("train_batch", "eval_windows"):
+            require_positive(name, params[name])
         self.spec, self.device = spec, device
         self.corpus = load_corpus(params["text"])
         self.train_batch, self.eval_windows = params["train_batch"], params["eval_windows"]

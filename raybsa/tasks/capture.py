@@ -75,9 +75,22 @@ def load_calls(path: str | Path) -> list[Captured]:
 
     Raises:
         ValueError: another content.
+        OSError: no such file.
     """
-    found = torch.load(path, map_location="cpu", weights_only=True)
+    wanted = f"{path} must hold dicts with q, k and v (B, H, S, D), as save_calls writes them"
+    with open(path, "rb") as file:
+        try:
+            found = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # of whatever kind the bytes make its unpickler stumble into
+            first = next(iter(str(error).splitlines()), "")
+            raise ValueError(f"{wanted}; torch.load says {type(error).__name__}: {first}") from error
     found = [found] if isinstance(found, dict) else found
-    if not isinstance(found, list) or not all(isinstance(x, dict) and {"q", "k", "v"} <= x.keys() for x in found):
-        raise ValueError(f"{path} must hold dicts with q, k and v (B, H, S, D), as save_calls writes them")
+    if not isinstance(found, list) or not all(map(_is_call, found)):
+        raise ValueError(wanted)
     return [Captured(x["q"], x["k"], x["v"], bool(x.get("causal", False)), x.get("scale")) for x in found]
+
+
+def _is_call(found: Any) -> bool:
+    return isinstance(found, dict) and all(
+        isinstance(found.get(name), Tensor) and found[name].dim() == 4 for name in ("q", "k", "v")
+    )

@@ -7,11 +7,13 @@ learns it; a pattern that does not reach ``distance`` (over all layers) can only
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from raybsa.counter import Stream, hash_u32
-from raybsa.spec import TrialSpec
+from raybsa.spec import TrialSpec, require_positive
 from raybsa.tasks.goals import QUALITIES
 from raybsa.tasks.model import Transformer
 from raybsa.tasks.params import known_params
@@ -28,19 +30,32 @@ VOCABULARY = _ANSWER + VALUES
 _EVAL_SEED = 0x5EED
 
 
+def recall_params(spec: TrialSpec) -> dict[str, Any]:
+    """The parameters of ``prepare_training``, all of them.
+
+    Raises:
+        ValueError: an unknown one, no sequences, attention that sees the future, or a distance without room for keys.
+    """
+    known = {"distance": spec.train_len // 2, "train_batch": 16, "eval_batch": 64, "eval_seed": 0}
+    params = known_params(spec, known)
+    distance = params["distance"]
+    for name in ("train_batch", "eval_batch"):
+        require_positive(name, params[name])
+    if not spec.causal:
+        raise ValueError("recall asks about the past, so its attention must be causal, got causal=False")
+    if not KEYS <= distance <= spec.train_len - KEYS:
+        raise ValueError(f"distance must lie in {KEYS}..{spec.train_len - KEYS} for {KEYS} keys, got {distance}")
+    return params
+
+
 def prepare_training(spec: TrialSpec, device: torch.device, lock: DeviceLock) -> Training:
     """A training on fresh sequences, judged by the share of right answers on a fixed set of others (chance: 1/8).
 
     ``task_params``: ``distance`` in tokens (half of ``train_len``), ``train_batch`` (16), ``eval_batch`` (64) and
     ``eval_seed`` (0), which draws that set.
     """
-    known = {"distance": spec.train_len // 2, "train_batch": 16, "eval_batch": 64, "eval_seed": 0}
-    params = known_params(spec, known)
+    params = recall_params(spec)
     distance = params["distance"]
-    if not spec.causal:
-        raise ValueError("recall asks about the past, so its attention must be causal, got causal=False")
-    if not KEYS <= distance <= spec.train_len - KEYS:
-        raise ValueError(f"distance must lie in {KEYS}..{spec.train_len - KEYS} for {KEYS} keys, got {distance}")
     with lock.shared():
         model, context = prepare(Transformer(spec, VOCABULARY), device, spec.dtype)
 

@@ -55,16 +55,48 @@ def test_every_measurement_becomes_a_line_a_row_and_a_place_in_the_report(
         (["--block-size", "48"], "power of two, got 48"),
         (["--heads", "3", "--kv-heads", "2"], "num_heads must be a multiple of num_kv_heads, got 3 and 2"),
         (["--dtype", "int8"], "int8"),
+        (["--suite", "ring-gpu"], "the ring-gpu suite needs 2 CUDA devices, this machine has 0"),
+        (["--suite", "gpu"], "the gpu suite needs a CUDA device, this machine has none"),
+        (["--suite", "gpu", "--part", "3/2"], "a part is one of 1 .. 2, got 3"),
+        (["--variant", "base", "distributed"], "--variant distributed is measured alone, got base distributed"),
+        (["--address", "127.0.0.1:1"], "wanted at '127.0.0.1:1', nothing answers there"),
+        (["--address", "127.0.0.1:1", "--variant", "distributed"], "nothing answers there"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_bad_options_end_with_one_line_before_anything_starts(
-    arguments: list[str], message: str, tmp_path: Path, refused: Callable[..., tuple[int, str]]
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refused: Callable[..., tuple[int, str]],
 ) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     code, words = refused("benchmark.py", "--out", str(tmp_path / "results"), *arguments)
-    assert code == 1
+    assert code == 2
+    assert words.startswith("jobs/benchmark.py: ")
     assert message in words
     assert len(words.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--pattern", '{"a"', "a JSON object was wanted, got '{\"a\"': Expecting"),
+        ("--backend", "fast", "unknown backend 'fast'; there are auto, "),
+        ("--only", "[", "a regular expression was wanted, got '[': unterminated"),
+        ("--part", "half", "a part is I/N, as 2/3, got 'half'"),
+        ("--world-size", "0", "a whole number from 1 was wanted, got '0'"),
+        ("--budget", "0", "a positive number was wanted, got '0'"),
+    ],
+)
+def test_a_value_that_is_none_is_refused_with_its_option(
+    option: str, value: str, message: str, tmp_path: Path, refused: Callable[..., tuple[int, str]]
+) -> None:
+    code, words = refused("benchmark.py", "--out", str(tmp_path / "results"), option, value)
+    assert code == 2
+    assert f"error: argument {option}: {message}" in words.splitlines()[-1]
 
 
 def test_an_unwritable_results_path_is_refused_before_anything_is_measured(
@@ -73,7 +105,7 @@ def test_an_unwritable_results_path_is_refused_before_anything_is_measured(
     file = tmp_path / "a file"
     file.write_text("in the way")
     code, words = refused("benchmark.py", "--out", str(file / "results"))
-    assert code == 1
+    assert code == 2
     assert str(file) in words
 
 

@@ -45,7 +45,8 @@ def test_adaptive_warms_up_for_its_share_of_the_steps(run, tmp_path):
     assert '"params":{"anneal":1,"warmup":3}' in record.spec
 
 
-def test_an_unknown_pattern_is_refused_before_anything_is_trained(run, tmp_path):
-    with pytest.raises(ValueError, match="unknown pattern 'spiral'"):
+def test_an_unknown_pattern_is_refused_before_anything_is_trained(run, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
         run(LINE + " spiral")
+    assert "unknown pattern 'spiral'" in capsys.readouterr().err
     assert not (tmp_path / "results").exists()

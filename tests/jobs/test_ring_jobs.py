@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -77,9 +77,6 @@ def test_the_distributed_variant_asks_actors_for_every_combination(
     assert [ring_params(spec) for spec in specs] == [(1, "balanced"), (2, "balanced"), (2, "zigzag")]
     assert {spec.layer(0).variant for spec in specs} == {"distributed"}
     assert "on actors of 1 CPU and 0 GPU each" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--variant", "base", "distributed", "--out", str(tmp_path)])
-    with pytest.raises(ValueError, match="--variant distributed is measured alone, got base distributed"):
-        benchmark.main()
 
 
 def test_the_scaling_suite_prints_a_table_and_draws_the_forecast_with_its_rows_in_it(
@@ -138,7 +135,19 @@ def test_the_forecast_prints_the_error_of_every_row_and_writes_a_page(
     assert "preset, not measured here" in page.read_text("utf-8")
 
 
-def test_a_forecast_from_nothing_says_what_to_give(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["scaling_forecast.py"])
-    with pytest.raises(ValueError, match="give --results, --hardware or both"):
-        scaling_forecast.main()
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --results, --hardware or both"),
+        (["--results", "NONE"], "rows of `jobs/benchmark.py --suite ring --out NONE` were wanted, found none there"),
+        (["--hardware", "h200", "--ranks", "0"], "argument --ranks: a whole number from 1 was wanted, got '0'"),
+        (["--hardware", "h200", "--ranks", "4", "--out", "NONE/page.html"], "NONE"),
+    ],
+)
+def test_a_forecast_from_nothing_says_what_to_give(
+    arguments: list[str], message: str, tmp_path: Path, refused: Callable[..., tuple[int, str]]
+) -> None:
+    none = str(tmp_path / "none")
+    code, words = refused("scaling_forecast.py", *(argument.replace("NONE", none) for argument in arguments))
+    assert code == 2
+    assert message.replace("NONE", none) in words.splitlines()[-1]

@@ -51,25 +51,49 @@ def processes_with(word: str) -> list[str]:
         (["--out", "OUT", "--text", "/no/such/text"], "got '/no/such/text', which does not exist"),
         (["--out", "OUT", "--objectives", "quality,beauty"], "objectives must be different ones of"),
         (["--out", "OUT", "--objectives", "quality,quality"], "objectives must be different ones of"),
-        (["--out", "OUT", "--trials", "0"], "--trials must be at least 1, got 0"),
-        (["--out", "OUT", "--workers", "-1"], "--workers must be at least 1, got -1"),
+        (["--out", "OUT", "--dry-run", "--text", "/no/such/text"], "got '/no/such/text', which does not exist"),
+        (["--out", "OUT", "--dry-run", "--learning-rate", "-1"], "learning_rate must be a positive number, got -1.0"),
+        (["--out", "OUT", "--distance", "1"], "distance must lie in "),
+        (["--out", "OUT", "--cpus-per-worker", "1.5"], "whole CPUs or a fraction of one"),
+        (["--out", "OUT", "--space", "BROKEN"], "found '<stream end>'"),
+        (["--out", "OUT", "--captured", "BROKEN"], "must hold dicts with q, k and v"),
         (["--out", "OUT", "--seq-len", "-1"], "seq_len must be a positive integer, got -1"),
         (["--out", "OUT", "--address", "127.0.0.1:1"], "wanted at '127.0.0.1:1', nothing answers there"),
     ],
     ids=[
-        "unwritable out", "empty text", "no such text", "unknown objective", "objective twice", "no trials",
-        "no workers", "no tokens", "no cluster",
+        "unwritable out", "empty text", "no such text", "unknown objective", "objective twice", "no text to list",
+        "no learning rate", "no distance", "no share", "no YAML", "nothing captured", "no tokens", "no cluster",
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_before_anything_starts(
     arguments: list[str], message: str, tmp_path: Path, refused: Callable[..., tuple[int, str]]
 ) -> None:
     (tmp_path / "empty").mkdir()
-    places = {"OUT": str(tmp_path / "out"), "EMPTY": str(tmp_path / "empty")}
+    (tmp_path / "broken").write_text("densities: [")
+    places = {word: str(tmp_path / word.lower()) for word in ("OUT", "EMPTY", "BROKEN")}
     code, words = refused("search.py", *(places.get(argument, argument) for argument in arguments))
-    assert code == 1
+    assert code == 2
+    assert words.startswith("jobs/search.py: ")
     assert message in words
     assert len(words.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "wanted"),
+    [
+        ("--trials", "0", "a whole number from 1"),
+        ("--workers", "-1", "a whole number from 1"),
+        ("--wait", "-1", "a number from 0"),
+        ("--limit", "soon", "a positive number"),
+    ],
+)
+def test_a_number_that_is_none_is_refused_with_its_option(
+    option: str, value: str, wanted: str, tmp_path: Path, refused: Callable[..., tuple[int, str]]
+) -> None:
+    code, words = refused("search.py", "--out", str(tmp_path), option, value)
+    assert code == 2
+    assert option in words.splitlines()[-1]
+    assert words.endswith(f"{wanted} was wanted, got {value!r}\n")
 
 
 def test_a_submitted_job_is_refused_a_relative_results_folder(
@@ -77,7 +101,7 @@ def test_a_submitted_job_is_refused_a_relative_results_folder(
 ) -> None:
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     code, words = refused("search.py", "--out", "relative")
-    assert code == 1
+    assert code == 2
     assert "--out must be absolute in a submitted job" in words
 
 

@@ -101,14 +101,86 @@ def test_a_drill_says_when_a_fault_was_noticed_and_that_the_weights_are_equal(
         ("train.py", ["--codec", "zip"], "unknown codec 'zip'; there are none, fp16"),
         ("train.py", ["--partition", "round"], "partition must be one of"),
         ("train.py", ["--text", "/nonesuch"], "text must be a file or a folder, got '/nonesuch'"),
-        ("recovery_drill.py", ["--fault", "flood:exchange"], "a fault is KIND:PLACE, a kind of exit"),
+        (
+            "train.py",
+            ["--world-size", "0"],
+            "1 <= min_ranks <= world_size and spares >= 0, got min_ranks 1, world_size 0",
+        ),
+        (
+            "train.py",
+            ["--min-ranks", "9"],
+            "1 <= min_ranks <= world_size and spares >= 0, got min_ranks 9, world_size 2",
+        ),
+        ("train.py", ["--heartbeat", "-1"], "a heartbeat is a positive number of seconds, got -1"),
+        ("train.py", ["--checkpoint-every", "0"], "checkpoint_every must be a positive integer, got 0"),
+        ("train.py", ["--batch", "0"], "train_batch must be a positive integer, got 0"),
+        ("train.py", ["--tokens", "999999", "--text", "TEXT"], "text must be longer than train_len 999999"),
+        ("train.py", ["--address", "127.0.0.1:1"], "wanted at '127.0.0.1:1', nothing answers there"),
         ("recovery_drill.py", ["--fault", "cuda_error:exchange"], "cuda_error: needs a GPU: --gpus-per-worker"),
         ("recovery_drill.py", ["--gpus-per-worker", "2"], "at most one GPU, got 1 CPU and 2 GPU"),
+        ("recovery_drill.py", ["--world-size", "0"], "world_size 0"),
+        ("recovery_drill.py", ["--heartbeat", "0"], "a heartbeat is a positive number of seconds, got 0"),
+        ("recovery_drill.py", ["--text", "/nonesuch"], "got '/nonesuch', which does not exist"),
+        ("recovery_drill.py", ["--address", "127.0.0.1:1"], "nothing answers there"),
+        ("compression.py", ["--only", "nothing"], "--only must find some of the codecs"),
+        ("compression.py", ["--world-size", "3"], "3 ranks must share train_batch evenly, got 4 windows"),
+        ("compare.py", ["--task", "nonesuch"], "unknown task 'nonesuch'"),
+        ("compare.py", ["--task", "speed", "--task-params", "{}"], "a task that trains, got 'speed'"),
+        ("compare.py", ["--pattern", '{"a": 1}'], "a pattern dict has the keys 'name' and 'params', got {'a': 1}"),
     ],
 )
-def test_bad_input_is_named_before_anything_starts(
-    tmp_path: Path, job: str, arguments: list[str], message: str, refused: Callable[..., tuple[int, str]]
+def test_bad_input_is_one_line_before_anything_starts(
+    tmp_path: Path, text: str, job: str, arguments: list[str], message: str, refused: Callable[..., tuple[int, str]]
 ) -> None:
+    arguments = [text if argument == "TEXT" else argument for argument in arguments]
     code, words = refused(job, "--out", str(tmp_path / "out"), *arguments)
     assert code == 2
+    assert words.startswith(f"jobs/{job}: ")
     assert message in words
+    assert len(words.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("job", "arguments"),
+    [
+        ("overhead.py", ["--address", "127.0.0.1:1"]),
+        ("recovery_rival.py", ["--address", "127.0.0.1:1"]),
+        ("overhead.py", ["--text", "/nonesuch"]),
+        ("recovery_rival.py", ["--text", "/nonesuch"]),
+        ("overhead.py", ["--batch", "0"]),
+        ("slow_link.py", ["--layers", "0"]),
+    ],
+)
+def test_a_job_without_a_results_folder_answers_so_too(
+    job: str, arguments: list[str], refused: Callable[..., tuple[int, str]]
+) -> None:
+    code, words = refused(job, *arguments)
+    assert (code, len(words.splitlines())) == (2, 1)
+    assert words.startswith(f"jobs/{job}: ")
+
+
+@pytest.mark.parametrize(
+    ("job", "arguments", "message"),
+    [
+        ("train.py", ["--backend", "nonesuch"], "unknown backend 'nonesuch'; there are auto, "),
+        ("train.py", ["--codec", '{"name":'], "a JSON object was wanted, got '{\"name\":': Expecting value"),
+        ("train.py", ["--tell-every", "0"], "a whole number from 1 was wanted, got '0'"),
+        ("recovery_drill.py", ["--fault", "flood:exchange"], "a fault is KIND:PLACE, a kind of exit"),
+        ("recovery_drill.py", ["--soak", "0"], "a whole number from 1 was wanted, got '0'"),
+        ("recovery_rival.py", ["--world-size", "1"], "a whole number from 2 was wanted, got '1'"),
+        ("overhead.py", ["--steps", "4"], "a whole number from 5 was wanted, got '4'"),
+        ("compression.py", ["--only", "["], "a regular expression was wanted, got '['"),
+        ("compression.py", ["--seeds", "0"], "a whole number from 1 was wanted, got '0'"),
+        ("compare.py", ["--device", "foo", "--out", "x"], "a device of this machine was wanted, got 'foo': "),
+        ("compare.py", ["--device", "cuda:99", "--out", "x"], "a device of this machine was wanted, got 'cuda:99': "),
+        ("compare.py", ["--task-params", "{", "--out", "x"], "a JSON object was wanted, got '{'"),
+        ("compare.py", ["--task-params", "3", "--out", "x"], "a JSON object was wanted, got '3'"),
+        ("compare.py", ["--pattern", '{"a"', "--out", "x"], "a JSON object was wanted, got '{\"a\"'"),
+    ],
+)
+def test_an_option_s_value_that_is_none_is_named_with_its_option(
+    job: str, arguments: list[str], message: str, refused: Callable[..., tuple[int, str]]
+) -> None:
+    code, words = refused(job, *arguments)
+    assert code == 2
+    assert f"error: argument {arguments[0]}: {message}" in words.splitlines()[-1]

@@ -53,7 +53,8 @@ def job(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(str(JOBS / name), run_name="__main__")
-        return ended.value.code, capsys.readouterr().out
+        shown = capsys.readouterr()
+        return ended.value.code, shown.out + shown.err
 
     return run
 
@@ -85,8 +86,9 @@ def test_a_front_is_validated_by_the_objectives_of_its_search(job, searched, tmp
 
 
 def test_a_folder_without_a_front_is_not_validated(job, tmp_path):
-    code, _ = job("validate.py", tmp_path / "none", "--out", tmp_path / "out")
-    assert code.startswith("error: a search with a Pareto front was wanted, found none under ")
+    code, told = job("validate.py", tmp_path / "none", "--out", tmp_path / "out")
+    assert code == 2
+    assert told.startswith("jobs/validate.py: a search with a Pareto front was wanted, found none under ")
     assert not (tmp_path / "out").exists()
 
 

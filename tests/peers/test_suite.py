@@ -233,6 +233,15 @@ def test_the_gpu_suite_runs_where_ray_and_plotly_are_not_installed(tmp_path: Pat
     assert "report:  not drawn" in done.stdout
 
 
+def test_a_table_of_no_rows_names_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["peer_table.py", str(tmp_path / "none"), "--only", "causal"])
+    with pytest.raises(SystemExit, match="2"):
+        peer_table.main()
+    assert f"whose name 'causal' finds were wanted under '{tmp_path / 'none'}', found none" in capsys.readouterr().err
+
+
 def test_a_part_that_there_is_not_is_refused() -> None:
     with pytest.raises(ValueError, match=r"one of 1 .. 2, got 3"):
         parts_of(CELLS, 3, 2)

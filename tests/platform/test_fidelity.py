@@ -121,9 +121,15 @@ def test_attention_of_any_module_is_captured_in_order_and_saved(tmp_path):
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
-    torch.save({"weight": torch.zeros(1)}, tmp_path / "model.pt")
-    with pytest.raises(ValueError, match="must hold dicts with q, k and v"):
-        load_calls(tmp_path / "model.pt")
+    flat = dict.fromkeys("qkv", torch.zeros(2))
+    for name, content in {"model": {"weight": torch.zeros(1)}, "flat": flat, "many": [flat, 3]}.items():
+        torch.save(content, tmp_path / f"{name}.pt")
+        with pytest.raises(ValueError, match="must hold dicts with q, k and v"):
+            load_calls(tmp_path / f"{name}.pt")
+    for junk in (b"", b"junk\n", b"\x80\x02."):
+        (tmp_path / "junk.pt").write_bytes(junk)
+        with pytest.raises(ValueError, match=r"must hold dicts with q, k and v .*; torch.load says \w+: "):
+            load_calls(tmp_path / "junk.pt")
 
 
 # ---- learning -------------------------------------------------------------------------------------------------------

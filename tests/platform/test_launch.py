@@ -78,6 +78,11 @@ def test_a_share_of_more_than_a_gpu_is_refused(gpus):
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:nine"])
 def test_an_address_at_which_nothing_answers_is_an_error_at_once(address):
     start = time.monotonic()
-    with pytest.raises(ConnectionError, match=f"wanted at '{address}', nothing answers there"):
+    with pytest.raises(launch.NoCluster, match=f"wanted at '{address}', nothing answers there"):
         launch.cluster(address).__enter__()
     assert time.monotonic() - start < 20
+
+
+def test_a_word_that_is_no_address_is_named():
+    with pytest.raises(launch.NoCluster, match="wanted at 'nowhere': Invalid address format: nowhere"):
+        launch.cluster("nowhere").__enter__()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -15,6 +16,19 @@ from raybsa.comm import Cancelled
 from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
 
 pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"checkpoint_every": 0}, "checkpoint_every must be a positive integer, got 0"),
+        ({"timeout_s": 0.0}, "timeout_s positive, got 0 and 0.0"),
+        ({"warmup_steps": -1}, "warmup_steps must be at least 0 .*, got -1 and 60.0"),
+    ],
+)
+def test_settings_that_no_member_can_keep_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MemberSettings(**settings)
 
 
 @pytest.mark.parametrize("announced", [False, True], ids=["before", "after"])

@@ -348,6 +348,22 @@ def test_ranks_come_from_a_file_too(tmp_path):
         ("partitions: [heap]", r"partitions of balanced, contiguous, zigzag, striped, got .* and \['heap'\]"),
         ("codecs: [zip]", "unknown codec 'zip'"),
         ("per_layer: sometimes", "per_layer is true or false, got 'sometimes'"),
+        ("1: 2\ncolour: red", r"a space has the keys .*, got \['1', 'colour'\]"),
+        ("densities: [0.1]", r"densities are a pair of numbers, .*, got \[0.1\]"),
+        ("densities: 0.1", r"densities are a pair of numbers, .*, got 0.1"),
+        ("densities: [a, 0.2]", r"densities are a pair of numbers, .*, got \['a', 0.2\]"),
+        ("families: 3", "families map a name to its parameters .*, got 3"),
+        ("families: [bigbird]", r"families map a name to its parameters .*, got \['bigbird'\]"),
+        ("families: {bigbird: 3}", r"families map a name to its parameters .*, got \{'bigbird': 3\}"),
+        ("families: {bigbird: {num_globals: 3}}", "num_globals of bigbird has a list of choices, got 3"),
+        ("mixtures: 3", "mixtures is a list, got 3"),
+        ("mixtures: [random]", "a mixture is a pair of .*, got 'random'"),
+        ("mixtures: [[random, 3]]", r"a mixture is a pair of .*, got \['random', 3\]"),
+        ("shares: [half]", r"a share of the heads lies between 0 and 1, got \['half'\]"),
+        ("block_sizes: 32", "block_sizes is a list, got 32"),
+        ("partitions: balanced", "partitions is a list, got 'balanced'"),
+        ("references: [3]", "AttentionSpec is a mapping of .*, got 3"),
+        ("references: [{pattern: bigbird}]", "a pattern dict has the keys 'name' and 'params', got 'bigbird'"),
     ],
 )
 def test_a_file_that_describes_no_space_says_why(tmp_path, text, message):
@@ -426,7 +442,7 @@ def test_a_preset_has_trials_enough_for_its_first_points(name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"densities": (0.0, 0.5)}, r"0 < lowest <= highest <= 1, got \(0.0, 0.5\)"),
+        ({"densities": (0.0, 0.5)}, r"0 < lowest <= highest <= 1, got \[0.0, 0.5\]"),
         ({"densities": (0.5, 0.1)}, "0 < lowest <= highest <= 1"),
         ({"families": {}}, "needs families and block sizes"),
         ({"families": {"spiral": {}}}, "unknown pattern 'spiral'"),
