@@ -27,7 +27,7 @@ CODEC, BACKEND, TASK = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 @pytest.fixture
 def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A module in the current folder, as where a job is started."""
-    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if not Path(folder, "mine.py").exists()])
     monkeypatch.chdir(tmp_path)
     yield tmp_path / "mine.py"
     sys.modules.pop("mine", None)
