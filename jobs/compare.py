@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from raybsa import patterns
-from raybsa.experiments.compare import answer, questions, require_training, summary
+from raybsa.experiments.compare import answer, questions, summary, training_of
 from raybsa.experiments.options import at_least, json_object, name_or_json
 from raybsa.experiments.place import FAILED, absolute, ending, exit_on_sigterm, git_commit, refusing
 from raybsa.experiments.recording import Run
@@ -30,7 +30,7 @@ def main() -> int:
         torch.set_num_threads(arguments.threads)
     with refusing(NotImplementedError):
         specs = _specs(arguments)
-        require_training(specs[0], arguments.device)
+        training_of(specs[0], arguments.device)
         store = Store.create(absolute("--out", arguments.out))
     exit_on_sigterm()
     records = []

@@ -15,7 +15,7 @@ from raybsa.results.record import Measurement, Outcome, Record
 from raybsa.results.store import Store
 from raybsa.spec import ADAPTIVE, DENSE, AttentionSpec, PatternSpec, TrialSpec
 from raybsa.tasks.attention import layer_density
-from raybsa.tasks.catalog import prepare_training
+from raybsa.tasks.catalog import Judgement, prepare_training
 from raybsa.timing import DeviceLock, device_name
 
 
@@ -41,22 +41,22 @@ def questions(
     return asked
 
 
-def require_training(spec: TrialSpec, device: torch.device) -> None:
-    """Raises ValueError for a task that is unknown, does not train, or cannot be asked so."""
-    if prepare_training(spec, device, DeviceLock(device)) is None:
+def training_of(spec: TrialSpec, device: torch.device) -> Judgement:
+    """A question's training. Raises ValueError for a task that is unknown, does not train, or cannot be asked so."""
+    training = prepare_training(spec, device, DeviceLock(device))
+    if training is None:
         raise ValueError(f"a comparison needs a task that trains, got {spec.task!r}")
+    return training
 
 
 def answer(specs: Sequence[TrialSpec], device: torch.device, run: Run, store: Store) -> Iterator[Record]:
     """The records of the questions in their order; what ``store`` has answered already is not asked again."""
     known = {record.spec_hash: record for record in store.read_records() if record.status == "ok"}
-    lock = DeviceLock(device)
     for number, spec in enumerate(specs):
         if spec.digest in known:
             yield known[spec.digest]
             continue
-        training = prepare_training(spec, device, lock)
-        assert training is not None, "as require_training has it"
+        training = training_of(spec, device)
         quality = training.advance()
         measured = Measurement(
             density=fmean(layer_density(spec, index) for index in range(spec.num_layers)),
