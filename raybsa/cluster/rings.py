@@ -14,7 +14,6 @@ from types import TracebackType
 from typing import Any
 
 import ray
-import torch
 import torch.distributed as dist
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
@@ -25,7 +24,7 @@ from raybsa.cluster.resources import Say, Share, await_workers
 from raybsa.cluster.versions import require, versions
 from raybsa.spec import TrialSpec
 from raybsa.tasks.ring import ring_params
-from raybsa.tasks.ring_rank import Answer, RingRank, joined
+from raybsa.tasks.ring_rank import Answer, RingRank, joined, place_of
 from raybsa.timing import DeviceLock
 
 
@@ -52,8 +51,8 @@ class RingActor:
 
     def join(self, rank: int, world_size: int, host: str, port: int, bind: bool) -> int:
         """Takes its place; returns how many devices its process may use."""
-        store, device = dist.TCPStore(host, port, None, False), torch.device(self._device)
-        self._rank = RingRank(rank, world_size, store, device, num_threads=self._num_threads, bind=bind)
+        store, place = dist.TCPStore(host, port, None, False), place_of(self._device)
+        self._rank = RingRank(rank, world_size, store, place, num_threads=self._num_threads, bind=bind)
         return self._rank.devices
 
     def call(self, method: str, *arguments: Any) -> Any:

@@ -12,8 +12,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-import torch
-
 from raybsa.experiments.recording import Run, record_of, write
 from raybsa.experiments.scaling_cells import OWN, Cell, Sizes, cells
 from raybsa.results.record import Measurement, Outcome, Record
@@ -22,7 +20,7 @@ from raybsa.ring.timeline import Point
 from raybsa.tasks.peers import Answer, Refused
 from raybsa.tasks.ring import RING_PEERS
 from raybsa.tasks.ring_peers import why_not
-from raybsa.tasks.ring_rank import joined
+from raybsa.tasks.ring_rank import joined, place_of
 from raybsa.tasks.ring_ranks import RANK_ERRORS, ProcessRing, said_by
 from raybsa.timing import device_name
 
@@ -80,8 +78,8 @@ class ScalingSuite:
 
     def write(self, cell: Cell, answer: Answer) -> Record:
         """The row of an answer."""
-        here = torch.device(self._device, 0) if self._device == "cuda" else torch.device(self._device)
-        unmeasured = Measurement(device=self._device, device_name=device_name(here), world_size=cell.world_size)
+        name = device_name(place_of(self._device))
+        unmeasured = Measurement(device=self._device, device_name=name, world_size=cell.world_size)
         measured, error = (answer, None) if isinstance(answer, Measurement) else (unmeasured, str(answer))
         outcome = Outcome(cell.spec, measured, error, 0)
         record = record_of(outcome, self._run, self._run.trial_id(self._written))

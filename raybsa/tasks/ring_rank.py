@@ -165,6 +165,11 @@ def bound_to_core(rank: int) -> Iterator[None]:
         os.sched_setaffinity(0, cores)
 
 
+def place_of(device: str, index: int = 0) -> torch.device:
+    """A GPU that this process sees, or the CPU."""
+    return torch.device(device, index) if device == "cuda" else torch.device(device)
+
+
 def devices_of(device: str) -> int:
     """GPUs that this process sees, or its cores."""
     return torch.cuda.device_count() if device == "cuda" else len(os.sched_getaffinity(0))

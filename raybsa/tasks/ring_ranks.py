@@ -21,7 +21,7 @@ import torch.multiprocessing as mp
 
 from raybsa.spec import TrialSpec
 from raybsa.tasks.ring import ring_params
-from raybsa.tasks.ring_rank import Answer, RingRank, devices_of, joined
+from raybsa.tasks.ring_rank import Answer, RingRank, devices_of, joined, place_of
 from raybsa.timing import DeviceLock
 
 RANK_ERRORS = (RuntimeError, mp.ProcessRaisedException, mp.ProcessExitedException)
@@ -130,8 +130,7 @@ def said_by(error: BaseException) -> str:
 
 def _rank(rank: int, world_size: int, store: str, device: str, questions: Sequence[Any], reports: Any) -> None:
     """One process: joins the group and answers until there is nothing more to ask."""
-    place = torch.device(device, rank) if device == "cuda" else torch.device(device)
-    ring_rank = RingRank(rank, world_size, dist.FileStore(store, world_size), place)
+    ring_rank = RingRank(rank, world_size, dist.FileStore(store, world_size), place_of(device, rank))
     try:
         while (asked := questions[rank].get()) is not None:
             method, arguments = asked

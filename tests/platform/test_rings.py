@@ -6,15 +6,17 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from raybsa.cluster import rings
 from raybsa.cluster.resources import Share
-from raybsa.cluster.rings import measure_rings_on_actors
+from raybsa.cluster.rings import RingActor, measure_rings_on_actors
+from raybsa.cluster.versions import versions
 from raybsa.experiments.recording import Run, record_of
 from raybsa.experiments.suites import SUITES
 from raybsa.results.record import Measurement, Outcome
 from raybsa.tasks.ring import ring_plan
-from raybsa.tasks.ring_rank import CROWDING, LINK
+from raybsa.tasks.ring_rank import CROWDING, LINK, joined
 
 ONE, _, TWO, _ = SUITES["ring-quick"]()
 
@@ -38,6 +40,19 @@ def test_two_actors_form_a_ring_and_answer_as_the_processes_of_the_ring_suite_do
     assert (record.task, record.variant, record.status) == ("ring", "distributed", "ok")
     assert isinstance(bad, str)
     assert bad.startswith("ValueError: world_size must lie in 1..1")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_an_actor_takes_its_place_on_the_device_it_owns(device: str) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, None, True)
+    actor = RingActor(versions(), device, 1)
+    assert actor.join(0, 1, "127.0.0.1", store.port, False) >= 1
+    try:
+        report = actor.call("measure", ONE, 1, 0.1)
+    finally:
+        actor.call("close")
+    assert joined(ONE, [report], device, 1, ()).device == device
+    assert report.host
 
 
 def test_a_ring_that_failed_costs_one_trial_and_every_world_size_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
