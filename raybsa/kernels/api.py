@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from raybsa.kernels import auto, blocked, compiled, cpp, flex, reference, triton_backend
-from raybsa.kernels.call import AttentionCall, cast_inputs, check_call, kept_with, kept_with_rows
+from raybsa.kernels.call import AttentionCall, cast_inputs, check_call, decided
 from raybsa.kernels.compiled import draw_seed
 from raybsa.kernels.eager import eagerly
 from raybsa.kernels.peers import cudnn, fa4
@@ -110,16 +110,12 @@ def _run_late(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
 
 def _chosen(call: AttentionCall, backend: str) -> ModuleType:
     """The backend of a checked call; checks and choice hold for all calls of the same signature and layout."""
-    layout = call.layout
-    if isinstance(layout, BlockLayout):
-        known = kept_with_rows(layout) if layout.transient else kept_with(layout)
-    else:
-        known = {}  # the check says what is wrong
-    key = ("backend", backend, call.signature)
-    found = known.get(key)
-    if found is None:
+
+    def choose() -> ModuleType:
         check_call(call)
-        found = known[key] = BACKENDS[choose_backend(call)] if backend == "auto" else _named(backend, call)
+        return BACKENDS[choose_backend(call)] if backend == "auto" else _named(backend, call)
+
+    found: ModuleType = decided(call, ("backend", backend), choose)
     return found
 
 

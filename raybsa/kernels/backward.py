@@ -11,7 +11,7 @@ from types import ModuleType
 from torch import Tensor
 
 from raybsa.kernels import blocked, cpp, triton_backend
-from raybsa.kernels.call import AttentionCall, check_call
+from raybsa.kernels.call import AttentionCall, check_call, decided
 
 BACKENDS = {"triton": triton_backend, "cpp": cpp, "blocked": blocked}
 
@@ -37,7 +37,12 @@ def attention_backward(
         ValueError, TypeError: arguments that do not fit together.
         NotImplementedError: the named backend cannot serve this call; the message says why.
     """
-    check_call(call)
+
+    def choose() -> ModuleType:
+        check_call(call)
+        return own_backend(call, backend)
+
+    module: ModuleType = decided(call, ("backward backend", backend), choose)
     if call.attn_mask is not None:
         raise ValueError("attention_backward takes no attn_mask")
     if lse.shape != call.q.shape[:-1] or delta.shape != lse.shape or grad_out.shape != call.q.shape:
@@ -45,9 +50,7 @@ def attention_backward(
             f"lse and delta must be {tuple(call.q.shape[:-1])} and grad_out {tuple(call.q.shape)}, "
             f"got {tuple(lse.shape)}, {tuple(delta.shape)} and {tuple(grad_out.shape)}"
         )
-    found: tuple[Tensor, Tensor, Tensor, Tensor | None] = own_backend(call, backend).backward(
-        call, lse, delta, grad_out
-    )
+    found: tuple[Tensor, Tensor, Tensor, Tensor | None] = module.backward(call, lse, delta, grad_out)
     return found
 
 

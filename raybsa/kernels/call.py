@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
@@ -103,6 +104,19 @@ def kept_with_rows(layout: BlockLayout) -> dict[tuple[object, ...], Any]:
         return kept_with(layout)
     sizes = (layout.q_len, layout.kv_len, layout.q_block_size, layout.causal)
     found: dict[tuple[object, ...], Any] = _KEPT_WITH_ROWS.setdefault(layout.crow_indices, {}).setdefault(sizes, {})
+    return found
+
+
+def decided(call: AttentionCall, key: tuple[object, ...], decide: Callable[[], Any]) -> Any:
+    """What ``decide`` gave for the first call of this signature and layout; ``key`` tells decisions apart."""
+    layout = call.layout
+    if not isinstance(layout, BlockLayout):
+        return decide()  # its check says what is wrong
+    known = kept_with_rows(layout) if layout.transient else kept_with(layout)
+    key = (*key, call.signature)
+    found = known.get(key)
+    if found is None:
+        found = known[key] = decide()
     return found
 
 

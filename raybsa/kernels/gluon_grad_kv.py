@@ -40,21 +40,24 @@ def grad_kv_form(call: AttentionCall, grad_out: Tensor, dtype: torch.dtype) -> F
     elif layout.q_block_size == layout.kv_block_size == 64 and head_dim == 128:
         form = Form(1, 64, 1, 2)
     whole = layout.q_tokens % layout.q_block_size == 0  # a tile of lse and delta is read without a mask
-    same_type = dtype == call.q.dtype == grad_out.dtype
-    return form if form and same_type and whole and is_plain(call) and _boxes(call, form, grad_out) else None
+    fits = grad_out.dtype == call.q.dtype and dtype in (call.q.dtype, torch.float32)
+    return form if form and fits and whole and is_plain(call) and _boxes(call, form, grad_out) else None
 
 
 class GradKVWalk:
-    """The launch of ``grad_kv_walk_kernel``."""
+    """The launch of ``grad_kv_walk_kernel``, whose gradients are of ``dtype``, contiguous where that is float32."""
 
-    def __init__(self, call: AttentionCall, columns: Columns, form: Form) -> None:
+    def __init__(self, call: AttentionCall, columns: Columns, form: Form, dtype: torch.dtype) -> None:
         layout, (batch, kv_heads, _, head_dim) = call.layout, call.k.shape
         work, copies = columns.work, batch * kv_heads // columns.groups
         self._walk = Walk(grad_kv_walk_kernel, form, work, layout.kv_block_size, copies, call.q.device)
         sizes = (columns.groups, layout.num_kv_blocks, work.parts)
         self._numbers = (*sizes, *numbers(call)[:5], self._walk.works, self._walk.total)
         blocks = (layout.q_block_size, layout.kv_block_size)
-        self._constants = (*blocks, form.cols, head_dim, form.kept, form.stages, form.groups, layout.causal)
+        self._wide = dtype == torch.float32
+        self._constants = (
+            *blocks, form.cols, head_dim, form.kept, form.stages, form.groups, layout.causal, self._wide
+        )  # fmt: skip
         self._form = form
 
     def __call__(
@@ -69,7 +72,8 @@ class GradKVWalk:
     ) -> None:
         tensors: Tensors = (call.q, call.k, call.v, grad_out, *grads, lse, delta, *parts)
         tensors = (*tensors, columns.work.items, columns.entries, *feature_tensors(call)[:2])
-        self._walk(tensors, self._numbers, self._constants, lambda: _boxes(call, self._form, grad_out, *grads))
+        results = () if self._wide else grads
+        self._walk(tensors, self._numbers, self._constants, lambda: _boxes(call, self._form, grad_out, *results))
 
 
 def _boxes(
@@ -181,10 +185,11 @@ def _consume(group: gl.constexpr, shared, barriers, lists, results, optional, fo
     GROUPS: gl.constexpr = form[5]
     D: gl.constexpr = form[6]
     CAUSAL: gl.constexpr = form[7]
+    WIDE: gl.constexpr = form[8]
     k_tiles, v_tiles, q_tiles, do_tiles, lse_tiles, delta_tiles = shared
     k_full, q_full, do_full, k_empty, q_empty, do_empty, told = barriers
     entries, kv_heads = lists
-    grad_k, grad_v, scale = results
+    grad_k, grad_v, kv_tokens, scale = results
     part_k, part_v, q_starts, kv_starts = optional
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLS, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
@@ -297,13 +302,21 @@ def _consume(group: gl.constexpr, shared, barriers, lists, results, optional, fo
                 gl.store(part_k + rows[:, None] * D + dim[None, :], sums_k)
                 gl.store(part_v + rows[:, None] * D + dim[None, :], sums_v)
         if part_row == -1:
-            keys.store(sums_k.to(k_tiles.dtype))
-            values.store(sums_v.to(k_tiles.dtype))
-            fence_async_shared()
-            at_first = [b, kv_head, kv_block * KV_BLOCK + in_block + group * GROUP_ROWS, 0]
-            tma.async_copy_shared_to_global(grad_k, at_first, k_tiles.index(GROUPS * slot + group))
-            tma.async_copy_shared_to_global(grad_v, at_first, v_tiles.index(GROUPS * slot + group))
-            tma.store_wait(0)
+            first = kv_block * KV_BLOCK + in_block + group * GROUP_ROWS
+            if WIDE:
+                token = first + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, O_LAYOUT))
+                dim = gl.arange(0, D, gl.SliceLayout(0, O_LAYOUT))
+                at = ((flat_head.to(gl.int64) * kv_tokens + token) * D)[:, None] + dim[None, :]
+                gl.store(grad_k + at, sums_k, mask=(token < kv_tokens)[:, None])
+                gl.store(grad_v + at, sums_v, mask=(token < kv_tokens)[:, None])
+            else:
+                keys.store(sums_k.to(k_tiles.dtype))
+                values.store(sums_v.to(k_tiles.dtype))
+                fence_async_shared()
+                at_first = [b, kv_head, first, 0]
+                tma.async_copy_shared_to_global(grad_k, at_first, k_tiles.index(GROUPS * slot + group))
+                tma.async_copy_shared_to_global(grad_v, at_first, v_tiles.index(GROUPS * slot + group))
+                tma.store_wait(0)
         mbarrier.arrive(k_empty.index(slot))
         done += 1
         mbarrier.wait(k_full.index(done % KEPT), (done // KEPT) & 1)
@@ -357,6 +370,7 @@ def grad_kv_walk_kernel(
     STAGES: gl.constexpr,
     GROUPS: gl.constexpr,
     CAUSAL: gl.constexpr,
+    WIDE: gl.constexpr,
 ):
     """A program takes works (item, 64 keys a group of warps, copy of the columns' group) until none is left."""
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -386,10 +400,10 @@ def grad_kv_walk_kernel(
     barriers = (k_full, q_full, do_full, k_empty, q_empty, do_empty, told)
     plan = (items, entries, total, groups, kv_blocks, parts, item_count, heads // queries_per_kv)
     lists = (entries, heads // queries_per_kv)
-    results = (grad_k, grad_v, scale)
+    results = (grad_k, grad_v, kv_tokens, scale)
     optional = (part_k, part_v, q_starts, kv_starts)
     rows = (lse, delta, q_tokens)
-    form: gl.constexpr = (Q_BLOCK, KV_BLOCK, COLS, KEPT, STAGES, GROUPS, D, CAUSAL)
+    form: gl.constexpr = (Q_BLOCK, KV_BLOCK, COLS, KEPT, STAGES, GROUPS, D, CAUSAL, WIDE)
     if GROUPS == 2:
         gl.warp_specialize(
             [

@@ -1,7 +1,8 @@
 """dQ on Hopper, with warps that only load (``gluon_walk``); it makes delta on the way, for itself and for dK/dV.
 
 The rows of the output, of which delta is made, come through the stages of keys (the first group's) and of values (the
-second's), before the first tile of a work.
+second's), before the first tile of a work. For a part of a row's keys, as a ring visits them, delta is given, and the
+gradient is float32.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ def grad_q_form(call: AttentionCall, forward: Softmax, grad_out: Tensor, dtype: 
         form = Form(2, 64, 2, 6 if head_dim == 64 else 3)
     elif layout.q_block_size == layout.kv_block_size == 64 and head_dim == 128:
         form = Form(1, 64, 1, 2)
-    whole = forward.out is not None and dtype == call.q.dtype == grad_out.dtype  # not a part of a ring's keys
-    return form if form and whole and is_plain(call) and _boxes(call, form, forward, grad_out, call.q) else None
+    fits = grad_out.dtype == call.q.dtype and dtype in (call.q.dtype, torch.float32)
+    return form if form and fits and is_plain(call) and _boxes(call, form, forward, grad_out, call.q) else None
 
 
 class GradQWalk:
-    """The launch of ``grad_q_walk_kernel``."""
+    """The launch of ``grad_q_walk_kernel``, whose gradient is of ``dtype``, and contiguous where that is float32."""
 
-    def __init__(self, call: AttentionCall, work: Work, form: Form) -> None:
+    def __init__(self, call: AttentionCall, forward: Softmax, work: Work, form: Form, dtype: torch.dtype) -> None:
         layout, (batch, heads, _, head_dim) = call.layout, call.q.shape
         copies = batch * heads // layout.num_groups
         self._walk = Walk(grad_q_walk_kernel, form, work, layout.q_block_size, copies, call.q.device)
@@ -51,7 +52,8 @@ class GradQWalk:
         cuts = layout.causal or layout.kv_tokens % layout.kv_block_size != 0
         blocks = (layout.q_block_size, layout.kv_block_size)
         sizes = (form.cols, head_dim, form.kept, form.stages, form.groups)
-        self._constants = (*blocks, *sizes, layout.causal, cuts)
+        self._wide = dtype == torch.float32
+        self._constants = (*blocks, *sizes, layout.causal, cuts, forward.out is not None, self._wide)
         self._form = form
 
     def __call__(
@@ -67,10 +69,11 @@ class GradQWalk:
         tensors: Tensors = (call.q, call.k, call.v, grad_out, forward.out, grad, _flat(forward.grad_lse), forward.lse)
         tensors = (*tensors, delta, parts, work.items, call.layout.col_indices)
         tensors = (*tensors, *feature_tensors(call)[:2])
-        self._walk(tensors, self._numbers, self._constants, lambda: _boxes(call, self._form, forward, grad_out, grad))
+        result = None if self._wide else grad
+        self._walk(tensors, self._numbers, self._constants, lambda: _boxes(call, self._form, forward, grad_out, result))
 
 
-def _boxes(call: AttentionCall, form: Form, forward: Softmax, grad_out: Tensor, grad: Tensor) -> Boxes:
+def _boxes(call: AttentionCall, form: Form, forward: Softmax, grad_out: Tensor, grad: Tensor | None) -> Boxes:
     layout = call.layout
     kept, walked = {0: call.q, 3: grad_out, 4: forward.out, 5: grad}, {1: call.k, 2: call.v}
     return form.boxes(layout.q_block_size, layout.kv_block_size, kept, walked)
@@ -92,6 +95,8 @@ def _consume(group: gl.constexpr, shared, barriers, lists, results, optional, fo
     D: gl.constexpr = form[6]
     CUTS: gl.constexpr = form[7]
     CAUSAL: gl.constexpr = form[8]
+    WITH_OUT: gl.constexpr = form[9]
+    WIDE: gl.constexpr = form[10]
     q_tiles, do_tiles, k_tiles, v_tiles = shared
     q_full, k_full, v_full, q_empty, k_empty, v_empty, told = barriers
     col_indices, heads = lists
@@ -122,19 +127,22 @@ def _consume(group: gl.constexpr, shared, barriers, lists, results, optional, fo
         inside = q_token < q_tokens
         row_lse = gl.load(lse + at_row, mask=inside, other=float("inf"))
         row_lse = gl.where(row_lse == float("-inf"), float("inf"), row_lse) * LOG2E
-        stage = used % STAGES
-        mbarrier.wait(k_full.index(stage), (used // STAGES) & 1)
-        mbarrier.wait(v_full.index(stage), (used // STAGES) & 1)
-        out_tile = (k_tiles if group == 0 else v_tiles).index(stage)._reinterpret(q_tiles.dtype, [GROUP_ROWS, D], FLAT)
-        outs = out_tile.load(O_LAYOUT).to(gl.float32)
-        fence_async_shared()  # the loads have ended before the next tile may come
-        mbarrier.arrive(k_empty.index(stage))
-        mbarrier.arrive(v_empty.index(stage))
-        used += 1
-        row_delta = gl.convert_layout(gl.sum(outs * do_tile.load(O_LAYOUT).to(gl.float32), 1), ROW)
-        if grad_lse is not None:
-            row_delta -= gl.load(grad_lse + at_row, mask=inside, other=0.0)
-        gl.store(delta + at_row, row_delta, mask=inside)
+        if WITH_OUT:
+            stage = used % STAGES
+            mbarrier.wait(k_full.index(stage), (used // STAGES) & 1)
+            mbarrier.wait(v_full.index(stage), (used // STAGES) & 1)
+            out_tile = (k_tiles if group == 0 else v_tiles).index(stage)
+            outs = out_tile._reinterpret(q_tiles.dtype, [GROUP_ROWS, D], FLAT).load(O_LAYOUT).to(gl.float32)
+            fence_async_shared()  # the loads have ended before the next tile may come
+            mbarrier.arrive(k_empty.index(stage))
+            mbarrier.arrive(v_empty.index(stage))
+            used += 1
+            row_delta = gl.convert_layout(gl.sum(outs * do_tile.load(O_LAYOUT).to(gl.float32), 1), ROW)
+            if grad_lse is not None:
+                row_delta -= gl.load(grad_lse + at_row, mask=inside, other=0.0)
+            gl.store(delta + at_row, row_delta, mask=inside)
+        else:
+            row_delta = gl.load(delta + at_row, mask=inside, other=0.0)
         acc = gl.zeros([GROUP_ROWS, D], gl.float32, O_LAYOUT)
         if tiles > 0:
             nothing = gl.zeros([GROUP_ROWS, COLS], gl.float32, S_LAYOUT)
@@ -204,11 +212,17 @@ def _consume(group: gl.constexpr, shared, barriers, lists, results, optional, fo
                 dim = gl.arange(0, D, gl.SliceLayout(0, O_LAYOUT))
                 gl.store(part_grad + rows[:, None] * D + dim[None, :], acc)
         if part_row < 0:
-            q_tile.store(acc.to(q_tiles.dtype))
-            fence_async_shared()
             first = q_block * Q_BLOCK + in_block + group * GROUP_ROWS
-            tma.async_copy_shared_to_global(grad, [b, h, first, 0], q_tiles.index(GROUPS * slot + group))
-            tma.store_wait(0)
+            if WIDE:
+                token = first + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, O_LAYOUT))
+                dim = gl.arange(0, D, gl.SliceLayout(0, O_LAYOUT))
+                at = (flat_head.to(gl.int64) * q_tokens + token) * D
+                gl.store(grad + at[:, None] + dim[None, :], acc, mask=(token < q_tokens)[:, None])
+            else:
+                q_tile.store(acc.to(q_tiles.dtype))
+                fence_async_shared()
+                tma.async_copy_shared_to_global(grad, [b, h, first, 0], q_tiles.index(GROUPS * slot + group))
+                tma.store_wait(0)
         mbarrier.arrive(q_empty.index(slot))
         done += 1
         mbarrier.wait(q_full.index(done % KEPT), (done // KEPT) & 1)
@@ -263,6 +277,8 @@ def grad_q_walk_kernel(
     GROUPS: gl.constexpr,
     CAUSAL: gl.constexpr,
     CUTS: gl.constexpr,
+    WITH_OUT: gl.constexpr,
+    WIDE: gl.constexpr,
 ):
     """A program takes works (item, 64 queries a group of warps, copy of the layout's group) until none is left."""
     gl.static_assert(COLS == GROUP_ROWS)  # rows of the output lie where a tile does
@@ -276,7 +292,7 @@ def grad_q_walk_kernel(
     lists = (col_indices, heads)
     results = (grad, lse, delta, q_tokens, kv_tokens, scale)
     optional = (grad_lse, part_grad, q_starts, kv_starts)
-    form: gl.constexpr = (Q_BLOCK, KV_BLOCK, COLS, KEPT, STAGES, GROUPS, D, CUTS, CAUSAL)
+    form: gl.constexpr = (Q_BLOCK, KV_BLOCK, COLS, KEPT, STAGES, GROUPS, D, CUTS, CAUSAL, WITH_OUT, WIDE)
     if GROUPS == 2:
         gl.warp_specialize(
             [

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from raybsa.kernels.triton_setup import has_kernels
+
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over the union of two disjoint key sets.
@@ -31,3 +33,28 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     weight_a, weight_b = torch.exp(lse_a - finite)[..., None], torch.exp(lse_b - finite)[..., None]
     out = out_a.to(lse.dtype) * weight_a + out_b.to(lse.dtype) * weight_b
     return out.to(out_a.dtype), lse
+
+
+def merge_rows(
+    whole: Tensor, whole_lse: Tensor, out: Tensor, lse: Tensor, rows: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """``merge`` of all rows with a part of some of them; the two of the whole may be written to.
+
+    Args:
+        whole, whole_lse: (B, H, S, D) in any dtype and (B, H, S) float32 or float64, as ``merge`` takes them.
+        out, lse: (B, H, n, D) and (B, H, n) of the rows.
+        rows: (n,) int64, none twice; None: all of them, in order.
+        dtype: what the merged output is returned in; it is computed in lse's dtype.
+    """
+    if has_kernels(whole) and lse.dtype == torch.float32:
+        from raybsa.kernels.triton_rows import merged_rows
+
+        return merged_rows(whole, whole_lse, out, lse, rows, dtype)
+    wide = whole.to(lse.dtype)
+    if rows is None:
+        wide, whole_lse = merge(wide, whole_lse, out, lse)
+    else:
+        here, here_lse = merge(wide.index_select(2, rows), whole_lse.index_select(2, rows), out, lse)
+        wide.index_copy_(2, rows, here)
+        whole_lse.index_copy_(2, rows, here_lse)
+    return wide.to(dtype), whole_lse

@@ -34,6 +34,12 @@ class Softmax(NamedTuple):
         return tuple([None if t is None else (t.stride(), t.dtype, t.data_ptr() % 16) for t in tensors])
 
 
+def empty_gradient(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for the gradient of x: laid out as x is in its own dtype, contiguous in another."""
+    layout = torch.preserve_format if dtype == x.dtype else torch.contiguous_format
+    return torch.empty_like(x, dtype=dtype, memory_format=layout)
+
+
 def feature_tensors(call: AttentionCall) -> tuple[Tensor | None, ...]:
     """Global positions of the query and KV blocks where they are a selection, attn_mask, both segment_ids."""
     layout, mask = call.layout, call.attn_mask

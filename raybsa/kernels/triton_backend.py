@@ -7,7 +7,6 @@ kept block in the backward instead of 5), so nothing beyond delta, lse and the p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from raybsa.kernels.call import AttentionCall, kept_with, kept_with_rows
 from raybsa.kernels.triton_arguments import Softmax, dot_precision
 from raybsa.kernels.triton_plan import MAX_BLOCKS, MAX_MEMBERS
-from raybsa.kernels.triton_setup import devices, interpreting, repair_interpreter, why_not_here
+from raybsa.kernels.triton_setup import interpreting, launching_at, why_not_here
 from raybsa.layout import BlockLayout
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -83,7 +82,7 @@ def _gradients(
     call: AttentionCall, forward: Softmax, delta: Tensor, grad_out: Tensor, with_bias: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v in ``dtype``, and of block_bias if it is wanted; ``delta`` as ``grad_q`` takes it."""
-    with _ready(call.q):
+    with launching_at(call.q):
         kept = _launches(call.layout)
         key = ("backward", *_kind(call, forward, grad_out), with_bias, dtype)
         if key not in kept:
@@ -101,7 +100,7 @@ def mass(call: AttentionCall, lse: Tensor) -> Tensor:
     of zeros: with delta -1 a score's gradient is its weight."""
     softmax, nothing = Softmax(lse), torch.zeros_like(call.q)
     kept, key = _launches(call.layout), ("mass", *_kind(call, softmax, nothing))
-    with _ready(call.q):
+    with launching_at(call.q):
         if key not in kept:
             from raybsa.kernels.triton_grad_q import GradQ
 
@@ -150,18 +149,10 @@ class _Triton(torch.autograd.Function):
 
 
 def _forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    with _ready(call.q):
+    with launching_at(call.q):
         from raybsa.kernels.triton_forward import forward
 
         return forward(call)
-
-
-def _ready(tensor: Tensor) -> AbstractContextManager[object]:
-    """Kernels are launched on the current device: where the tensors lie, for the time of a launch."""
-    if tensor.device.type != "cuda":
-        repair_interpreter()
-        return nullcontext()
-    return nullcontext() if devices() == 1 else torch.cuda.device(tensor.device)
 
 
 class _Rest(NamedTuple):

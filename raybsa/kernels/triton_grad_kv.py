@@ -16,6 +16,7 @@ from raybsa.kernels.gluon_grad_kv import GradKVWalk, grad_kv_form
 from raybsa.kernels.triton_arguments import (
     Softmax,
     constants,
+    empty_gradient,
     feature_strides,
     feature_tensors,
     numbers,
@@ -63,12 +64,12 @@ class GradKV:
         self._walk: GradKVWalk | None = None
         form = grad_kv_form(call, grad_out, dtype)
         if form and self._grid[0]:
-            self._walk = GradKVWalk(call, columns, form)
+            self._walk = GradKVWalk(call, columns, form, dtype)
 
     def __call__(self, call: AttentionCall, forward: Softmax, delta: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor]:
         columns = plan_columns(call, self._tile.cols)
         work = columns.work
-        grad_k, grad_v = torch.empty_like(call.k, dtype=self._dtype), torch.empty_like(call.v, dtype=self._dtype)
+        grad_k, grad_v = empty_gradient(call.k, self._dtype), empty_gradient(call.v, self._dtype)
         if not self._grid[0]:
             return grad_k, grad_v
         parts_k = parts_v = None

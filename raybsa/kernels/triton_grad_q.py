@@ -15,6 +15,7 @@ from raybsa.kernels.gluon_grad_q import GradQWalk, grad_q_form
 from raybsa.kernels.triton_arguments import (
     Softmax,
     constants,
+    empty_gradient,
     feature_strides,
     feature_tensors,
     numbers,
@@ -70,13 +71,13 @@ class GradQ:
         self._walk: GradQWalk | None = None
         form = grad_q_form(call, forward, grad_out, dtype)
         if form and self._grid[0]:
-            self._walk = GradQWalk(call, self._work, form)
+            self._walk = GradQWalk(call, forward, self._work, form, dtype)
 
     def __call__(
         self, call: AttentionCall, forward: Softmax, delta: Tensor, grad_out: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         layout, work = call.layout, self._work
-        grad = torch.empty_like(call.q, dtype=self._dtype)
+        grad = empty_gradient(call.q, self._dtype)
         bias_sums = None if self._bias_shape is None else delta.new_empty(self._bias_shape)
         parts = delta.new_empty(self._parts_shape) if work.parts else None
         if self._walk:

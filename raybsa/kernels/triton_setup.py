@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
 INSTALLED = find_spec("triton") is not None
 
@@ -21,6 +23,19 @@ def why_not_here(device: torch.device) -> str | None:
     if device.type not in ("cpu", "cuda"):
         return f"the Triton kernels run on cuda, not on {device.type}"
     return None
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether small kernels of ours, beside those of the attention, serve a tensor: 16 or 32 bits, on a GPU."""
+    return x.is_cuda and INSTALLED and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+
+
+def launching_at(tensor: Tensor) -> AbstractContextManager[object]:
+    """Kernels are launched on the current device: where the tensor lies, for the time of a launch."""
+    if not tensor.is_cuda:
+        repair_interpreter()
+        return nullcontext()
+    return nullcontext() if devices() == 1 else torch.cuda.device(tensor.device)
 
 
 def interpreting() -> bool:

@@ -32,14 +32,24 @@ class Tile(NamedTuple):
 
 # (pass, bytes of a number, padded head_dim up to): the first tile whose rows fit into the block serves it.
 TILES: dict[tuple[Pass, int, int], list[Tile]] = {
-    ("forward", 2, 64): [Tile(128, 128, 4, 3, True), Tile(64, 64, 4, 3, True), Tile(32, 64, 2, 3), Tile(16, 64, 2, 3)],
-    ("forward", 2, 128): [Tile(128, 64, 4, 2, True), Tile(64, 64, 4, 1, True), Tile(32, 64, 2, 2), Tile(16, 64, 2, 2)],
+    ("forward", 2, 64): [
+        Tile(128, 128, 4, 3, True),
+        Tile(64, 64, 4, 3, True),
+        Tile(32, 32, 1, 2, True),
+        Tile(16, 32, 1, 3),
+    ],
+    ("forward", 2, 128): [
+        Tile(128, 64, 4, 2, True),
+        Tile(64, 64, 4, 1, True),
+        Tile(32, 32, 1, 2, True),
+        Tile(16, 32, 1, 3),
+    ],
     ("forward", 2, 256): [Tile(128, 64, 8, 2, True), Tile(64, 64, 4, 2, True), Tile(32, 32, 4, 2), Tile(16, 32, 4, 2)],
-    ("grad_q", 2, 64): [Tile(128, 64, 8, 3, True), Tile(64, 64, 4, 3, True), Tile(32, 64, 4, 3), Tile(16, 64, 2, 3)],
+    ("grad_q", 2, 64): [Tile(128, 64, 8, 3, True), Tile(64, 64, 4, 3, True), Tile(32, 32, 1, 3), Tile(16, 32, 1, 3)],
     ("grad_q", 2, 128): [Tile(128, 64, 8, 3, True), Tile(64, 64, 4, 2, True), Tile(32, 64, 2, 2), Tile(16, 64, 2, 2)],
     ("grad_q", 2, 256): [Tile(64, 64, 8, 1, True), Tile(32, 32, 4, 2), Tile(16, 32, 4, 2)],
-    ("grad_kv", 2, 64): [Tile(64, 64, 4, 3, True), Tile(32, 64, 4, 3), Tile(16, 64, 2, 3)],
-    ("grad_kv", 2, 128): [Tile(64, 64, 4, 2, True), Tile(32, 64, 4, 2), Tile(16, 64, 2, 2)],
+    ("grad_kv", 2, 64): [Tile(64, 64, 4, 3, True), Tile(32, 32, 1, 3), Tile(16, 32, 1, 3)],
+    ("grad_kv", 2, 128): [Tile(64, 64, 4, 2, True), Tile(32, 32, 2, 3), Tile(16, 32, 2, 3)],
     ("grad_kv", 2, 256): [Tile(64, 32, 8, 2, True), Tile(32, 32, 8, 2), Tile(16, 32, 4, 2)],
     ("forward", 4, 64): [Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(16, 32, 4, 2)],
     ("forward", 4, 128): [Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), Tile(16, 32, 4, 2)],

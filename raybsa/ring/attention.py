@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import islice
@@ -29,7 +29,7 @@ from raybsa.kernels.api import run_call
 from raybsa.kernels.backward import attention_backward
 from raybsa.kernels.call import AttentionCall, cast_inputs, compute_dtype
 from raybsa.kernels.delta import row_delta
-from raybsa.kernels.merge import merge
+from raybsa.kernels.merge import merge_rows
 from raybsa.ring.agreement import problem_with, signature
 from raybsa.ring.plan import Hop, RankPlan, RingPlan, hops_ahead
 from raybsa.ring.wire import add_packed, as_blocks, as_tokens, pack, unpack, wire_shape
@@ -188,7 +188,7 @@ class Ring:
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, block_bias: Tensor | None, ring: Ring) -> Any:
-        parts = _Merged(q)
+        parts = _Merged(q, ring.mine.hops)
         for hop, keys, values in ring.arriving(k, v):
             if not len(hop.q_blocks):
                 continue
@@ -230,11 +230,12 @@ def _backward(
 
 
 class _Merged:
-    """out (B, H, S, D) and lse (B, H, S) of the keys seen so far, in the compute dtype. The first hop's are taken as
-    they are where they are all rows'."""
+    """out (B, H, S, D) and lse (B, H, S) of the keys seen so far. The first hop's are taken as they are where they are
+    all rows'; what is merged is of the compute dtype, until the last hop has come."""
 
-    def __init__(self, q: Tensor) -> None:
+    def __init__(self, q: Tensor, hops: Sequence[Hop]) -> None:
         self._q, self._dtype = q, compute_dtype(q.dtype)
+        self._last = next((hop for hop in reversed(hops) if len(hop.q_blocks)), None)
         self._parts: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -246,15 +247,11 @@ class _Merged:
 
     def add(self, hop: Hop, out: Tensor, lse: Tensor) -> None:
         """Merges a hop's part, of its rows."""
-        out = out.to(self._dtype)
-        if self._parts is not None:
-            whole, whole_lse = self._parts
-            out, lse = merge(rows_of(whole, hop, 2), rows_of(whole_lse, hop, 2), out, lse)
-        if hop.rows is None:
+        if self._parts is None and hop.rows is None:
             self._parts = out, lse
         else:
-            for whole, part in zip(self.whole, (out, lse), strict=True):
-                whole.index_copy_(2, hop.rows, part)
+            dtype = self._q.dtype if hop is self._last else self._dtype
+            self._parts = merge_rows(*self.whole, out, lse, hop.rows, dtype)
 
 
 class _Gradients:

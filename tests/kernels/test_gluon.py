@@ -14,6 +14,10 @@ from torch import Tensor
 
 from raybsa import BlockLayout, block_sparse_attention
 from raybsa.kernels import triton_plan
+from raybsa.kernels.api import run_call
+from raybsa.kernels.backward import attention_backward
+from raybsa.kernels.call import AttentionCall
+from raybsa.kernels.delta import row_delta
 from raybsa.kernels.triton_setup import is_hopper
 from tests.kernels.problems import Problem, outputs_and_gradients
 
@@ -57,8 +61,51 @@ def test_they_equal_float64_and_repeat_to_the_bit(
     wanted = outputs_and_gradients(wide, layout, grad_out.double(), grad_lse.double(), backend="reference")
     for name, reference in wanted.items():
         assert torch.equal(first[name], second[name]), f"{name} differs from call to call"
-        error = float((first[name].double() - reference).norm() / reference.norm())
+        error = distance(first[name], reference)
         assert error <= BUDGET, f"{name}: relative error {error:.1e}, budget {BUDGET:.0e}"
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("problem", PROBLEMS[1:5], ids=lambda problem: problem.name)
+def test_gradients_of_a_part_of_the_keys_come_unrounded(
+    problem: Problem, shape: tuple[int, int, int], split: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if split:
+        monkeypatch.setattr(triton_plan, "MIN_PART_TOKENS", 128)
+        monkeypatch.setattr(triton_plan, "SHARES", 10**6)
+    walks = counted_walks(monkeypatch)
+    problem = replace(problem, q_block=shape[0], kv_block=shape[1], head_dim=shape[2])
+    layout, (q, k, v) = problem.layout("cuda"), problem.inputs(torch.bfloat16, "cuda")
+    whole = AttentionCall(q, k, v, layout, 0.125, None, None, None, 0.0, 0, True, True)
+    out, lse = run_call(whole, "blocked")
+    grad_out = torch.randn_like(out)
+    delta = row_delta(out, grad_out)
+    half = layout.num_kv_blocks // 2
+    part, keys = layout.select(None, torch.arange(half, device="cuda")), slice(half * shape[1])
+    call = replace(whole, k=k[:, :, keys], v=v[:, :, keys], layout=part)
+    first, second = (attention_backward(call, lse, delta, grad_out, backend="triton")[:3] for _ in range(2))
+    walk_keys = layout.q_tokens % shape[0] == 0 and (shape[1] == 128 or shape[:2] == (64, 64))
+    assert len(walks) == (4 if walk_keys else 2)
+    wide = replace(call, q=call.q.double(), k=call.k.double(), v=call.v.double())
+    wanted = attention_backward(wide, lse.double(), delta.double(), grad_out.double(), backend="blocked")
+    for got, again, exact in zip(first, second, wanted[:3], strict=True):
+        assert got.dtype == torch.float32
+        assert torch.equal(got, again)
+        assert distance(got, exact) <= BUDGET
+
+
+def distance(got: Tensor, wanted: Tensor) -> float:
+    """Relative, of the norm."""
+    return float((got.double() - wanted).norm() / wanted.norm())
+
+
+def counted_walks(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Grows by one with each launch of these kernels."""
+    walks: list[Any] = []
+    run = Walk.__call__
+    monkeypatch.setattr(Walk, "__call__", lambda self, *arguments: (walks.append(self), run(self, *arguments))[1])
+    return walks
 
 
 def test_launches_on_two_streams_at_one_time_do_not_share_their_works() -> None:
@@ -77,9 +124,7 @@ def test_launches_on_two_streams_at_one_time_do_not_share_their_works() -> None:
 
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_what_they_do_not_serve_goes_to_the_tiled_kernels(with_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    walks: list[Any] = []
-    run = Walk.__call__
-    monkeypatch.setattr(Walk, "__call__", lambda self, *arguments: (walks.append(self), run(self, *arguments))[1])
+    walks = counted_walks(monkeypatch)
     problem = replace(PROBLEMS[1], q_block=128, kv_block=128, head_dim=128)
     layout, inputs = problem.layout("cuda"), problem.inputs(torch.bfloat16, "cuda")
     leaves = [x.requires_grad_() for x in inputs]

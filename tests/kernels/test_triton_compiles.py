@@ -39,7 +39,8 @@ run, seen = jit.JITFunction.run, {}
 def compile_only(self, *args, grid, warmup, **options):
     kernel = run(self, *args, grid=grid, warmup=True, **options)
     facts = {"arch": kernel.metadata.target.arch, "shared": kernel.metadata.shared}
-    seen[self.__name__] = facts | {"tensor_cores": "mma" in kernel.asm["ptx"]}
+    name = self.__name__ + (" in float32" if options.get("WIDE") else "")
+    seen[name] = facts | {"tensor_cores": "mma" in kernel.asm["ptx"]}
 
 jit.JITFunction.run = compile_only
 from raybsa import BlockLayout
@@ -67,6 +68,10 @@ def compile_case(block, head_dim, dtype, everything, loads_apart):
     forward, delta, dtype = Softmax(lse, out, lse), torch.empty_like(lse), q.dtype if loads_apart else torch.float32
     triton_grad_q.GradQ(call, forward, q, everything, dtype)(call, forward, delta, q)
     triton_grad_kv.GradKV(call, q, dtype)(call, forward, delta, q)
+    if loads_apart:  # the part of a row's keys that a ring visits
+        part = Softmax(lse)
+        triton_grad_q.GradQ(call, part, q, False, torch.float32)(call, part, delta, q)
+        triton_grad_kv.GradKV(call, q, torch.float32)(call, part, delta, q)
 
 shown = []
 for arch, *case in json.loads(sys.argv[1]):
@@ -100,6 +105,7 @@ def test_every_kernel_compiles(number: int, compiled: list[dict[str, dict]]) -> 
     assert kernels.pop("items_kernel")["arch"] == CASES[number][0]
     walk = "_walk" if loads_apart else ""
     attention = {f"{name}{walk}_kernel" for name in ("forward", "grad_q", "grad_kv")}
+    attention |= {f"{name}_walk_kernel in float32" for name in ("grad_q", "grad_kv") if loads_apart}
     assert kernels.keys() == attention | {"merge_parts_kernel", "sum_parts_kernel"}
     arch = CASES[number][0]
     room = {90: 232_448, 80: 166_912}[arch]
