@@ -136,8 +136,8 @@ class Ring:
         """Each hop with its K and V (B, Hkv, tokens, D): the own at once, the others as they come, the next ``ahead``
         of them always under way."""
         size = self.plan.layout.kv_block_size
-        keys, values = as_blocks(k, size), as_blocks(v, size)
         first, *others = self.mine.hops
+        keys, values = (as_blocks(x.contiguous() if others else x, size) for x in (k, v))
         started = (self._start(hop, keys, values) for hop in others)
         under_way = deque(islice(started, self.ahead))
         yield first, k, v
@@ -151,7 +151,7 @@ class Ring:
     def _start(self, hop: Hop, keys: Tensor, values: Tensor) -> tuple[Pending, Tensor]:
         groups = self.plan.kv_groups
         received = keys.new_empty(wire_shape(keys, len(hop.receive), groups))
-        sends = {hop.target: pack(keys, values, hop.send, groups, keys.dtype)} if len(hop.send) else {}
+        sends = {hop.target: pack(keys, values, hop.send, groups)} if len(hop.send) else {}
         receives = {hop.source: received} if len(hop.receive) else {}
         return self.communicator.exchange("kv", sends, receives, hop=hop.shift), received
 
@@ -162,7 +162,7 @@ class Ring:
         received = own.new_empty(self.codec.nbytes(like), dtype=torch.uint8)
         sends = {}
         if len(hop.receive):
-            sums = pack(as_blocks(grad_k, size), as_blocks(grad_v, size), hop.receive, groups, own.dtype)
+            sums = pack(as_blocks(grad_k, size), as_blocks(grad_v, size), hop.receive, groups)
             state = self.states.setdefault(hop.shift, State(hop.shift, self.communicator.rank))
             sends[hop.source] = join([self.codec.compress(sums, state)])
         receives = {hop.target: received} if len(hop.send) else {}

@@ -132,6 +132,11 @@ class RingPlan:
         return tuple(h for h in shifts if bool(self.traffic[ranks, (ranks - h) % self.world_size].any()))
 
     @cached_property
+    def _largest_blocks(self) -> int:
+        """The most blocks that any rank receives in one hop, each for one of the ``kv_groups``."""
+        return int((self.traffic - torch.diag(self.traffic.diagonal())).max())
+
+    @cached_property
     def imbalance(self) -> float:
         """max / mean of ``active_blocks``."""
         return imbalance(self.active_blocks)
@@ -158,9 +163,7 @@ class RingPlan:
 
     def largest_buffer(self, kv_heads: int, head_dim: int, itemsize: int, batch: int = 1) -> int:
         """Bytes of the largest K and V received in one hop by any rank."""
-        return int((self.traffic - torch.diag(self.traffic.diagonal())).max()) * self.block_bytes(
-            kv_heads, head_dim, itemsize, batch
-        )
+        return self._largest_blocks * self.block_bytes(kv_heads, head_dim, itemsize, batch)
 
     def describe(self, kv_heads: int = 1, head_dim: int = 64, itemsize: int = 2, batch: int = 1) -> str:
         """The plan in a few lines of text."""

@@ -25,42 +25,41 @@ def as_tokens(blocks: Tensor, tokens: int) -> Tensor:
 
 def wire_shape(blocks: Tensor, count: int, kv_groups: int) -> tuple[int, ...]:
     """The shape of K and V of ``count`` places, from blocks (B, Hkv, n, block_size, D)."""
-    return (2, count, *_by_group(blocks, kv_groups).shape[2:])
+    batch, kv_heads, _, block_size, head_dim = blocks.shape
+    return 2, batch * kv_heads // kv_groups, count, block_size * head_dim
 
 
-def pack(keys: Tensor, values: Tensor, places: Tensor, kv_groups: int, dtype: torch.dtype) -> Tensor:
-    """(2, len(places), ...) in ``dtype``: K and V at ``places`` of blocks (B, Hkv, n, block_size, D)."""
-    at = (places // keys.shape[2], places % keys.shape[2])
-    return torch.stack([_by_group(x, kv_groups)[at].to(dtype) for x in (keys, values)])
+def pack(keys: Tensor, values: Tensor, places: Tensor, kv_groups: int) -> Tensor:
+    """K and V at ``places`` of blocks (B, Hkv, n, block_size, D), in ``wire_shape``."""
+    wire = keys.new_empty(wire_shape(keys, len(places), kv_groups))
+    for part, blocks in zip(wire, (keys, values), strict=True):
+        torch.index_select(_by_place(blocks, kv_groups), 1, places, out=part)
+    return wire
 
 
 def unpack(wire: Tensor, like: Tensor, places: Tensor, num_blocks: int, kv_groups: int) -> tuple[Tensor, Tensor]:
     """K and V (B, Hkv, num_blocks, block_size, D) with what came at ``places``; the rest is zero.
 
-    ``like``: blocks (B, Hkv, n, block_size, D) of the rank's own.
+    ``like``: blocks (B, Hkv, n, block_size, D) of the rank's own. Of one group every block comes, in its order: then
+    the wire is what is asked for.
     """
-    at = (places // num_blocks, places % num_blocks) if num_blocks else (places, places)
     shape = (*like.shape[:2], num_blocks, *like.shape[3:])
-    fill = like.new_empty if kv_groups == 1 else like.new_zeros  # of one group every block comes; of more, some may not
-    pair = (fill(shape), fill(shape))
-    for whole, part in zip(pair, wire, strict=True):
-        _by_group(whole, kv_groups)[at] = part.to(whole.dtype)
-    return pair
+    if kv_groups > 1:
+        whole = wire.new_zeros(2, *shape)
+        whole.view(*wire.shape[:2], -1, wire.shape[3]).index_copy_(2, places, wire)
+        wire = whole
+    keys, values = wire.view(2, *shape)
+    return keys, values
 
 
 def add_packed(keys: Tensor, values: Tensor, wire: Tensor, places: Tensor, kv_groups: int) -> None:
-    """Adds what came to blocks (B, Hkv, n, block_size, D) at ``places``, none of which repeats."""
-    at = (places // keys.shape[2], places % keys.shape[2])
-    for whole, part in zip((keys, values), wire, strict=True):
-        _by_group(whole, kv_groups)[at] += part.to(whole.dtype)
+    """Adds what came to contiguous blocks (B, Hkv, n, block_size, D) at ``places``, none of which repeats."""
+    for blocks, part in zip((keys, values), wire, strict=True):
+        _by_place(blocks, kv_groups).index_add_(1, places, part.to(blocks.dtype))
 
 
-def _by_group(blocks: Tensor, kv_groups: int) -> Tensor:
-    """A view (kv_groups, n, what travels together ...) of blocks (B, Hkv, n, block_size, D)."""
-    batch, kv_heads = blocks.shape[:2]
-    if kv_groups == 1:
-        return blocks.permute(2, 0, 1, 3, 4)[None]
-    if kv_groups == kv_heads:
-        return blocks.permute(1, 2, 0, 3, 4)
-    assert kv_groups == batch * kv_heads
-    return blocks.flatten(0, 1)[:, :, None]
+def _by_place(blocks: Tensor, kv_groups: int) -> Tensor:
+    """(samples and heads that travel together, places, numbers of a block) of blocks (B, Hkv, n, block_size, D); a view
+    where they are contiguous."""
+    batch, kv_heads, count, block_size, head_dim = blocks.shape
+    return blocks.reshape(batch * kv_heads // kv_groups, kv_groups * count, block_size * head_dim)
