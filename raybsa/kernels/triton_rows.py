@@ -30,7 +30,7 @@ def merged_rows(
     places = None if rows is None else _places(rows, tokens)
     whole_lse, lse = whole_lse.contiguous(), lse.contiguous()
     tensors = (whole, whole_lse, out, lse, places, result)
-    every_constant = (ROWS, head_dim, padded_head_dim(head_dim))
+    every_constant = (ROWS, head_dim, padded_head_dim(head_dim), result is whole)
     with launching_at(whole):
         launch = launcher(merge_rows_kernel, tensors, strides(whole, out, result), every_constant)
         launch((triton.cdiv(tokens, ROWS), batch * heads), tensors, (heads, tokens, count))
@@ -86,8 +86,10 @@ def merge_rows_kernel(
     ROWS: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
+    IN_PLACE: tl.constexpr,
 ):
-    """Program (ROWS tokens, flat head): those of a part that holds ``count`` tokens, in the place of what was there."""
+    """Program (ROWS tokens, flat head): with those of a part that holds ``count`` tokens; the others are copied, or stay
+    where they are."""
     flat_head = tl.program_id(1)
     b, h = (flat_head // heads).to(tl.int64), (flat_head % heads).to(tl.int64)
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -96,6 +98,8 @@ def merge_rows_kernel(
     if places is not None:
         place = tl.load(places + token, mask=inside, other=-1)
         there = place >= 0
+        if IN_PLACE:
+            inside = there
     at = flat_head.to(tl.int64) * tokens + token
     lse_a = tl.load(whole_lse + at, mask=inside, other=float("-inf"))
     lse_b = tl.load(part_lse + flat_head.to(tl.int64) * count + place, mask=there, other=float("-inf"))
