@@ -88,7 +88,7 @@ def merge_rows_kernel(
     DP: tl.constexpr,
     IN_PLACE: tl.constexpr,
 ):
-    """Program (ROWS tokens, flat head): with those of a part that holds ``count`` tokens; others are copied, or stay."""
+    """Program (ROWS tokens, flat head): with those of a part that holds ``count``; others are copied, or stay."""
     flat_head = tl.program_id(1)
     b, h = (flat_head // heads).to(tl.int64), (flat_head % heads).to(tl.int64)
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

@@ -122,6 +122,7 @@ def test_torchs_ring_says_which_tokens_a_rank_holds(last_of_two: object) -> None
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's, of its FlexAttention
 @pytest.mark.parametrize(
     ("name", "family"), [("torch-cp-cudnn", "dense"), ("torch-cp-flash", "dense"), ("torch-cp-flex", "sink_window")]
 )
@@ -130,6 +131,7 @@ def test_torchs_rings_are_attention_on_one_gpu(name: str, family: str) -> None:
         pytest.skip("no CUDA device")
     from torch.distributed.device_mesh import init_device_mesh
 
+    torch.cuda.set_device(0)  # as a rank does
     spec = replace(asking(name, family=family, block_size=128), head_dim=64, dtype="bfloat16", num_heads=8)
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     try:
