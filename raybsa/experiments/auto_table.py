@@ -2,7 +2,7 @@
 
     python -m raybsa.experiments.auto_table results/gpu
 
-Rows of GPUs that the folder does not have stay as they are; ``--out`` writes elsewhere than into the package.
+Cells of a GPU that the folder does not have stay as they are; ``--out`` writes elsewhere than into the package.
 """
 
 from __future__ import annotations
@@ -48,10 +48,9 @@ def table_rows(records: Iterable[Record], asked: Sequence[Cell]) -> list[Measure
 
 
 def renewed(old: Iterable[Measured], new: Sequence[Measured]) -> list[Measured]:
-    """The new rows, and of the old ones those of other GPUs."""
-    again = {row.device for row in new}
-    kept = [row for row in old if row.device not in again]
-    return sorted([*kept, *new], key=lambda row: row.device)
+    """The new rows, in the place of the old ones of the same GPU, cell and pass."""
+    rows = {(row.device, row.cell, row.backward): row for row in (*old, *new)}
+    return sorted(rows.values(), key=lambda row: row.device)
 
 
 def _of_cell(cell: Row) -> Iterator[Measured]:

@@ -89,6 +89,10 @@ def test_the_command_makes_the_same_table_again_and_keeps_other_gpus(
     assert len(parse(both)) == 2 * len(parse(alone)) == 8
     assert [line for line in both.splitlines() if "A100" not in line] == alone.splitlines()
     assert command("one") == both
+    part = Store.create(tmp_path / "part")
+    for record in suite_rows()[:4]:
+        part.write_record(record)
+    assert command("part") == both, "cells that were not measured again stay"
 
 
 def test_the_command_fails_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
