@@ -153,7 +153,10 @@ def _gpu(arguments: argparse.Namespace) -> int:
     timing = {"repeats": arguments.repeats, "budget_s": arguments.budget}
     with refusing():
         asked = parts_of(cells(quick=arguments.quick), *arguments.part)
-        asked = [cell for cell in asked if arguments.only.search(cell.name)]
+        offered, asked = asked, [cell for cell in asked if arguments.only.search(cell.name)]
+        if not asked:
+            among = f"{len(offered)} cells, as {offered[0].name!r}"
+            raise ValueError(f"--only {arguments.only.pattern!r} finds none of {among}")
         out = absolute("--out", arguments.out)
         store, run = Store.create(out), Run.start("benchmark", arguments.git_commit)
         suite = PeerSuite(asked, store, run, peers=arguments.peers, time_budget_s=arguments.time_budget, **timing)

@@ -17,7 +17,7 @@ import torch
 
 from raybsa import patterns
 from raybsa.experiments.compare import answer, questions, summary, training_of
-from raybsa.experiments.options import at_least, json_object, name_or_json
+from raybsa.experiments.options import at_least, json_object, name_or_json, share
 from raybsa.experiments.place import FAILED, absolute, ending, exit_on_sigterm, git_commit, refusing
 from raybsa.experiments.recording import Run
 from raybsa.results.store import Store
@@ -70,6 +70,8 @@ def _pattern(named: str | dict[str, Any], arguments: argparse.Namespace) -> Patt
     if given.name != ADAPTIVE:
         return patterns.build(given).spec
     shares = {"warmup": arguments.warmup, "anneal": arguments.anneal}
+    if sum(shares.values()) > 1:
+        raise ValueError(f"--warmup and --anneal are shares of the same steps, got {shares}: more than all of them")
     return PatternSpec(ADAPTIVE, {**{name: round(x * arguments.steps) for name, x in shares.items()}, **given.params})
 
 
@@ -110,8 +112,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=2)
     parser.add_argument("--head-dim", type=int, default=32)
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16"))
-    parser.add_argument("--warmup", type=float, default=0.0, help="share of the steps that adaptive trains densely")
-    parser.add_argument("--anneal", type=float, default=0.0, help="share of the steps in which it becomes sparse")
+    parser.add_argument("--warmup", type=share, default=0.0, help="share of the steps that adaptive trains densely")
+    parser.add_argument("--anneal", type=share, default=0.0, help="share of the steps in which it becomes sparse")
     parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=at_least(1), help="CPU threads (torch's choice)")
     parser.add_argument("--git-commit", default=git_commit(Path(__file__).parent), help="recorded with each row")

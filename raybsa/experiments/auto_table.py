@@ -48,8 +48,9 @@ def table_rows(records: Iterable[Record], asked: Sequence[Cell]) -> list[Measure
 
 
 def renewed(old: Iterable[Measured], new: Sequence[Measured]) -> list[Measured]:
-    """The new rows, in the place of the old ones of the same GPU, cell and pass."""
-    rows = {(row.device, row.cell, row.backward): row for row in (*old, *new)}
+    """The new rows, in the place of those of the same GPU, cell and pass; cells that the suite no longer has go."""
+    asked = {cell.name for cell in cells() if cell.peers}
+    rows = {(row.device, row.cell, row.backward): row for row in (*old, *new) if row.cell in asked}
     return sorted(rows.values(), key=lambda row: row.device)
 
 

@@ -37,6 +37,11 @@ def not_negative(text: str) -> float:
     return _number(text, "a number from 0", lambda number: 0 <= number < math.inf)
 
 
+def share(text: str) -> float:
+    """A part of a whole, in 0 .. 1."""
+    return _number(text, "a share in 0 .. 1", lambda number: 0 <= number <= 1)
+
+
 def name_or_json(text: str) -> Any:
     """A name, or what a JSON object says: ``{"name": "powersgd", "params": {"rank": 4}}``."""
     return json_object(text) if text.lstrip().startswith("{") else text

@@ -15,7 +15,10 @@ from raybsa.experiments.pattern_choices import MIXTURE, PatternChoices, is_pair_
 from raybsa.experiments.rank_choices import NAMES, Config, RankChoices
 from raybsa.gradients.catalog import build
 from raybsa.spec import ADAPTIVE, DENSE, DISTRIBUTED, AttentionSpec, PatternSpec, TrialSpec
+from raybsa.tasks.attention import MULTIHEAD
 from raybsa.variants.source import layout_source
+
+VARIANTS = ("base", MULTIHEAD, DISTRIBUTED)  # of fixed patterns; what is learned has one of its own
 
 PER_LAYER = "per_layer"
 REFERENCE = "reference"
@@ -89,6 +92,8 @@ class SearchSpace:
                 f"a space needs families and block sizes, and variants to compute them, got {self.families}, "
                 f"{self.block_sizes} and {self.variants}"
             )
+        if unknown := [name for name in self.variants if name not in VARIANTS]:
+            raise ValueError(f"a space's variants are of {list(VARIANTS)}, got {unknown}")
         if self.per_layer and self.base.num_layers < 2:
             raise ValueError(f"per_layer needs at least two layers that can differ, got {self.base.num_layers}")
         object.__setattr__(self, "densities", (_three_digits(low), _three_digits(high)))

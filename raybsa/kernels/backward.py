@@ -40,11 +40,11 @@ def attention_backward(
 
     def choose() -> ModuleType:
         check_call(call)
+        if call.attn_mask is not None:
+            raise ValueError("attention_backward takes no attn_mask")
         return own_backend(call, backend)
 
     module: ModuleType = decided(call, ("backward backend", backend), choose)
-    if call.attn_mask is not None:
-        raise ValueError("attention_backward takes no attn_mask")
     if lse.shape != call.q.shape[:-1] or delta.shape != lse.shape or grad_out.shape != call.q.shape:
         raise ValueError(
             f"lse and delta must be {tuple(call.q.shape[:-1])} and grad_out {tuple(call.q.shape)}, "

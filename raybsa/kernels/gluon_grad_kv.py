@@ -45,7 +45,7 @@ def grad_kv_form(call: AttentionCall, grad_out: Tensor, dtype: torch.dtype) -> F
 
 
 class GradKVWalk:
-    """The launch of ``grad_kv_walk_kernel``, whose gradients are of ``dtype``, contiguous where that is float32."""
+    """The launch of ``grad_kv_walk_kernel``; the gradients of a part of a row's keys are float32, and contiguous."""
 
     def __init__(self, call: AttentionCall, columns: Columns, form: Form, dtype: torch.dtype) -> None:
         layout, (batch, kv_heads, _, head_dim) = call.layout, call.k.shape
@@ -54,9 +54,9 @@ class GradKVWalk:
         sizes = (columns.groups, layout.num_kv_blocks, work.parts)
         self._numbers = (*sizes, *numbers(call)[:5], self._walk.works, self._walk.total)
         blocks = (layout.q_block_size, layout.kv_block_size)
-        self._wide = dtype == torch.float32
+        self._part = dtype == torch.float32
         self._constants = (
-            *blocks, form.cols, head_dim, form.kept, form.stages, form.groups, layout.causal, self._wide
+            *blocks, form.cols, head_dim, form.kept, form.stages, form.groups, layout.causal, self._part
         )  # fmt: skip
         self._form = form
 
@@ -72,7 +72,7 @@ class GradKVWalk:
     ) -> None:
         tensors: Tensors = (call.q, call.k, call.v, grad_out, *grads, lse, delta, *parts)
         tensors = (*tensors, columns.work.items, columns.entries, *feature_tensors(call)[:2])
-        results = () if self._wide else grads
+        results = () if self._part else grads
         self._walk(tensors, self._numbers, self._constants, lambda: _boxes(call, self._form, grad_out, *results))
 
 
@@ -185,7 +185,7 @@ def _consume(group: gl.constexpr, shared, barriers, lists, results, optional, fo
     GROUPS: gl.constexpr = form[5]
     D: gl.constexpr = form[6]
     CAUSAL: gl.constexpr = form[7]
-    WIDE: gl.constexpr = form[8]
+    PART: gl.constexpr = form[8]
     k_tiles, v_tiles, q_tiles, do_tiles, lse_tiles, delta_tiles = shared
     k_full, q_full, do_full, k_empty, q_empty, do_empty, told = barriers
     entries, kv_heads = lists
@@ -303,7 +303,7 @@ def _consume(group: gl.constexpr, shared, barriers, lists, results, optional, fo
                 gl.store(part_v + rows[:, None] * D + dim[None, :], sums_v)
         if part_row == -1:
             first = kv_block * KV_BLOCK + in_block + group * GROUP_ROWS
-            if WIDE:
+            if PART:
                 token = first + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, O_LAYOUT))
                 dim = gl.arange(0, D, gl.SliceLayout(0, O_LAYOUT))
                 at = ((flat_head.to(gl.int64) * kv_tokens + token) * D)[:, None] + dim[None, :]
@@ -370,7 +370,7 @@ def grad_kv_walk_kernel(
     STAGES: gl.constexpr,
     GROUPS: gl.constexpr,
     CAUSAL: gl.constexpr,
-    WIDE: gl.constexpr,
+    PART: gl.constexpr,
 ):
     """A program takes works (item, 64 keys a group of warps, copy of the columns' group) until none is left."""
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -403,7 +403,7 @@ def grad_kv_walk_kernel(
     results = (grad_k, grad_v, kv_tokens, scale)
     optional = (part_k, part_v, q_starts, kv_starts)
     rows = (lse, delta, q_tokens)
-    form: gl.constexpr = (Q_BLOCK, KV_BLOCK, COLS, KEPT, STAGES, GROUPS, D, CAUSAL, WIDE)
+    form: gl.constexpr = (Q_BLOCK, KV_BLOCK, COLS, KEPT, STAGES, GROUPS, D, CAUSAL, PART)
     if GROUPS == 2:
         gl.warp_specialize(
             [

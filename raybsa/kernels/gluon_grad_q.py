@@ -36,14 +36,14 @@ def grad_q_form(call: AttentionCall, forward: Softmax, grad_out: Tensor, dtype: 
         form = Form(2, 64, 2, 6 if head_dim == 64 else 3)
     elif layout.q_block_size == layout.kv_block_size == 64 and head_dim == 128:
         form = Form(1, 64, 1, 2)
-    fits = grad_out.dtype == call.q.dtype and dtype in (call.q.dtype, torch.float32)
+    fits = grad_out.dtype == call.q.dtype and dtype == (torch.float32 if forward.out is None else call.q.dtype)
     return form if form and fits and is_plain(call) and _boxes(call, form, forward, grad_out, call.q) else None
 
 
 class GradQWalk:
-    """The launch of ``grad_q_walk_kernel``, whose gradient is of ``dtype``, and contiguous where that is float32."""
+    """The launch of ``grad_q_walk_kernel``; of a part of the keys the gradient is contiguous."""
 
-    def __init__(self, call: AttentionCall, forward: Softmax, work: Work, form: Form, dtype: torch.dtype) -> None:
+    def __init__(self, call: AttentionCall, forward: Softmax, work: Work, form: Form) -> None:
         layout, (batch, heads, _, head_dim) = call.layout, call.q.shape
         copies = batch * heads // layout.num_groups
         self._walk = Walk(grad_q_walk_kernel, form, work, layout.q_block_size, copies, call.q.device)
@@ -52,8 +52,8 @@ class GradQWalk:
         cuts = layout.causal or layout.kv_tokens % layout.kv_block_size != 0
         blocks = (layout.q_block_size, layout.kv_block_size)
         sizes = (form.cols, head_dim, form.kept, form.stages, form.groups)
-        self._wide = dtype == torch.float32
-        self._constants = (*blocks, *sizes, layout.causal, cuts, forward.out is not None, self._wide)
+        self._part = forward.out is None
+        self._constants = (*blocks, *sizes, layout.causal, cuts, self._part)
         self._form = form
 
     def __call__(
@@ -69,7 +69,7 @@ class GradQWalk:
         tensors: Tensors = (call.q, call.k, call.v, grad_out, forward.out, grad, _flat(forward.grad_lse), forward.lse)
         tensors = (*tensors, delta, parts, work.items, call.layout.col_indices)
         tensors = (*tensors, *feature_tensors(call)[:2])
-        result = None if self._wide else grad
+        result = None if self._part else grad
         self._walk(tensors, self._numbers, self._constants, lambda: _boxes(call, self._form, forward, grad_out, result))
 
 
@@ -95,8 +95,7 @@ def _consume(group: gl.constexpr, shared, barriers, lists, results, optional, fo
     D: gl.constexpr = form[6]
     CUTS: gl.constexpr = form[7]
     CAUSAL: gl.constexpr = form[8]
-    WITH_OUT: gl.constexpr = form[9]
-    WIDE: gl.constexpr = form[10]
+    PART: gl.constexpr = form[9]
     q_tiles, do_tiles, k_tiles, v_tiles = shared
     q_full, k_full, v_full, q_empty, k_empty, v_empty, told = barriers
     col_indices, heads = lists
@@ -127,7 +126,9 @@ def _consume(group: gl.constexpr, shared, barriers, lists, results, optional, fo
         inside = q_token < q_tokens
         row_lse = gl.load(lse + at_row, mask=inside, other=float("inf"))
         row_lse = gl.where(row_lse == float("-inf"), float("inf"), row_lse) * LOG2E
-        if WITH_OUT:
+        if PART:
+            row_delta = gl.load(delta + at_row, mask=inside, other=0.0)
+        else:
             stage = used % STAGES
             mbarrier.wait(k_full.index(stage), (used // STAGES) & 1)
             mbarrier.wait(v_full.index(stage), (used // STAGES) & 1)
@@ -141,8 +142,6 @@ def _consume(group: gl.constexpr, shared, barriers, lists, results, optional, fo
             if grad_lse is not None:
                 row_delta -= gl.load(grad_lse + at_row, mask=inside, other=0.0)
             gl.store(delta + at_row, row_delta, mask=inside)
-        else:
-            row_delta = gl.load(delta + at_row, mask=inside, other=0.0)
         acc = gl.zeros([GROUP_ROWS, D], gl.float32, O_LAYOUT)
         if tiles > 0:
             nothing = gl.zeros([GROUP_ROWS, COLS], gl.float32, S_LAYOUT)
@@ -213,7 +212,7 @@ def _consume(group: gl.constexpr, shared, barriers, lists, results, optional, fo
                 gl.store(part_grad + rows[:, None] * D + dim[None, :], acc)
         if part_row < 0:
             first = q_block * Q_BLOCK + in_block + group * GROUP_ROWS
-            if WIDE:
+            if PART:
                 token = first + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, O_LAYOUT))
                 dim = gl.arange(0, D, gl.SliceLayout(0, O_LAYOUT))
                 at = (flat_head.to(gl.int64) * q_tokens + token) * D
@@ -277,8 +276,7 @@ def grad_q_walk_kernel(
     GROUPS: gl.constexpr,
     CAUSAL: gl.constexpr,
     CUTS: gl.constexpr,
-    WITH_OUT: gl.constexpr,
-    WIDE: gl.constexpr,
+    PART: gl.constexpr,
 ):
     """A program takes works (item, 64 queries a group of warps, copy of the layout's group) until none is left."""
     gl.static_assert(COLS == GROUP_ROWS)  # rows of the output lie where a tile does
@@ -292,7 +290,7 @@ def grad_q_walk_kernel(
     lists = (col_indices, heads)
     results = (grad, lse, delta, q_tokens, kv_tokens, scale)
     optional = (grad_lse, part_grad, q_starts, kv_starts)
-    form: gl.constexpr = (Q_BLOCK, KV_BLOCK, COLS, KEPT, STAGES, GROUPS, D, CUTS, CAUSAL, WITH_OUT, WIDE)
+    form: gl.constexpr = (Q_BLOCK, KV_BLOCK, COLS, KEPT, STAGES, GROUPS, D, CUTS, CAUSAL, PART)
     if GROUPS == 2:
         gl.warp_specialize(
             [

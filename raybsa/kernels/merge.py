@@ -38,7 +38,7 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
 def merge_rows(
     whole: Tensor, whole_lse: Tensor, out: Tensor, lse: Tensor, rows: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """``merge`` of all rows with a part of some of them; the two of the whole may be written to.
+    """``merge`` of all rows with a part of some of them; what the whole had may be written over.
 
     Args:
         whole, whole_lse: (B, H, S, D) in any dtype and (B, H, S) float32 or float64, as ``merge`` takes them.

@@ -71,7 +71,7 @@ class GradQ:
         self._walk: GradQWalk | None = None
         form = grad_q_form(call, forward, grad_out, dtype)
         if form and self._grid[0]:
-            self._walk = GradQWalk(call, forward, self._work, form, dtype)
+            self._walk = GradQWalk(call, forward, self._work, form)
 
     def __call__(
         self, call: AttentionCall, forward: Softmax, delta: Tensor, grad_out: Tensor

@@ -18,7 +18,7 @@ from raybsa.kernels.triton_setup import launching_at
 from raybsa.kernels.triton_tiles import padded_head_dim
 
 ROWS = 32
-_PLACES = WeakTensorKeyDictionary()  # of a hop's rows: made once a plan
+_PLACES = WeakTensorKeyDictionary()  # of a hop's rows, whose rank has always as many tokens
 
 
 def merged_rows(
@@ -29,18 +29,21 @@ def merged_rows(
     result = whole if whole.dtype == dtype else torch.empty_like(whole, dtype=dtype)
     places = None if rows is None else _places(rows, tokens)
     whole_lse, lse = whole_lse.contiguous(), lse.contiguous()
-    tensors = (whole, whole_lse, out, lse, places, result)
+    result_lse = torch.empty_like(whole_lse)
+    tensors = (whole, whole_lse, out, lse, places, result, result_lse)
     every_constant = (ROWS, head_dim, padded_head_dim(head_dim), result is whole)
     with launching_at(whole):
         launch = launcher(merge_rows_kernel, tensors, strides(whole, out, result), every_constant)
         launch((triton.cdiv(tokens, ROWS), batch * heads), tensors, (heads, tokens, count))
-    return result, whole_lse
+    return result, result_lse
 
 
 def fused_delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
     """As ``delta.row_delta``, which says what its arguments are."""
     batch, heads, tokens, head_dim = out.shape
     delta = torch.empty(out.shape[:-1], dtype=torch.float32, device=out.device)
+    if not delta.numel():
+        return delta
     tensors = (out, grad_out, grad_lse, delta)
     sizes = strides(out, grad_out) + ((0, 0, 0) if grad_lse is None else grad_lse.stride())
     every_constant = (ROWS, head_dim, padded_head_dim(head_dim))
@@ -68,6 +71,7 @@ def merge_rows_kernel(
     part_lse,
     places,
     result,
+    result_lse,
     whole_b,
     whole_h,
     whole_t,
@@ -97,8 +101,6 @@ def merge_rows_kernel(
     if places is not None:
         place = tl.load(places + token, mask=inside, other=-1)
         there = place >= 0
-        if IN_PLACE:
-            inside = there
     at = flat_head.to(tl.int64) * tokens + token
     lse_a = tl.load(whole_lse + at, mask=inside, other=float("-inf"))
     lse_b = tl.load(part_lse + flat_head.to(tl.int64) * count + place, mask=there, other=float("-inf"))
@@ -110,12 +112,13 @@ def merge_rows_kernel(
     dim = tl.arange(0, DP)
     base_a = whole + b * whole_b + h * whole_h + token.to(tl.int64)[:, None] * whole_t
     base_b = part + b * part_b + h * part_h + place.to(tl.int64)[:, None] * part_t
-    of_a = load_tokens(base_a + dim[None, :] * whole_d, inside, dim, False, D, DP).to(tl.float32)
+    changed = there if IN_PLACE else inside
+    of_a = load_tokens(base_a + dim[None, :] * whole_d, changed, dim, False, D, DP).to(tl.float32)
     of_b = load_tokens(base_b + dim[None, :] * part_d, there, dim, False, D, DP).to(tl.float32)
     merged = of_a * (weight_a / safe)[:, None] + of_b * (weight_b / safe)[:, None]
-    tl.store(whole_lse + at, tl.where(total == 0.0, float("-inf"), base + tl.log(safe)), mask=inside)
+    tl.store(result_lse + at, tl.where(total == 0.0, float("-inf"), base + tl.log(safe)), mask=inside)
     to = result + b * result_b + h * result_h + token.to(tl.int64)[:, None] * result_t
-    store_tokens(to + dim[None, :] * result_d, merged, inside, dim, False, D, DP)
+    store_tokens(to + dim[None, :] * result_d, merged, changed, dim, False, D, DP)
 
 
 @triton.jit(do_not_specialize=["heads", "tokens"])

@@ -2,8 +2,8 @@
 
 A program keeps ``rows`` tokens (queries in the forward and in dQ, keys in dK/dV) and walks the other side ``cols``
 tokens at a time. Blocks smaller than ``cols`` are gathered into one tile; blocks larger than ``rows`` are shared by
-several programs. Those of 16 bits and head_dim up to 128 come from a sweep on an H100 (docs/kernel-log.md), the others
-from compiling for one and reading registers, spills and shared memory.
+several programs. Those of 16 bits and head_dim up to 128 come from sweeps on an H100, of 16 and 32 rows on an H200
+(docs/kernel-log.md), the others from compiling and reading registers, spills and shared memory.
 """
 
 from __future__ import annotations

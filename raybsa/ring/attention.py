@@ -28,7 +28,7 @@ from raybsa.gradients.wire import unpack as split
 from raybsa.kernels.api import run_call
 from raybsa.kernels.backward import attention_backward
 from raybsa.kernels.call import AttentionCall, cast_inputs, compute_dtype
-from raybsa.kernels.delta import row_delta
+from raybsa.kernels.delta import fast_delta
 from raybsa.kernels.merge import merge_rows
 from raybsa.ring.agreement import problem_with, signature
 from raybsa.ring.plan import Hop, RankPlan, RingPlan, hops_ahead
@@ -215,7 +215,7 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     q, k, v, block_bias, out, lse = saved
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    delta = row_delta(out, grad_out, grad_lse)
+    delta = fast_delta(out, grad_out, grad_lse)
     grads = _Gradients(ring, q, k, v, block_bias)
     for hop, keys, values in ring.arriving(k, v):
         if len(hop.q_blocks):
@@ -277,7 +277,7 @@ class _Gradients:
         """dK and dV by blocks."""
         if self._kv is None:
             _, k, v, _ = self.like
-            of_k, of_v = (as_blocks(torch.zeros_like(x, dtype=self._dtype), self._size) for x in (k, v))
+            of_k, of_v = (as_blocks(x.new_zeros(x.shape, dtype=self._dtype), self._size) for x in (k, v))
             self._kv = of_k, of_v
         return self._kv
 

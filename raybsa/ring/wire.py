@@ -33,7 +33,7 @@ def pack(keys: Tensor, values: Tensor, places: Tensor, kv_groups: int) -> Tensor
     """K and V at ``places`` of blocks (B, Hkv, n, block_size, D), in ``wire_shape``."""
     wire = keys.new_empty(wire_shape(keys, len(places), kv_groups))
     for part, blocks in zip(wire, (keys, values), strict=True):
-        torch.index_select(_by_place(blocks, kv_groups), 1, places, out=part)
+        torch.index_select(_by_place(blocks.contiguous(), kv_groups), 1, places, out=part)
     return wire
 
 
@@ -59,7 +59,7 @@ def add_packed(keys: Tensor, values: Tensor, wire: Tensor, places: Tensor, kv_gr
 
 
 def _by_place(blocks: Tensor, kv_groups: int) -> Tensor:
-    """(samples and heads that travel together, places, numbers of a block) of blocks (B, Hkv, n, block_size, D); a view
-    where they are contiguous."""
+    """A view (samples and heads that travel together, places, numbers of a block) of contiguous blocks (B, Hkv, n,
+    block_size, D)."""
     batch, kv_heads, count, block_size, head_dim = blocks.shape
-    return blocks.reshape(batch * kv_heads // kv_groups, kv_groups * count, block_size * head_dim)
+    return blocks.view(batch * kv_heads // kv_groups, kv_groups * count, block_size * head_dim)

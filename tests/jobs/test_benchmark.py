@@ -58,6 +58,7 @@ def test_every_measurement_becomes_a_line_a_row_and_a_place_in_the_report(
         (["--suite", "ring-gpu"], "the ring-gpu suite needs 2 CUDA devices, this machine has 0"),
         (["--suite", "gpu"], "the gpu suite needs a CUDA device, this machine has none"),
         (["--suite", "gpu", "--part", "3/2"], "a part is one of 1 .. 2, got 3"),
+        (["--suite", "gpu", "--only", "7K"], "--only '7K' finds none of 69 cells, as 'd64-8K-b128-random-1%'"),
         (["--variant", "base", "distributed"], "--variant distributed is measured alone, got base distributed"),
         (["--address", "127.0.0.1:1"], "wanted at '127.0.0.1:1', nothing answers there"),
         (["--address", "127.0.0.1:1", "--variant", "distributed"], "nothing answers there"),

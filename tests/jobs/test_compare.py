@@ -45,6 +45,17 @@ def test_adaptive_warms_up_for_its_share_of_the_steps(run, tmp_path):
     assert '"params":{"anneal":1,"warmup":3}' in record.spec
 
 
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [("--warmup 3", "a share in 0 .. 1 was wanted, got '3'"), ("--warmup 0.6 --anneal 0.6", "more than all of them")],
+)
+def test_shares_of_more_steps_than_there_are_are_refused(run, tmp_path, capsys, shares, message):
+    with pytest.raises(SystemExit, match="2"):
+        run(f"{LINE} adaptive {shares}")
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
 def test_an_unknown_pattern_is_refused_before_anything_is_trained(run, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(LINE + " spiral")

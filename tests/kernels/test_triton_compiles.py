@@ -39,7 +39,7 @@ run, seen = jit.JITFunction.run, {}
 def compile_only(self, *args, grid, warmup, **options):
     kernel = run(self, *args, grid=grid, warmup=True, **options)
     facts = {"arch": kernel.metadata.target.arch, "shared": kernel.metadata.shared}
-    name = self.__name__ + (" in float32" if options.get("WIDE") else "")
+    name = self.__name__ + (" in float32" if options.get("PART") else "")
     seen[name] = facts | {"tensor_cores": "mma" in kernel.asm["ptx"]}
 
 jit.JITFunction.run = compile_only

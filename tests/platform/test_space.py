@@ -458,3 +458,10 @@ def test_a_preset_has_trials_enough_for_its_first_points(name):
 def test_a_space_refuses_what_cannot_be_asked(change, message):
     with pytest.raises(ValueError, match=message):
         SearchSpace(**({"base": BASE} | change))
+
+
+def test_a_variant_that_nobody_makes_is_named_before_anything_is_asked():
+    with pytest.raises(
+        ValueError, match=r"a space's variants are of \['base', 'multihead', 'distributed'\], got \['bsae'\]"
+    ):
+        SearchSpace(BASE, variants=("base", "bsae"))

@@ -109,7 +109,7 @@ def on_ranks(inputs: dict[str, Tensor], plan: RingPlan, world_size: int, **optio
 
     def work(communicator: Communicator) -> dict[str, Tensor]:
         rank, given = communicator.rank, dict(options)
-        leaves = {name: share(inputs[name], rank).clone().requires_grad_() for name in ("q", "k", "v")}
+        leaves = {name: laid_out(share(inputs[name], rank), rank).requires_grad_() for name in ("q", "k", "v")}
         if bias is not None:
             rows = (plan.q_owner == rank).nonzero()[:, 0]
             index = plan.layout.select(rows, None, return_index=True)[1]
@@ -126,6 +126,13 @@ def on_ranks(inputs: dict[str, Tensor], plan: RingPlan, world_size: int, **optio
     parts = run_ranks(world_size, work)
     joined = {name: plan.partition.join([part[name] for part in parts]) for name in parts[0] if "bias" not in name}
     return joined | {name: sum(part[name] for part in parts) for name in parts[0] if "bias" in name}
+
+
+def laid_out(x: Tensor, rank: int) -> Tensor:
+    """A copy, (B, H, S, D) in memory or, on every other rank, (B, S, H, D) as a projection leaves it."""
+    return (
+        x.transpose(1, 2).contiguous().transpose(1, 2) if rank % 2 else x.clone(memory_format=torch.contiguous_format)
+    )
 
 
 def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor], budget: float) -> None:
@@ -145,6 +152,16 @@ def test_a_ring_equals_one_device(case: Case, world_size: int) -> None:
     partition = partition_for([layout], world_size)
     plan = RingPlan(layout, partition, queries_per_kv=case.heads // case.kv_heads)
     assert_same(on_ranks(inputs, plan, world_size), on_one_device(inputs, layout), TOLERANCE[torch.float64])
+
+
+def test_ranks_whose_queries_see_none_of_their_own_keys() -> None:
+    case = Case("the other diagonal", kv_heads=2)
+    mask = torch.eye(16, dtype=torch.bool).flip(1)[None]
+    layout = BlockLayout.from_dense(mask, q_len=256, kv_len=256, q_block_size=16)
+    plan = RingPlan(layout, partition_for([layout], 2, strategy="contiguous"), queries_per_kv=2)
+    assert [len(plan.of_rank(rank).hops[0].q_blocks) for rank in range(2)] == [0, 0]
+    inputs = whole_inputs(case, layout, torch.float64)
+    assert_same(on_ranks(inputs, plan, 2), on_one_device(inputs, layout), TOLERANCE[torch.float64])
 
 
 @pytest.mark.parametrize("strategy", sorted(STRATEGIES))
