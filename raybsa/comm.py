@@ -15,7 +15,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 SETTLE_SLEEP_S = 200e-6
+LET_GO_S = 1e-3  # see _Waiter
 AGREED_KEPT = 1024  # questions that are not asked again on NCCL; a seed or a layout of its own in each step asks anew
 
 
@@ -196,7 +197,7 @@ class Communicator:
         if self.group is None or (not self.blocks_host and what in self._agreed):
             return
         digest = torch.frombuffer(bytearray(hashlib.sha256(what.encode()).digest()), dtype=torch.uint8)
-        answers = [bytes(x.cpu().numpy()) for x in self.all_gather(kind, digest.to(self.device))]
+        answers = [bytes(x.cpu().numpy()) for x in self._answers(kind, digest.to(self.device))]
         if len(set(answers)) > 1:
             other = next(rank for rank, answer in enumerate(answers) if answer != answers[0])
             texts = self._gather_texts(kind, what)
@@ -205,6 +206,15 @@ class Communicator:
             self._agreed[what] = None
             if len(self._agreed) > AGREED_KEPT:
                 del self._agreed[next(iter(self._agreed))]
+
+    def _answers(self, kind: str, digest: Tensor) -> Sequence[Tensor]:
+        """Every rank's digest. Small messages between pairs take gloo half the time of a collective."""
+        if not self.blocks_host:
+            return self.all_gather(kind, digest)
+        answers = digest.repeat(self.world_size, 1)
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        self.exchange(kind, dict.fromkeys(others, digest), {rank: answers[rank] for rank in others}).wait()
+        return list(answers)
 
     def _gather_texts(self, kind: str, text: str) -> list[str]:
         message = text.encode()
@@ -329,11 +339,17 @@ class Pending:
 
 
 class _Waiter:
-    """A thread that waits for transfers in the order in which they were started, and sets ``done`` of each."""
+    """A thread that waits for transfers in the order in which they were started, and sets ``done`` of each.
+
+    What gloo has ended is let go of a little later: to let go at once would spin, for a whole turn of the scheduler (3
+    to 4 ms) where gloo's own thread shares the core, until that thread has let go too.
+    """
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
-        self._started = self._ended = 0  # the first is the callers', under the lock, the second the thread's
+        self._started = self._done = self._ended = (
+            0  # the first is the callers', under the lock, the others the thread's
+        )
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="raybsa-communicator", daemon=True)
         self._thread.start()
@@ -356,17 +372,28 @@ class _Waiter:
         A thread that still holds a group's work when the process ends would abort the process.
         """
         self._queue.put(None)
-        if self.is_idle and threading.current_thread() is not self._thread:
+        if self._started == self._done and threading.current_thread() is not self._thread:
             self._thread.join(1.0)
 
     def _run(self) -> None:
-        while (pending := self._queue.get()) is not None:
+        before: list[Any] = []  # ended works
+        while True:
+            try:
+                pending = self._queue.get(timeout=LET_GO_S if before else None)
+            except queue.Empty:
+                before.clear()
+                self._ended = self._done
+                continue
+            if pending is None:
+                return
+            ended: list[Any] = []
             try:
                 while pending.works:
                     pending.works[0].wait()
-                    pending.works.pop(0)
+                    ended.append(pending.works.pop(0))
             except Exception as error:
                 pending.error = error
-            self._ended += 1
+            self._done += 1
             pending.done.set()
             del pending
+            before = ended

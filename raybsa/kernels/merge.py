@@ -28,11 +28,16 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
             f"merge takes out (..., D) and lse (...), got {tuple(out_a.shape)} and {tuple(lse_a.shape)}, "
             f"{tuple(out_b.shape)} and {tuple(lse_b.shape)}"
         )
-    lse = torch.logaddexp(lse_a, lse_b)
-    finite = torch.where(lse == float("-inf"), 0.0, lse)
-    weight_a, weight_b = torch.exp(lse_a - finite)[..., None], torch.exp(lse_b - finite)[..., None]
+    lse, weight_a, weight_b = _weights(lse_a, lse_b)
     out = out_a.to(lse.dtype) * weight_a + out_b.to(lse.dtype) * weight_b
     return out.to(out_a.dtype), lse
+
+
+def _weights(lse_a: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The merged lse (...), and both sides' weights (..., 1)."""
+    lse = torch.logaddexp(lse_a, lse_b)
+    finite = torch.where(lse == float("-inf"), 0.0, lse)
+    return lse, torch.exp(lse_a - finite)[..., None], torch.exp(lse_b - finite)[..., None]
 
 
 def merge_rows(
@@ -51,10 +56,11 @@ def merge_rows(
 
         return merged_rows(whole, whole_lse, out, lse, rows, dtype)
     wide = whole.to(lse.dtype)
+    here, here_lse = (x if rows is None else x.index_select(2, rows) for x in (wide, whole_lse))
+    merged_lse, weight_a, weight_b = _weights(here_lse, lse)
+    here.mul_(weight_a).addcmul_(out.to(lse.dtype), weight_b)
     if rows is None:
-        wide, whole_lse = merge(wide, whole_lse, out, lse)
-    else:
-        here, here_lse = merge(wide.index_select(2, rows), whole_lse.index_select(2, rows), out, lse)
-        wide.index_copy_(2, rows, here)
-        whole_lse.index_copy_(2, rows, here_lse)
+        return here.to(dtype), merged_lse
+    wide.index_copy_(2, rows, here)
+    whole_lse.index_copy_(2, rows, merged_lse)
     return wide.to(dtype), whole_lse
