@@ -347,9 +347,8 @@ class _Waiter:
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
-        self._started = self._done = self._ended = (
-            0  # the first is the callers', under the lock, the others the thread's
-        )
+        self._started = 0  # the callers', under the lock
+        self._done = self._ended = 0  # the thread's
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="raybsa-communicator", daemon=True)
         self._thread.start()
@@ -376,24 +375,30 @@ class _Waiter:
             self._thread.join(1.0)
 
     def _run(self) -> None:
-        before: list[Any] = []  # ended works
-        while True:
+        before: list[Any] = []  # works that have ended
+        closed = False
+        while not closed:
             try:
-                pending = self._queue.get(timeout=LET_GO_S if before else None)
+                pending = self._queue.get(timeout=LET_GO_S if self._ended < self._done else None)
             except queue.Empty:
+                pending = None
+            else:
+                closed = pending is None
+            if pending is None:
                 before.clear()
                 self._ended = self._done
-                continue
-            if pending is None:
-                return
-            ended: list[Any] = []
-            try:
-                while pending.works:
-                    pending.works[0].wait()
-                    ended.append(pending.works.pop(0))
-            except Exception as error:
-                pending.error = error
-            self._done += 1
-            pending.done.set()
-            del pending
-            before = ended
+            else:
+                before = self._wait(pending)
+
+    def _wait(self, pending: Pending) -> list[Any]:
+        """The works of a transfer, when they have ended."""
+        ended: list[Any] = []
+        try:
+            while pending.works:
+                pending.works[0].wait()
+                ended.append(pending.works.pop(0))
+        except Exception as error:
+            pending.error = error
+        self._done += 1
+        pending.done.set()
+        return ended

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from raybsa.comm import Cancelled, Communicator, PeerLost, Phase
+from raybsa.comm import Cancelled, Communicator, PeerLost, Phase, _Waiter
 from tests.ranks import run_ranks
 
 
@@ -65,6 +67,40 @@ def test_ranks_that_disagree_all_hear_what_the_other_said() -> None:
 
     for message in run_ranks(3, work):
         assert message == "ranks disagree on the plan: rank 0 has layout, rank 1 has long layout"
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_what_has_ended_is_let_go_of_by_itself_and_when_it_is_closed(closes: bool) -> None:
+    def work(communicator: Communicator) -> tuple[bool, bool]:
+        peer, sent = 1 - communicator.rank, torch.ones(4)
+        for _ in range(3):
+            communicator.exchange("kv", {peer: sent}, {peer: torch.empty(4)}).wait()
+        freed = weakref.ref(sent)
+        del sent
+        if closes:
+            communicator.close()
+        deadline = time.monotonic() + 20.0
+        while not communicator.is_idle and time.monotonic() < deadline:
+            time.sleep(1e-3)
+        return communicator.is_idle, freed() is None
+
+    assert run_ranks(2, work) == [(True, True)] * 2
+
+
+def test_a_failed_transfer_is_let_go_of_too() -> None:
+    class Gone:
+        def wait(self) -> None:
+            raise RuntimeError("gone")
+
+    waiter, pending = _Waiter(), SimpleNamespace(works=[Gone()], done=threading.Event(), error=None)
+    waiter.wait_for(pending)
+    assert pending.done.wait(20.0)
+    assert str(pending.error) == "gone"
+    deadline = time.monotonic() + 20.0
+    while not waiter.is_idle:
+        assert time.monotonic() < deadline
+        time.sleep(1e-3)
+    waiter.close()
 
 
 def test_cancelling_frees_a_rank_whose_peer_hangs() -> None:
