@@ -152,11 +152,11 @@ def _gpu(arguments: argparse.Namespace) -> int:
     """Our kernels beside other libraries' on one GPU. Needs no Ray."""
     timing = {"repeats": arguments.repeats, "budget_s": arguments.budget}
     with refusing():
-        asked = parts_of(cells(quick=arguments.quick), *arguments.part)
-        offered, asked = asked, [cell for cell in asked if arguments.only.search(cell.name)]
-        if not asked:
-            among = f"{len(offered)} cells, as {offered[0].name!r}"
+        whole = cells(quick=arguments.quick)
+        if not any(arguments.only.search(cell.name) for cell in whole):
+            among = f"{len(whole)} cells, as {whole[0].name!r}"
             raise ValueError(f"--only {arguments.only.pattern!r} finds none of {among}")
+        asked = [cell for cell in parts_of(whole, *arguments.part) if arguments.only.search(cell.name)]
         out = absolute("--out", arguments.out)
         store, run = Store.create(out), Run.start("benchmark", arguments.git_commit)
         suite = PeerSuite(asked, store, run, peers=arguments.peers, time_budget_s=arguments.time_budget, **timing)

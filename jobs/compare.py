@@ -70,9 +70,10 @@ def _pattern(named: str | dict[str, Any], arguments: argparse.Namespace) -> Patt
     if given.name != ADAPTIVE:
         return patterns.build(given).spec
     shares = {"warmup": arguments.warmup, "anneal": arguments.anneal}
-    if sum(shares.values()) > 1:
-        raise ValueError(f"--warmup and --anneal are shares of the same steps, got {shares}: more than all of them")
-    return PatternSpec(ADAPTIVE, {**{name: round(x * arguments.steps) for name, x in shares.items()}, **given.params})
+    steps = {name: round(part * arguments.steps) for name, part in shares.items()}
+    if sum(steps.values()) > arguments.steps:
+        raise ValueError(f"--warmup and --anneal are shares of the same {arguments.steps} steps, got {steps}")
+    return PatternSpec(ADAPTIVE, {**steps, **given.params})
 
 
 def _device(text: str) -> torch.device:

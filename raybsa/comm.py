@@ -27,6 +27,7 @@ from torch import Tensor
 
 SETTLE_SLEEP_S = 200e-6
 LET_GO_S = 1e-3  # see _Waiter
+AGREEMENT = 1  # the tag of what ranks ask each other: one that is elsewhere must not take it for its data
 AGREED_KEPT = 1024  # questions that are not asked again on NCCL; a seed or a layout of its own in each step asks anew
 
 
@@ -138,7 +139,7 @@ class Communicator:
     # ---- between two ranks ---------------------------------------------------------------------------------------
 
     def exchange(
-        self, kind: str, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor], *, hop: int = 0
+        self, kind: str, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor], *, hop: int = 0, tag: int = 0
     ) -> Pending:
         """Starts sending and receiving; ``wait`` on what it returns. Ranks start the exchanges of a pair in one order.
 
@@ -146,6 +147,7 @@ class Communicator:
             kind: the ledger's word for these bytes.
             sends: peer -> contiguous tensor, not to be written to before ``wait`` returns.
             receives: peer -> contiguous tensor to fill.
+            tag: on gloo, what is never taken for a message of another tag.
         """
         self.check_cancelled()
         if not self.blocks_host:
@@ -157,9 +159,9 @@ class Communicator:
             self.observer.begin(Phase.TRANSFER, kind, hop)
         self.ledger.sent[kind] += sum(x.nbytes for x in sends.values())
         self.ledger.received[kind] += sum(x.nbytes for x in receives.values())
-        return Pending(self, kind, hop, self._post(sends, receives), (*sends.values(), *receives.values()))
+        return Pending(self, kind, hop, self._post(sends, receives, tag), (*sends.values(), *receives.values()))
 
-    def _post(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> list[Any]:
+    def _post(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor], tag: int) -> list[Any]:
         if not sends and not receives:
             return []
         group = self.group
@@ -169,8 +171,8 @@ class Communicator:
             operations += [dist.P2POp(dist.isend, x, group=group, group_peer=peer) for peer, x in sends.items()]
             return dist.batch_isend_irecv(operations)
         try:
-            works = [group.recv([x], peer, 0) for peer, x in receives.items()]
-            return works + [group.send([x], peer, 0) for peer, x in sends.items()]
+            works = [group.recv([x], peer, tag) for peer, x in receives.items()]
+            return works + [group.send([x], peer, tag) for peer, x in sends.items()]
         except RuntimeError as error:  # gloo refuses to post to a connection that has failed
             raise PeerLost(f"rank {self.rank} lost a peer: {error}") from error
 
@@ -213,7 +215,8 @@ class Communicator:
             return self.all_gather(kind, digest)
         answers = digest.repeat(self.world_size, 1)
         others = [rank for rank in range(self.world_size) if rank != self.rank]
-        self.exchange(kind, dict.fromkeys(others, digest), {rank: answers[rank] for rank in others}).wait()
+        sends, receives = dict.fromkeys(others, digest), {rank: answers[rank] for rank in others}
+        self.exchange(kind, sends, receives, tag=AGREEMENT).wait()
         return list(answers)
 
     def _gather_texts(self, kind: str, text: str) -> list[str]:
@@ -377,28 +380,32 @@ class _Waiter:
     def _run(self) -> None:
         before: list[Any] = []  # works that have ended
         closed = False
-        while not closed:
+        while True:
             try:
-                pending = self._queue.get(timeout=LET_GO_S if self._ended < self._done else None)
+                pending = self._queue.get(timeout=LET_GO_S if closed or self._ended < self._done else None)
             except queue.Empty:
                 pending = None
-            else:
-                closed = pending is None
-            if pending is None:
                 before.clear()
                 self._ended = self._done
+                if closed:
+                    return
+                continue
+            if pending is None:
+                closed = True
             else:
                 before = self._wait(pending)
 
     def _wait(self, pending: Pending) -> list[Any]:
-        """The works of a transfer, when they have ended."""
+        """The works of a transfer, when all have ended; who waits for them hears at once where one has failed."""
         ended: list[Any] = []
-        try:
-            while pending.works:
+        while pending.works:
+            try:
                 pending.works[0].wait()
-                ended.append(pending.works.pop(0))
-        except Exception as error:
-            pending.error = error
+            except Exception as error:
+                if pending.error is None:
+                    pending.error = error.with_traceback(None)  # whose frames would hold what they are about
+                pending.done.set()
+            ended.append(pending.works.pop(0))
         self._done += 1
         pending.done.set()
         return ended

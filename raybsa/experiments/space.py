@@ -64,8 +64,8 @@ class SearchSpace:
             ``raybsa.gradients``, asked where there are ranks.
 
     Raises:
-        ValueError: an unknown family, parameter, partition or codec, a range that is none, layers that differ where
-            there is only one, or ranks for a task that cannot be split.
+        ValueError: an unknown family, parameter, variant, partition or codec, a range that is none, layers that differ
+            where there is only one, or ranks for a task that cannot be split.
     """
 
     base: TrialSpec

@@ -148,7 +148,7 @@ class _Links:
 def _memory(work: Work, sizes: Sizes, block: int, ahead: int) -> float:
     """Bytes of the fullest rank in forward and backward, beyond q, k, v and the kernel's workspace: out, its gradient,
     lse and delta, dQ, dK and dV as sums (which the first hop's part becomes), a later hop's part of dQ, and the buffers
-    of the hops under way with one unpacked.
+    of the hops under way with room for one unpacked.
     """
     tokens = work.owned * work.q_block_size
     wide = sizes.num_heads * sizes.head_dim

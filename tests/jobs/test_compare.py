@@ -47,7 +47,10 @@ def test_adaptive_warms_up_for_its_share_of_the_steps(run, tmp_path):
 
 @pytest.mark.parametrize(
     ("shares", "message"),
-    [("--warmup 3", "a share in 0 .. 1 was wanted, got '3'"), ("--warmup 0.6 --anneal 0.6", "more than all of them")],
+    [
+        ("--warmup 3", "a share in 0 .. 1 was wanted, got '3'"),
+        ("--warmup 0.6 --anneal 0.6", "are shares of the same 6 steps, got {'warmup': 4, 'anneal': 4}"),
+    ],
 )
 def test_shares_of_more_steps_than_there_are_are_refused(run, tmp_path, capsys, shares, message):
     with pytest.raises(SystemExit, match="2"):

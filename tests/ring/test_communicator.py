@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -92,15 +93,36 @@ def test_a_failed_transfer_is_let_go_of_too() -> None:
         def wait(self) -> None:
             raise RuntimeError("gone")
 
-    waiter, pending = _Waiter(), SimpleNamespace(works=[Gone()], done=threading.Event(), error=None)
+    class Late:
+        def wait(self) -> None:
+            assert heard.wait(20.0), "who waits for the transfer hears before all of it has ended"
+
+    heard, waiter = threading.Event(), _Waiter()
+    pending = SimpleNamespace(works=[Gone(), Late()], done=threading.Event(), error=None)
+    works = [weakref.ref(work) for work in pending.works]
     waiter.wait_for(pending)
     assert pending.done.wait(20.0)
     assert str(pending.error) == "gone"
+    assert not waiter.is_idle
+    heard.set()
     deadline = time.monotonic() + 20.0
     while not waiter.is_idle:
         assert time.monotonic() < deadline
         time.sleep(1e-3)
+    assert [work() for work in works] == [None, None]
     waiter.close()
+
+
+def test_a_rank_that_is_elsewhere_does_not_take_a_question_for_its_data() -> None:
+    def work(communicator: Communicator) -> bytes:
+        communicator.timeout_s, buffer = 0.3, torch.zeros(64, dtype=torch.uint8)
+        asked = partial(communicator.agree, "the plan", "layout")
+        elsewhere = communicator.exchange("kv", {}, {0: buffer}).wait if communicator.rank else asked
+        with pytest.raises(PeerLost):
+            elsewhere()
+        return bytes(buffer.numpy())
+
+    assert run_ranks(2, work)[1] == bytes(64)
 
 
 def test_cancelling_frees_a_rank_whose_peer_hangs() -> None:
