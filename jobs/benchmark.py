@@ -43,14 +43,15 @@ from raybsa.experiments.table import head_line, line, ring_head_line, ring_line
 from raybsa.results.record import Outcome, Record
 from raybsa.results.store import Store
 from raybsa.ring.partition import STRATEGIES
-from raybsa.spec import TrialSpec
+from raybsa.spec import DISTRIBUTED, TrialSpec
+from raybsa.tasks.attention import VARIANTS
 from raybsa.tasks.peers import GpuLost
 from raybsa.tasks.ring import ring_params
 from raybsa.tasks.ring_rank import Answer
 from raybsa.tasks.ring_ranks import measure_rings
 
 FORECAST_RANKS = 1024
-GPU, SCALING, DISTRIBUTED = "gpu", "scaling", "distributed"
+GPU, SCALING = "gpu", "scaling"
 
 
 def main() -> int:
@@ -269,7 +270,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--suite", choices=[*SUITES, GPU, SCALING], help="a named set of measurements, instead of the options below"
     )
-    parser.add_argument("--variant", nargs="+", default=["base"], choices=["base", "multihead", DISTRIBUTED])
+    parser.add_argument("--variant", nargs="+", default=["base"], choices=VARIANTS)
     parser.add_argument(
         "--pattern", type=name_or_json, nargs="+", default=["random"], help="names, module:Class or JSON specs"
     )

@@ -15,7 +15,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -209,7 +209,7 @@ class Communicator:
             if len(self._agreed) > AGREED_KEPT:
                 del self._agreed[next(iter(self._agreed))]
 
-    def _answers(self, kind: str, digest: Tensor) -> Sequence[Tensor]:
+    def _answers(self, kind: str, digest: Tensor) -> list[Tensor]:
         """Every rank's digest. Small messages between pairs take gloo half the time of a collective."""
         if not self.blocks_host:
             return self.all_gather(kind, digest)
@@ -384,16 +384,16 @@ class _Waiter:
             try:
                 pending = self._queue.get(timeout=LET_GO_S if closed or self._ended < self._done else None)
             except queue.Empty:
-                pending = None
+                pending = None  # nor is the last one held
                 before.clear()
                 self._ended = self._done
                 if closed:
                     return
-                continue
-            if pending is None:
-                closed = True
             else:
-                before = self._wait(pending)
+                if pending is None:
+                    closed = True
+                else:
+                    before = self._wait(pending)
 
     def _wait(self, pending: Pending) -> list[Any]:
         """The works of a transfer, when all have ended; who waits for them hears at once where one has failed."""

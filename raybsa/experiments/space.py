@@ -15,10 +15,8 @@ from raybsa.experiments.pattern_choices import MIXTURE, PatternChoices, is_pair_
 from raybsa.experiments.rank_choices import NAMES, Config, RankChoices
 from raybsa.gradients.catalog import build
 from raybsa.spec import ADAPTIVE, DENSE, DISTRIBUTED, AttentionSpec, PatternSpec, TrialSpec
-from raybsa.tasks.attention import MULTIHEAD
+from raybsa.tasks.attention import VARIANTS
 from raybsa.variants.source import layout_source
-
-VARIANTS = ("base", MULTIHEAD, DISTRIBUTED)  # of fixed patterns; what is learned has one of its own
 
 PER_LAYER = "per_layer"
 REFERENCE = "reference"

@@ -16,7 +16,7 @@ from raybsa.handles import by_handle
 from raybsa.kernels import triton_backend
 from raybsa.kernels.backward import BACKENDS, own_backend
 from raybsa.kernels.call import AttentionCall, check_call, compute_dtype
-from raybsa.kernels.delta import fast_delta
+from raybsa.kernels.delta import row_delta
 from raybsa.layout import BlockLayout
 
 DRAW = -1  # a seed: draw one when the call runs
@@ -109,7 +109,7 @@ def attention_backward(
         if module is triton_backend:
             *grads, of_bias = triton_backend.backward_from_out(call, out, lse, grad_out, grad_lse, True)
         else:
-            *grads, of_bias = module.backward(call, lse, fast_delta(out, grad_out, grad_lse), grad_out)
+            *grads, of_bias = module.backward(call, lse, row_delta(out, grad_out, grad_lse), grad_out)
     laid_out = [_laid_out(grad.to(x.dtype), x) for grad, x in zip(grads, (q, k, v), strict=True)]
     of_bias = q.new_empty(0) if of_bias is None or block_bias is None else of_bias.to(block_bias.dtype)
     return laid_out[0], laid_out[1], laid_out[2], of_bias

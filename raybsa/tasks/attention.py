@@ -7,11 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raybsa.layout import BlockLayout
-from raybsa.spec import DENSE, TrialSpec
+from raybsa.spec import DENSE, DISTRIBUTED, TrialSpec
 from raybsa.variants.factory import create_block_sparse_attention, create_multihead_block_sparse
 from raybsa.variants.source import layout_source
 
 MULTIHEAD = "multihead"
+VARIANTS = ("base", MULTIHEAD, DISTRIBUTED)  # that compute fixed patterns; what is learned has one of its own
 
 
 class DenseAttention(nn.Module):
