@@ -74,8 +74,42 @@ def block_sparse_attention(
         ValueError, TypeError: arguments that do not fit together.
         NotImplementedError: the named backend cannot serve this call; the message says why.
     """
+    call = make_call(
+        q,
+        k,
+        v,
+        layout,
+        scale=scale,
+        attn_mask=attn_mask,
+        segment_ids=segment_ids,
+        block_bias=block_bias,
+        dropout_p=dropout_p,
+        seed=seed,
+        deterministic=deterministic,
+        return_lse=return_lse,
+    )
+    out, lse = run_call(call, backend)
+    return (out, lse) if return_lse else out
+
+
+def make_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    *,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    segment_ids: tuple[Tensor, Tensor] | None = None,
+    block_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    deterministic: bool | None = None,
+    return_lse: bool = False,
+) -> AttentionCall:
+    """The call that ``block_sparse_attention`` runs for these arguments, with what they leave open decided."""
     q, k, v = cast_inputs(q, k, v)
-    call = AttentionCall(
+    return AttentionCall(
         q,
         k,
         v,
@@ -89,8 +123,6 @@ def block_sparse_attention(
         torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic,
         return_lse,
     )
-    out, lse = run_call(call, backend)
-    return (out, lse) if return_lse else out
 
 
 def run_call(call: AttentionCall, backend: str = "auto") -> tuple[Tensor, Tensor]:

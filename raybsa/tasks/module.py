@@ -153,9 +153,10 @@ def _own_attention(found: Sequence[Attending], served: Sequence[Served | None]) 
 
 
 def _ours(call: AttentionCall, by: Served) -> Tensor:
-    layout, bias = by.source.select(call.q, call.k)
+    selection = by.source.select(call.q, call.k, call.attn_mask, call.segment_ids)
+    layout, bias = selection.layout, selection.block_bias
     call = replace(call, layout=layout, block_bias=bias, return_lse=by.source.wants_lse)
-    return by.source.complete(call, *run_call(call, by.backend))
+    return by.source.complete(selection, call, *run_call(call, by.backend))
 
 
 def _dense(call: AttentionCall, mask: Tensor | None, is_causal: bool) -> Tensor:

@@ -48,7 +48,7 @@ def main() -> None:
         print(f"{name:<10} p20 {found.p20:.3f}  p50 {found.p50:.3f}  p80 {found.p80:.3f} ms of {found.repeats} calls")
     if not arguments.select_only:
         print(f"selection adds {times[2].p50 / times[1].p50 - 1:.1%} to the fixed pattern's forward")
-    layout, _ = adaptive.source.select(q, k)
+    layout = adaptive.source.select(q, k).layout
     print(f"{layout}")
     print(f"peak of a selection {peak_bytes(calls['selection'], device) / 2**20:.1f} MiB beyond q and k, ", end="")
     print(f"largest resident size of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MiB")

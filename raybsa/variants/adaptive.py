@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from raybsa.kernels.api import run_call
-from raybsa.kernels.call import AttentionCall, cast_inputs
-from raybsa.kernels.compiled import draw_seed
 from raybsa.kernels.eager import eagerly
 from raybsa.layout import BlockLayout
 from raybsa.spec import PatternSpec
+from raybsa.variants.attend import attend
 from raybsa.variants.selector import BlockSelector
 
 
@@ -95,24 +91,17 @@ class BlockSparseAdaptive(nn.Module):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, segment_ids: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        q, k, v = cast_inputs(q, k, v)
-        layout, block_bias = self.source.select(q, k)
-        dropout = self.dropout if self.training else 0.0
-        call = AttentionCall(
+        return attend(
+            self.source,
             q,
             k,
             v,
-            layout,
-            1.0 / math.sqrt(q.shape[-1]) if self.scale is None else self.scale,
-            attn_mask,
-            segment_ids,
-            block_bias,
-            dropout,
-            draw_seed(dropout),
-            torch.are_deterministic_algorithms_enabled(),
-            self.source.wants_lse,
+            scale=self.scale,
+            attn_mask=attn_mask,
+            segment_ids=segment_ids,
+            dropout_p=self.dropout if self.training else 0.0,
+            backend=self.backend,
         )
-        return self.source.complete(call, *run_call(call, self.backend))
 
     def selector_loss(self) -> Tensor:
         """() what to add to the loss of the last forward, see ``BlockSelector``."""

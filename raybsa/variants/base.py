@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from raybsa.kernels.api import block_sparse_attention
+from raybsa.variants.attend import attend
 from raybsa.variants.source import LayoutSource, PatternLike, fixed_pattern
 
 
@@ -75,21 +75,17 @@ class BlockSparseBase(nn.Module):
         for name, tensor in (("q", q), ("k", k), ("v", v)):
             if tensor.dim() != 4:
                 raise ValueError(f"{name} must be (batch, heads, tokens, head_dim), got {tuple(tensor.shape)}")
-        layout, block_bias = self.source.select(q, k)
-        out = block_sparse_attention(
+        return attend(
+            self.source,
             q,
             k,
             v,
-            layout,
             scale=self.scale,
             attn_mask=attn_mask,
             segment_ids=segment_ids,
-            block_bias=block_bias,
             dropout_p=self.dropout if self.training else 0.0,
             backend=self.backend,
         )
-        assert isinstance(out, Tensor)
-        return out
 
     def extra_repr(self) -> str:
         scale = "" if self.scale is None else f", scale={self.scale:g}"

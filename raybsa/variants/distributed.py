@@ -22,6 +22,7 @@ from raybsa.ring.attention import ring_attention
 from raybsa.ring.mass import ring_block_mass
 from raybsa.ring.partition import STRATEGIES, Partition, partition_for
 from raybsa.ring.plan import RingPlan, plan_for
+from raybsa.variants.selection import Selection
 from raybsa.variants.selector import BlockSelector
 from raybsa.variants.sharded_selection import select_shard
 from raybsa.variants.source import FixedPattern, PatternLike, layout_source
@@ -170,7 +171,7 @@ class BlockSparseDistributed(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor | None) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         q, k, v = cast_inputs(q, k, v)
-        plan, block_bias = self._choose(q, k)
+        plan, selection = self._choose(q, k)
         out, lse = ring_attention(
             q,
             k,
@@ -179,7 +180,7 @@ class BlockSparseDistributed(nn.Module):
             self.communicator,
             scale=self.scale,
             segment_ids=segment_ids,
-            block_bias=block_bias,
+            block_bias=selection.block_bias,
             dropout_p=dropout,
             seed=self._shared_seed() if dropout else None,
             return_lse=True,
@@ -192,7 +193,7 @@ class BlockSparseDistributed(nn.Module):
             with torch.autocast(q.device.type, enabled=False):
                 found = (q.detach(), k.detach(), lse.detach(), plan, self.communicator)
                 mass = ring_block_mass(*found, scale=scale, segment_ids=segment_ids)
-                self.source.take_loss_of_shard(mass, partial(self.communicator.all_reduce, "selector_loss"))
+                self.source.take_loss_of_shard(selection, mass, partial(self.communicator.all_reduce, "selector_loss"))
         return out
 
     def plan(self, q: Tensor, k: Tensor) -> RingPlan:
@@ -202,13 +203,15 @@ class BlockSparseDistributed(nn.Module):
         layout = self._layout(partition.seq_len, q.shape[1], q.device)
         return plan_for(layout, partition, queries_per_kv=max(1, q.shape[1] // max(1, k.shape[1])))
 
-    def _choose(self, q: Tensor, k: Tensor) -> tuple[RingPlan, Tensor | None]:
-        """The plan of this call, and the bias of this rank's blocks."""
-        if isinstance(self.source, FixedPattern):
-            return self.plan(q, k), None
+    def _choose(self, q: Tensor, k: Tensor) -> tuple[RingPlan, Selection]:
+        """The plan of this call, and the bias and choice of this rank's blocks."""
         partition = self._partition_of(q.shape[2])
-        layout, block_bias = select_shard(self.source, q, k, partition, self.communicator)
-        return plan_for(layout, partition, queries_per_kv=q.shape[1] // k.shape[1]), block_bias
+        if isinstance(self.source, FixedPattern):
+            selection = Selection(self._layout(partition.seq_len, q.shape[1], q.device))
+        else:
+            selection = select_shard(self.source, q, k, partition, self.communicator)
+        queries_per_kv = max(1, q.shape[1] // max(1, k.shape[1]))
+        return plan_for(selection.layout, partition, queries_per_kv=queries_per_kv), selection
 
     def _layout(self, seq_len: int, num_heads: int, device: torch.device) -> BlockLayout:
         return self.source.layout(seq_len, seq_len, num_heads, device)

@@ -6,7 +6,6 @@ model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="raybsa")
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -15,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raybsa.kernels.api import run_call
-from raybsa.kernels.call import AttentionCall, cast_inputs
-from raybsa.kernels.compiled import draw_seed
+from raybsa.kernels.api import make_call, run_call
+from raybsa.kernels.call import cast_inputs
 from raybsa.layout import BlockLayout
 from raybsa.variants.cache import LayoutCache
 from raybsa.variants.hf_masks import check_mask, make_mask
+from raybsa.variants.selection import Selection
 from raybsa.variants.source import FixedPattern, LayoutSource
 
 # What models of transformers 5.23 ask of an attention beyond q, k, v, mask, scale and dropout, and would get silently
@@ -114,17 +113,24 @@ class HFAttention:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         q, k, v = cast_inputs(query, key, value)
         mask = check_mask(attention_mask, q.shape[2], k.shape[2], source_causal=source.causal, model_causal=causal)
-        scale = 1.0 / math.sqrt(q.shape[-1]) if scaling is None else scaling
         if source.causal and q.shape[2] < k.shape[2]:
             layout, before = self._last_rows(source, q.shape[2], k.shape[2], q.shape[1], q.device)
-            bias, q = None, F.pad(q, (0, 0, before, 0))
+            selection, q = Selection(layout), F.pad(q, (0, 0, before, 0))
             mask = mask if mask is None or mask.shape[-2] == 1 else F.pad(mask, (0, 0, before, 0))
         else:
-            (layout, bias), before = source.select(q, k), 0
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        seed, wants_lse = draw_seed(dropout), source.wants_lse
-        call = AttentionCall(q, k, v, layout, scale, mask, None, bias, dropout, seed, deterministic, wants_lse)
-        out = source.complete(call, *run_call(call, self.backend))
+            selection, before = source.select(q, k, mask), 0
+        call = make_call(
+            q,
+            k,
+            v,
+            selection.layout,
+            scale=scaling,
+            attn_mask=mask,
+            block_bias=selection.block_bias,
+            dropout_p=dropout,
+            return_lse=source.wants_lse,
+        )
+        out = source.complete(selection, call, *run_call(call, self.backend))
         return out[:, :, before:].transpose(1, 2).contiguous(), None
 
     def _source(self, module: nn.Module) -> LayoutSource:

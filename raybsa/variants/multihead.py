@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raybsa.kernels.api import make_call
 from raybsa.kernels.call import AttentionCall
-from raybsa.kernels.compiled import draw_seed
 from raybsa.kernels.eager import eagerly
 from raybsa.variants.mha_extra import attend
 from raybsa.variants.mha_inputs import check_inputs, translate_masks
 from raybsa.variants.mha_nested import pad, unpad
 from raybsa.variants.mha_weights import attention_weights
+from raybsa.variants.selection import Selection
 from raybsa.variants.selector import BlockSelector
 from raybsa.variants.source import LayoutSource, PatternLike, layout_source
 
@@ -161,11 +162,11 @@ class BlockSparseMultihead(nn.MultiheadAttention):
         """(B, H, L, D) of the heads, and (B, H, L, S) their weights where needed."""
         extra = self._extra_keys(k, v)
         with_lse = extra is not None or self.source.wants_lse
-        call = self._call(q, k, v, attn_mask, key_padding_mask, is_causal, with_lse)
-        heads = self.source.complete(call, *attend(call, extra, self.backend))
+        selection, call = self._select(q, k, v, attn_mask, key_padding_mask, is_causal, with_lse)
+        heads = self.source.complete(selection, call, *attend(call, extra, self.backend))
         return heads, attention_weights(call, None if extra is None else extra[0]) if need_weights else None
 
-    def _call(
+    def _select(
         self,
         q: Tensor,
         k: Tensor,
@@ -174,30 +175,27 @@ class BlockSparseMultihead(nn.MultiheadAttention):
         key_padding_mask: Tensor | None,
         is_causal: bool,
         with_lse: bool,
-    ) -> AttentionCall:
-        layout, block_bias = self.source.select(q, k)
-        if is_causal and layout.causal:
+    ) -> tuple[Selection, AttentionCall]:
+        if is_causal and self.source.causal:
             attn_mask = None
         elif is_causal and attn_mask is None:
             raise ValueError(
                 "is_causal is a hint about attn_mask and needs it, got None; causal=True in the constructor needs none"
             )
         attn_mask, segment_ids = translate_masks(attn_mask, key_padding_mask, q, k)
-        dropout = self.dropout if self.training else 0.0
-        return AttentionCall(
-            q=q,
-            k=k,
-            v=v,
-            layout=layout,
-            scale=self.head_dim**-0.5,
+        selection = self.source.select(q, k, attn_mask, segment_ids)
+        call = make_call(
+            q,
+            k,
+            v,
+            selection.layout,
             attn_mask=attn_mask,
             segment_ids=segment_ids,
-            block_bias=block_bias,
-            dropout_p=dropout,
-            seed=draw_seed(dropout),
-            deterministic=torch.are_deterministic_algorithms_enabled(),
+            block_bias=selection.block_bias,
+            dropout_p=self.dropout if self.training else 0.0,
             return_lse=with_lse,
         )
+        return selection, call
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> Sequence[Tensor]:
         if self.in_proj_weight is not None and query is key and key is value:

@@ -26,6 +26,7 @@ from raybsa.selectors.selection import mean_columns
 from raybsa.selectors.shape import Shape
 from raybsa.spec import PatternSpec
 from raybsa.variants.cache import LayoutCache
+from raybsa.variants.selection import Selection
 
 METHODS = ("distill", "bias", "compressed", "mean-pool")
 
@@ -118,7 +119,6 @@ class BlockSelector(nn.Module):
         self.share = nn.Parameter(torch.full((num_heads,), -2.0)) if method == "compressed" else None
         self.calls = 0
         self._cache: LayoutCache[Shape] = LayoutCache()
-        self._choice: Choice | None = None
         self._loss: Tensor | None = None
 
     # ---- a LayoutSource ---------------------------------------------------------------------------------------------
@@ -133,7 +133,13 @@ class BlockSelector(nn.Module):
         """Whether ``complete`` will need the attention's lse: to distill it."""
         return self.method == "distill" and self.training and torch.is_grad_enabled()
 
-    def select(self, q: Tensor, k: Tensor) -> tuple[BlockLayout, Tensor | None]:
+    def select(
+        self,
+        q: Tensor,
+        k: Tensor,
+        attn_mask: Tensor | None = None,
+        segment_ids: tuple[Tensor, Tensor] | None = None,
+    ) -> Selection:
         """The layout for q (B, H, Sq, D) and k (B, Hkv, Skv, D), a group for each sample and head (one in all where
         everything is kept), and the bias (nnz,) of the method ``"bias"``."""
         u, w = self._compare(q, k)
@@ -147,9 +153,7 @@ class BlockSelector(nn.Module):
         """(B, Hkv, n, 3, D) the same of k."""
         return block_stats(self._seen("k", k, self.num_kv_heads), self.rules.block_size)
 
-    def choose(
-        self, own: Tensor, before: Tensor | None, keys: Tensor, shape: Shape
-    ) -> tuple[BlockLayout, Tensor | None]:
+    def choose(self, own: Tensor, before: Tensor | None, keys: Tensor, shape: Shape) -> Selection:
         """The layout and bias of the shape's rows, which may be a part of the sequence's.
 
         Args:
@@ -159,10 +163,10 @@ class BlockSelector(nn.Module):
         rows = None if shape.is_whole else shape.rows
         return self._keep(*compare(self.gate, own, before, keys, self.rules, rows), shape)
 
-    def complete(self, call: AttentionCall, out: Tensor, lse: Tensor | None) -> Tensor:
+    def complete(self, selection: Selection, call: AttentionCall, out: Tensor, lse: Tensor | None) -> Tensor:
         """The output after what the method does to it. Told of the attention (``lse`` (B, H, Sq) where ``wants_lse``),
-        it keeps the loss of the choice that it made last."""
-        choice = self._take_choice()
+        it keeps the loss of the choice."""
+        choice: Choice = selection.choice
         if self.share is not None:
             u, size = choice.u / self.temperature.value, self.rules.block_size
             coarse = coarse_attention(u, choice.w, call.v, size, call.q.shape[2], self.rules.causal)
@@ -185,13 +189,13 @@ class BlockSelector(nn.Module):
             return self._loss
         return torch.zeros((), device="cpu" if self.gate is None else self.gate.key.device)
 
-    def take_loss_of_shard(self, mass: Tensor, total: Callable[[Tensor], Tensor]) -> None:
-        """Keeps this rank's part of the loss over ranks, from the mass (nnz,) of the blocks that it chose last.
+    def take_loss_of_shard(self, selection: Selection, mass: Tensor, total: Callable[[Tensor], Tensor]) -> None:
+        """Keeps this rank's part of the loss over ranks, from the mass (nnz,) of the selected blocks.
 
         Args:
             total: () of this rank -> () the sum over all ranks.
         """
-        part, weight = self._take_choice().divergence(mass, self.temperature.value)
+        part, weight = selection.choice.divergence(mass, self.temperature.value)
         self._loss = part / total(weight)
 
     def divergence(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -243,19 +247,14 @@ class BlockSelector(nn.Module):
         key = (q_len, kv_len, density, device)
         return self._cache.get(key, lambda: Shape.make(self.rules, q_len, kv_len, density, device))
 
-    def _keep(self, u: Tensor, w: Tensor, shape: Shape) -> tuple[BlockLayout, Tensor | None]:
+    def _keep(self, u: Tensor, w: Tensor, shape: Shape) -> Selection:
         copies, temperature = self.num_heads // self.num_kv_heads, self.temperature.value
         if self.density.value == 1.0 and self.rules.max_blocks is None:
             choice = Choice.of_all(u, w, shape, copies, apart=self.method == "bias" or not shape.is_whole)
         else:
             choice = Choice.of_best(u, w, shape, copies, self.top_p, temperature)
-        self._choice, self._loss = choice, None
-        return choice.layout, choice.bias(temperature) if self.method == "bias" else None
-
-    def _take_choice(self) -> Choice:
-        choice, self._choice = self._choice, None
-        assert choice is not None, "select or choose comes first"
-        return choice
+        self._loss = None
+        return Selection(choice.layout, choice.bias(temperature) if self.method == "bias" else None, choice)
 
     def _distill(self, choice: Choice, call: AttentionCall, lse: Tensor) -> Tensor:
         """() nats: of sampled rows, and where some blocks are left out half and half with all rows' kept blocks."""
@@ -274,7 +273,7 @@ class BlockSelector(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle forgets the last forward."""
-        return {**self.__dict__, "_choice": None, "_loss": None}
+        return {**self.__dict__, "_loss": None}
 
     def extra_repr(self) -> str:
         heads = f"{self.num_heads}" if self.num_heads == self.num_kv_heads else f"{self.num_heads}/{self.num_kv_heads}"

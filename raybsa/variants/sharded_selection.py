@@ -9,18 +9,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from raybsa.comm import Communicator
-from raybsa.layout import BlockLayout
 from raybsa.ring.partition import Partition
 from raybsa.ring.runtime import gather_layout
 from raybsa.selectors.pooling import blocks_before
 from raybsa.selectors.shape import Shape
+from raybsa.variants.selection import Selection
 from raybsa.variants.selector import BlockSelector
 
 
 def select_shard(
     selector: BlockSelector, q: Tensor, k: Tensor, partition: Partition, communicator: Communicator
-) -> tuple[BlockLayout, Tensor | None]:
-    """The whole layout, the same on every rank, and the bias of this rank's blocks.
+) -> Selection:
+    """The whole layout, the same on every rank, and the bias and choice of this rank's blocks.
 
     What travels is O(num_blocks): the blocks' statistics and the chosen blocks.
 
@@ -35,8 +35,8 @@ def select_shard(
     if selector.rules.causal:
         before = blocks_before(gather_blocks(own, partition, communicator, size))[:, :, rows]
     shape = Shape.make(selector.rules, length, length, selector.density.value, q.device, rows)
-    layout, bias = selector.choose(own, before, keys, shape)
-    return gather_layout(layout, partition, communicator), bias
+    found = selector.choose(own, before, keys, shape)
+    return found._replace(layout=gather_layout(found.layout, partition, communicator))
 
 
 def gather_blocks(own: Tensor, partition: Partition, communicator: Communicator, block_size: int) -> Tensor:

@@ -16,6 +16,7 @@ from raybsa.layout import BlockLayout
 from raybsa.patterns.pattern import Pattern, check_density
 from raybsa.spec import ADAPTIVE, PatternSpec, canonical_json
 from raybsa.variants.cache import LayoutCache
+from raybsa.variants.selection import Selection
 from raybsa.variants.selector import BlockSelector
 
 DEFAULT_PATTERN = "sliding_window"
@@ -27,8 +28,17 @@ PatternLike = Pattern | PatternSpec | Mapping[str, Any] | str
 class LayoutSource(Protocol):
     """Says which blocks a call keeps. A learned source is an nn.Module and brings its own parameters."""
 
-    def select(self, q: Tensor, k: Tensor) -> tuple[BlockLayout, Tensor | None]:
-        """The layout for q (B, H, Sq, D) and k (B, Hkv, Skv, D), on q's device, and (nnz,) ``block_bias`` or None."""
+    def select(
+        self,
+        q: Tensor,
+        k: Tensor,
+        attn_mask: Tensor | None = None,
+        segment_ids: tuple[Tensor, Tensor] | None = None,
+    ) -> Selection:
+        """The layout for q (B, H, Sq, D) and k (B, Hkv, Skv, D), on q's device, and (nnz,) ``block_bias`` or None.
+
+        ``attn_mask`` and ``segment_ids`` are the call's: what they hide from a token may not decide on its blocks.
+        """
         ...
 
     @property
@@ -41,8 +51,8 @@ class LayoutSource(Protocol):
         """Whether ``complete`` needs the attention's lse."""
         ...
 
-    def complete(self, call: AttentionCall, out: Tensor, lse: Tensor | None) -> Tensor:
-        """The variant's output, from that of the attention over the blocks selected last; ``lse`` (B, H, Sq)."""
+    def complete(self, selection: Selection, call: AttentionCall, out: Tensor, lse: Tensor | None) -> Tensor:
+        """The variant's output, from that of the attention over the selected blocks; ``lse`` (B, H, Sq)."""
         ...
 
     def layout(self, q_len: int, kv_len: int, num_heads: int, device: torch.device) -> BlockLayout:
@@ -87,20 +97,26 @@ class FixedPattern:
         self.__dict__.update(state)
         self.handle = new_handle(self)
 
-    def select(self, q: Tensor, k: Tensor) -> tuple[BlockLayout, None]:
-        """The rule's layout at these lengths, and no bias.
+    def select(
+        self,
+        q: Tensor,
+        k: Tensor,
+        attn_mask: Tensor | None = None,
+        segment_ids: tuple[Tensor, Tensor] | None = None,
+    ) -> Selection:
+        """The rule's layout at these lengths, and no bias; it looks at no mask.
 
         Under ``torch.compile`` the rule itself stands for its layout: the operator asks it when it runs.
         """
         if torch.compiler.is_compiling():
-            return cast("BlockLayout", self), None
-        return self.layout(q.shape[2], k.shape[2], q.shape[1], q.device), None
+            return Selection(cast("BlockLayout", self))
+        return Selection(self.layout(q.shape[2], k.shape[2], q.shape[1], q.device))
 
     @property
     def wants_lse(self) -> bool:
         return False
 
-    def complete(self, call: AttentionCall, out: Tensor, lse: Tensor | None) -> Tensor:
+    def complete(self, selection: Selection, call: AttentionCall, out: Tensor, lse: Tensor | None) -> Tensor:
         """The output as it is."""
         return out
 

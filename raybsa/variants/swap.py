@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from raybsa.kernels.call import AttentionCall
 from raybsa.layout import BlockLayout
 from raybsa.spec import DENSE, AttentionSpec
+from raybsa.variants.selection import Selection
 from raybsa.variants.selector import BlockSelector
 from raybsa.variants.source import FixedPattern, layout_source
 from raybsa.variants.swap_hooks import Outside, Served, Swapped, named
@@ -150,10 +151,16 @@ class _Recorder:
         self.name, self.inner, self.keep = name, inner, keep
         self.causal = inner.causal
 
-    def select(self, q: Tensor, k: Tensor) -> tuple[BlockLayout, None]:
+    def select(
+        self,
+        q: Tensor,
+        k: Tensor,
+        attn_mask: Tensor | None = None,
+        segment_ids: tuple[Tensor, Tensor] | None = None,
+    ) -> Selection:
         return self.inner.select(q, k)
 
-    def complete(self, call: AttentionCall, out: Tensor, lse: Tensor | None) -> Tensor:
+    def complete(self, selection: Selection, call: AttentionCall, out: Tensor, lse: Tensor | None) -> Tensor:
         q, k, v = (x.detach() for x in (call.q, call.k, call.v))
         self.keep(self.name, replace(call, q=q, k=k, v=v, return_lse=False))
         return out

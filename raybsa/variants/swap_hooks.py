@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Set
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -13,9 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from raybsa.kernels.api import run_call
-from raybsa.kernels.call import AttentionCall, cast_inputs
-from raybsa.kernels.compiled import draw_seed
+from raybsa.variants.attend import attend
 from raybsa.variants.multihead import BlockSparseMultihead
 from raybsa.variants.selector import BlockSelector
 from raybsa.variants.source import LayoutSource
@@ -155,13 +152,8 @@ def _attend(
     enable_gqa: bool = False,
 ) -> Tensor:
     """``F.scaled_dot_product_attention`` over the kept blocks."""
-    q, k, v = cast_inputs(query, key, value)
     (source, backend), mask = serve(attn_mask, is_causal)
-    layout, bias = source.select(q, k)
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    seed, deterministic = draw_seed(dropout_p), torch.are_deterministic_algorithms_enabled()
-    call = AttentionCall(q, k, v, layout, scale, mask, None, bias, dropout_p, seed, deterministic, source.wants_lse)
-    return source.complete(call, *run_call(call, backend))
+    return attend(source, query, key, value, scale=scale, attn_mask=mask, dropout_p=dropout_p, backend=backend)
 
 
 class _Multihead(BlockSparseMultihead):

@@ -38,7 +38,7 @@ def test_the_density_is_exact_and_shared_evenly_by_the_rows_for_any_batch(method
     model = make(method, causal=causal)
     for batch in (1, 3):
         q, k, _ = inputs(tokens, batch, kv_tokens)
-        layout, _ = model.source.select(q, k)
+        layout = model.source.select(q, k).layout
         layout.validate()
         assert layout.num_groups == batch * 4
         counts, allowed = layout.row_counts, layout.allowed_blocks
@@ -79,7 +79,7 @@ def test_candidates_are_bounded_by_segments_and_rates():
 def test_without_a_bias_the_output_is_the_attention_over_the_chosen_blocks():
     model = make()
     q, k, v = inputs()
-    layout, bias = model.source.select(q, k)
+    layout, bias, _ = model.source.select(q, k)
     assert bias is None
     torch.testing.assert_close(model(q, k, v), block_sparse_attention(q, k, v, layout, backend="reference"))
 
@@ -92,8 +92,8 @@ def test_with_all_blocks_kept_it_is_dense_attention():
 
 def test_a_cap_keeps_fewer_blocks_and_never_more():
     q, k, _ = inputs()
-    full, _ = make(density=0.5, method="mean-pool").source.select(q, k)
-    capped, _ = make(density=0.5, method="mean-pool", top_p=0.3).source.select(q, k)
+    full = make(density=0.5, method="mean-pool").source.select(q, k).layout
+    capped = make(density=0.5, method="mean-pool", top_p=0.3).source.select(q, k).layout
     assert capped.nnz_blocks < full.nnz_blocks
     assert (capped | full).digest() == full.digest()
 
@@ -255,7 +255,7 @@ def test_a_multihead_module_takes_it_as_its_pattern_and_trains_it(method):
     out, weights = model(x, x, x)
     (out.square().mean() + selector_loss(model)).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.source.parameters())
-    layout, _ = model.source.select(*(model._to_heads(y) for y in model._project(x, x, x)[:2]))
+    layout = model.source.select(*(model._to_heads(y) for y in model._project(x, x, x)[:2])).layout
     assert weights is not None
     assert layout.density < 0.4
 
@@ -280,7 +280,7 @@ def test_under_autocast_scores_stay_in_float32(dtype):
     with torch.autocast("cpu", dtype):
         out = model(q, k, v)
         loss = model.selector_loss()
-        chosen, _ = model.source.select(q, k)
+        chosen = model.source.select(q, k).layout
     assert torch.equal(chosen.col_indices, model.source.select(q, k)[0].col_indices)
     assert out.dtype == dtype
     assert loss.dtype == torch.float32

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from raybsa.layout import BlockLayout
 from raybsa.patterns import SinkWindow, SlidingWindow, per_head
 from raybsa.variants.base import BlockSparseBase
+from raybsa.variants.selection import Selection
 
 PATTERN = per_head([SlidingWindow(window=24), SinkWindow(sink=8, window=8)])
 
@@ -80,8 +81,13 @@ def test_a_source_may_bring_a_bias_a_block():
             super().__init__()
             self.weight = nn.Parameter(torch.tensor([0.3, -1.0], dtype=torch.float64))
 
-        def select(self, q, k):
-            return BlockLayout.from_rows([[0, 1]], q_len=8, kv_len=16, q_block_size=8), self.weight
+        wants_lse = False
+
+        def select(self, q, k, attn_mask=None, segment_ids=None):
+            return Selection(BlockLayout.from_rows([[0, 1]], q_len=8, kv_len=16, q_block_size=8), self.weight)
+
+        def complete(self, selection, call, out, lse):
+            return out
 
     module = BlockSparseBase(pattern="dense")
     module.source = Learned()

@@ -9,6 +9,7 @@ from torch import nn
 from raybsa.layout import BlockLayout
 from raybsa.patterns import Random, SinkWindow, SlidingWindow, per_head
 from raybsa.variants.multihead import BlockSparseMultihead
+from raybsa.variants.selection import Selection
 
 PATTERN = per_head([SlidingWindow(window=24), SinkWindow(sink=8, window=8)])
 EMBED, HEADS, BATCH = 16, 4, 2
@@ -96,12 +97,12 @@ def test_the_weights_follow_a_block_bias_of_the_source():
             super().__init__()
             self.weight = nn.Parameter(torch.tensor([0.5, -1.0], dtype=torch.float64))
 
-        def select(self, q, k):
-            return BlockLayout.from_rows([[0, 1]], q_len=8, kv_len=16, q_block_size=8), self.weight
+        def select(self, q, k, attn_mask=None, segment_ids=None):
+            return Selection(BlockLayout.from_rows([[0, 1]], q_len=8, kv_len=16, q_block_size=8), self.weight)
 
         wants_lse = False
 
-        def complete(self, call, out, lse):
+        def complete(self, selection, call, out, lse):
             return out
 
     theirs, ours = pair()

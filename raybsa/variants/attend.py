@@ -1,0 +1,37 @@
+"""The path of a variant's call: its source selects blocks, a backend attends over them, the source completes it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from raybsa.kernels.api import make_call, run_call
+from raybsa.variants.source import LayoutSource
+
+
+def attend(
+    source: LayoutSource,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    segment_ids: tuple[Tensor, Tensor] | None = None,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """(B, H, Sq, D) in q's dtype; arguments as in ``block_sparse_attention``, over the blocks that ``source`` keeps."""
+    selection = source.select(q, k, attn_mask, segment_ids)
+    call = make_call(
+        q,
+        k,
+        v,
+        selection.layout,
+        scale=scale,
+        attn_mask=attn_mask,
+        segment_ids=segment_ids,
+        block_bias=selection.block_bias,
+        dropout_p=dropout_p,
+        return_lse=source.wants_lse,
+    )
+    return source.complete(selection, call, *run_call(call, backend))
