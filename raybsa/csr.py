@@ -149,6 +149,14 @@ class Csr:
             row, col, index = row[kept], col[kept], index[kept]
         return Csr(_offsets(row, self.num_groups, counts.shape[1]), col, num_columns), index
 
+    def select_groups(self, groups: Tensor) -> tuple[Csr, Tensor]:
+        """The groups of these numbers (n,), in this order, and (nnz,) int64 each entry's place before."""
+        counts, starts = self.counts[groups].reshape(-1), self.crow_indices[groups, :-1].reshape(-1)
+        row = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+        before = counts.cumsum(0) - counts
+        index = (starts - before)[row] + torch.arange(len(row), device=row.device)
+        return Csr(_offsets(row, len(groups), self.num_rows), self.col_indices[index], self.num_columns), index
+
     def _with_keys(self, keys: Tensor, num_groups: int) -> Csr:
         return Csr.of_keys(keys, num_groups, self.num_rows, self.num_columns)
 

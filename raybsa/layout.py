@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, overload
 
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from raybsa.axis import Axis, check_geometry, whole_axes
 from raybsa.csr import Csr
-from raybsa.handles import new_handle
 from raybsa.picture import cells, shades
 
 
@@ -25,8 +24,9 @@ from raybsa.picture import cells, shades
 class BlockLayout:
     """Which KV blocks each query block attends.
 
-    The constructor checks shapes and types only; ``validate`` checks the contents in O(nnz). ``from_rows``,
-    ``from_dense`` and ``from_blocks`` build layouts whose contents are right by construction.
+    The constructor checks shapes and types only; ``validate`` checks the contents in O(nnz), which an attention does
+    before it first uses them. ``from_rows``, ``from_dense`` and ``from_blocks`` build layouts whose contents are right
+    by construction.
 
     Args:
         crow_indices: (G, num_q_blocks + 1) int64. ``col_indices[crow_indices[g, i]:crow_indices[g, i + 1]]`` are the KV
@@ -44,7 +44,6 @@ class BlockLayout:
         kv_block_ids: the same for KV blocks.
         transient: its columns follow from data and serve one call, so that what pays only for a layout used again (a
             choice among measured backends) is not done for it.
-        handle: by which ``raybsa.handles`` finds the layout in this process, never given.
     """
 
     crow_indices: Tensor
@@ -57,7 +56,6 @@ class BlockLayout:
     q_block_ids: Tensor | None = None
     kv_block_ids: Tensor | None = None
     transient: bool = False
-    handle: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_geometry(self.q_len, self.kv_len, self.q_block_size, self.kv_block_size)
@@ -71,12 +69,10 @@ class BlockLayout:
             raise ValueError(f"the tensors of a layout must share a device, got {[str(device) for device in devices]}")
         if crow.shape[1] - 1 != self._q.count:
             raise ValueError(f"crow_indices must have {self._q.count} + 1 columns, got {crow.shape[1]}")
-        object.__setattr__(self, "handle", new_handle(self))
 
-    def __setstate__(self, state: dict[str, object]) -> None:
-        """A copy, or what came from another process, is known here by a handle of its own."""
-        self.__dict__.update(state)
-        object.__setattr__(self, "handle", new_handle(self))
+    def __getstate__(self) -> dict[str, object]:
+        """A copy or a pickle is of the fields: what was found out of them belongs to this object's tensors."""
+        return {name: value for name, value in self.__dict__.items() if name in self.__dataclass_fields__}
 
     # ---- its parts ---------------------------------------------------------------------------------------------
 
@@ -95,7 +91,7 @@ class BlockLayout:
     @classmethod
     def _of(cls, blocks: Csr, q: Axis, kv: Axis, causal: bool) -> BlockLayout:
         sizes = (q.length, kv.length, q.block_size, kv.block_size)
-        return cls(blocks.crow_indices, blocks.col_indices, *sizes, causal, q.ids, kv.ids)
+        return cls(blocks.crow_indices, blocks.col_indices, *sizes, causal, q.ids, kv.ids).trusted()
 
     # ---- sizes -------------------------------------------------------------------------------------------------
 
@@ -103,6 +99,21 @@ class BlockLayout:
     def device(self) -> torch.device:
         """Where its tensors live."""
         return self.col_indices.device
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, bool]:
+        """q_len, kv_len, q_block_size, kv_block_size and causal."""
+        return self.q_len, self.kv_len, self.q_block_size, self.kv_block_size, self.causal
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        """Another one once a tensor of it was written to, as far as torch counts that."""
+        return tuple([x._version for x in self._counted])
+
+    @cached_property
+    def _counted(self) -> tuple[Tensor, ...]:
+        tensors = (self.crow_indices, self.col_indices, self.q_block_ids, self.kv_block_ids)
+        return tuple(x for x in tensors if x is not None and not x.is_inference())
 
     @property
     def num_groups(self) -> int:
@@ -279,6 +290,15 @@ class BlockLayout:
         _, row, col = self.coordinates()
         if bool((col >= self.allowed_blocks[row]).any()):
             raise ValueError("a causal layout must hold no block above the diagonal")
+        return self.trusted()
+
+    def checked(self) -> BlockLayout:
+        """Itself, validated where its contents were not yet, or were written to since."""
+        return self if self.__dict__.get("_sound") == self.version else self.validate()
+
+    def trusted(self) -> BlockLayout:
+        """Itself, whose contents are right by construction: ``checked`` need not look at them."""
+        self.__dict__["_sound"] = self.version
         return self
 
     # ---- operations --------------------------------------------------------------------------------------------
@@ -349,6 +369,12 @@ class BlockLayout:
         if repeats < 1:
             raise ValueError(f"repeats must be positive, got {repeats}")
         return self._of(self._blocks.repeat(repeats), self._q, self._kv, self.causal)
+
+    def select_groups(self, groups: Tensor) -> tuple[BlockLayout, Tensor]:
+        """The layout of the groups of these numbers (n,) int64, in this order, and (nnz,) int64 each kept block's place
+        in this layout."""
+        blocks, index = self._blocks.select_groups(groups)
+        return self._of(blocks, self._q, self._kv, self.causal), index
 
     # ---- looking -----------------------------------------------------------------------------------------------
 

@@ -13,9 +13,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Floor of each room, bottom first; docs/design.md draws the same house.
 FLOORS = {
+    "raybsa.aside": 0,
     "raybsa.axis": 0,
+    "raybsa.cache": 0,
     "raybsa.csr": 0,
-    "raybsa.handles": 0,
     "raybsa.layout": 0,
     "raybsa.picture": 0,
     "raybsa.spec": 0,

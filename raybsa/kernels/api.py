@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
+from functools import partial
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from raybsa.kernels import auto, blocked, compiled, cpp, flex, reference, triton_backend
-from raybsa.kernels.call import AttentionCall, cast_inputs, check_call, decided
-from raybsa.kernels.compiled import draw_seed
+from raybsa.aside import shape_of
+from raybsa.kernels import auto, blocked, composite, cpp, dtensor, flex, operator, reference, transforms, triton_backend
+from raybsa.kernels.backward import BACKENDS as BACKWARDS
+from raybsa.kernels.backward import own_backend
+from raybsa.kernels.call import AttentionCall, cast_inputs, check_call, check_numbers, decided, default_scale
 from raybsa.kernels.eager import eagerly
+from raybsa.kernels.ordinary import forward_mode, is_distributed, is_ordinary, under_transforms
 from raybsa.kernels.peers import cudnn, fa4
+from raybsa.kernels.seed import seed_for
+from raybsa.kernels.widths import nothing_to_attend, one_width
 from raybsa.layout import BlockLayout
 from raybsa.own import own
+from raybsa.patterns.written import WrittenRule
 
 BACKENDS: dict[str, ModuleType] = {
     "reference": reference,
@@ -47,20 +54,21 @@ def block_sparse_attention(
 
     A row with nothing to attend gives output 0, lse -inf and zero gradients. Under ``torch.autocast`` q, k and v are
     cast to its dtype, as SDPA does. Under ``torch.compile`` it is one operator, without a graph break; a named backend
-    of other makers, ``reference`` and a gradient of attn_mask do break the graph.
+    of other makers and ``reference`` do break the graph. What else of torch it serves, and what it refuses, is in
+    docs/troubleshooting.md.
 
     Args:
         q: (B, H, Sq, D) float16, bfloat16, float32 or float64.
         k: (B, Hkv, Skv, D) with H a multiple of Hkv: query head h reads KV head ``h // (H // Hkv)``.
-        v: (B, Hkv, Skv, D).
+        v: (B, Hkv, Skv, Dv), mostly with Dv = D; where it is not, the narrower are filled up with zeros.
         layout: which KV blocks each query block attends, for Sq and Skv tokens, on q's device.
         scale: factor on the scores; None means ``1 / sqrt(D)``.
         attn_mask: broadcastable to (B, H, Sq, Skv), never expanded; bool (True = attend) or added to the scores.
         segment_ids: int tensors (B, Sq) and (B, Skv); tokens of different segments do not see each other.
         block_bias: (nnz,) added to the scores of its block, in the layout's storage order; differentiable.
         dropout_p: share of the attention weights to drop, in [0, 1); the rest is scaled by ``1 / (1 - dropout_p)``.
-        seed: what dropout is drawn from (``raybsa.counter``), by global positions; None draws one from torch's default
-            CPU generator.
+        seed: what dropout is drawn from (``raybsa.counter``), by global positions: an integer, of which the lower 32
+            bits count. None draws one from torch's default generator of q's device, as torch's own dropout does.
         deterministic: True asks for bit-equal repeats; None follows ``torch.use_deterministic_algorithms``.
         return_lse: also return lse (B, H, Sq), natural log, float32 (float64 for float64 inputs), differentiable.
         backend: ``"auto"`` or a name in ``BACKENDS``. ``"auto"`` takes what was fastest on this GPU for such a call
@@ -68,7 +76,7 @@ def block_sparse_attention(
             ``torch.compile`` it takes our own.
 
     Returns:
-        out (B, H, Sq, D) in q's dtype, or (out, lse).
+        out (B, H, Sq, Dv) in q's dtype, or (out, lse).
 
     Raises:
         ValueError, TypeError: arguments that do not fit together.
@@ -109,17 +117,18 @@ def make_call(
 ) -> AttentionCall:
     """The call that ``block_sparse_attention`` runs for these arguments, with what they leave open decided."""
     q, k, v = cast_inputs(q, k, v)
+    check_numbers(scale, dropout_p, segment_ids)
     return AttentionCall(
         q,
         k,
         v,
         layout,
-        1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale),
+        default_scale(q) if scale is None else float(scale),
         attn_mask,
         segment_ids,
         block_bias,
         float(dropout_p),
-        draw_seed(dropout_p) if seed is None else int(seed),
+        seed_for(seed, dropout_p, q.device),
         torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic,
         return_lse,
     )
@@ -127,8 +136,22 @@ def make_call(
 
 def run_call(call: AttentionCall, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """out and lse (only where the call asks for it) of a call made elsewhere; raises as ``block_sparse_attention``."""
+    nothing = nothing_to_attend(call.q, call.k, call.v)
+    if nothing is not None:
+        return nothing
+    width = shape_of(call.v)[-1]
+    if width == shape_of(call.q)[-1] or shape_of(call.v)[:-1] != shape_of(call.k)[:-1]:
+        return _run(call, backend)
+    out, lse = _run(one_width(call), backend)
+    return out[..., :width], lse
+
+
+def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
+    """By the path that what torch is doing leaves open."""
     if torch.compiler.is_compiling():
-        return compiled.run(call, backend) if compiled.can_serve(call, backend) else eagerly(_run_late, call, backend)
+        return operator.run(call, backend) if _is_ours(call, backend) else eagerly(_run_late, call, backend)
+    if not is_ordinary(call):
+        return _run_aside(call, backend)
     module = _chosen(call, backend)
     if not torch.is_autocast_enabled(call.q.device.type):
         return module.run(call)
@@ -137,7 +160,40 @@ def run_call(call: AttentionCall, backend: str = "auto") -> tuple[Tensor, Tensor
 
 
 def _run_late(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
-    return run_call(compiled.settle(call), backend)
+    """After a break of the graph: the layout of a written rule is known now."""
+    layout = call.layout
+    if isinstance(layout, WrittenRule):
+        layout = layout.layout(call.q.shape[2], call.k.shape[2], call.q.shape[1], call.q.device)
+    return _run(replace(call, layout=layout), backend)
+
+
+def _run_aside(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
+    """Of tensors that our kernels may not read as they are (``raybsa.kernels.ordinary``)."""
+    if is_distributed(call):
+        return dtensor.run(call, partial(_run, backend=backend))
+    if backend != "reference" and not _is_ours(call, backend):
+        raise NotImplementedError(
+            f"backend {backend!r} serves ordinary tensors, outside of torch.func, traces and dispatch modes, got "
+            f"{type(call.q).__name__}: 'auto', {', '.join(map(repr, BACKWARDS))} serve more"
+        )
+    if not under_transforms() and not forward_mode():
+        return reference.run(call) if backend == "reference" else operator.run(call, backend)
+    check_call(call)
+    if backend == "reference":
+        return reference.run(call)
+    with torch.autocast(call.q.device.type, enabled=False):
+        return composite.run(call) if forward_mode() else transforms.run(call, partial(_serve, backend))
+
+
+def _serve(backend: str, call: AttentionCall, of_mask: bool) -> ModuleType:
+    return own_backend(call, backend, of_mask)
+
+
+def _is_ours(call: AttentionCall, backend: str) -> bool:
+    """Whether the operator serves the call; what a backend of ours lacks is refused when it runs, but for this."""
+    if backend == "triton" and call.attn_mask is not None and call.attn_mask.requires_grad:
+        return False
+    return operator.can_serve(backend)
 
 
 def _chosen(call: AttentionCall, backend: str) -> ModuleType:
@@ -147,6 +203,8 @@ def _chosen(call: AttentionCall, backend: str) -> ModuleType:
         check_call(call)
         return BACKENDS[choose_backend(call)] if backend == "auto" else _named(backend, call)
 
+    if getattr(call.layout, "transient", False):
+        call.layout.checked()
     found: ModuleType = decided(call, ("backend", backend), choose)
     return found
 

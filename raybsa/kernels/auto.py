@@ -9,7 +9,8 @@ from math import log
 import torch
 
 from raybsa.kernels.auto_table import Measured, of_device, table
-from raybsa.kernels.call import AttentionCall, kept_with
+from raybsa.kernels.call import AttentionCall
+from raybsa.kernels.kept import kept_with
 from raybsa.kernels.peers.guards import why_not_plain
 from raybsa.layout import BlockLayout
 

@@ -54,8 +54,16 @@ def attention_backward(
     return found
 
 
-def own_backend(call: AttentionCall, backend: str = "auto") -> ModuleType:
-    """The backend of ours that serves a checked call, by the words and errors of ``attention_backward``."""
+def own_backend(call: AttentionCall, backend: str = "auto", of_mask: bool = False) -> ModuleType:
+    """The backend of ours that serves a checked call, by the words and errors of ``attention_backward``.
+
+    Args:
+        of_mask: it is asked for the gradient of attn_mask, which only ``blocked`` makes.
+    """
+    if of_mask and backend in ("auto", "blocked"):
+        return blocked
+    if of_mask and backend in BACKENDS:
+        raise NotImplementedError(f"backend {backend!r} makes no gradient of attn_mask: 'auto' and 'blocked' do")
     if backend == "auto":
         ours = BACKENDS["triton" if call.q.is_cuda else "cpp"]
         return ours if ours.why_not(call) is None else blocked

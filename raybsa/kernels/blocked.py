@@ -8,20 +8,18 @@ and dV where it came from. Beyond inputs, outputs and gradients the workspace is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+import sys
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from raybsa.kernels import node
 from raybsa.kernels.call import AttentionCall, compute_dtype
 from raybsa.kernels.chunks import plan_chunks
 from raybsa.kernels.delta import row_delta
 from raybsa.kernels.gather import BlockTable
 from raybsa.kernels.merge import merge
-from raybsa.kernels.scores import ChunkScores, scaled_product, take_rows
+from raybsa.kernels.scores import ChunkScores, four_dims, scaled_product, take_rows
 
 INF = float("inf")
 
@@ -33,30 +31,21 @@ def why_not(call: AttentionCall) -> str | None:
 
 def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """out (B, H, Sq, D) in q's dtype, and lse (B, H, Sq) in the compute dtype if the call wants it."""
-    tensors = (call.q, call.k, call.v, call.attn_mask, call.block_bias)
-    out, lse = _Blocked.apply(*tensors, _with_tensors(call, (None,) * 5))
-    return out, lse if call.return_lse else None
+    return node.run(call, sys.modules[__name__])
 
 
-class _Blocked(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor | None]:
-        *tensors, rest = args
-        out, lse = _forward(_with_tensors(rest, tensors))
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, out, lse)
-        ctx.rest = rest
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, out, lse = ctx.saved_tensors
-        with torch.autocast(out.device.type, enabled=False):
-            call, wanted = _with_tensors(ctx.rest, tensors), ctx.needs_input_grad
-            grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-            sums = _Backward(call, wanted[3:5], lse, row_delta(out, grad_out, grad_lse), grad_out).run()
-            return (*(None if x is None else x.to(t.dtype) for x, t in zip(sums, tensors, strict=True)), None)
+def gradients(
+    call: AttentionCall,
+    out: Tensor,
+    lse: Tensor | None,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """As ``node.run`` asks for them."""
+    sums = _Backward(call, wanted, lse, row_delta(out, grad_out, grad_lse), grad_out).run()
+    like = (call.q, call.k, call.v, call.attn_mask, call.block_bias)
+    return tuple(None if x is None or t is None else x.to(t.dtype) for x, t in zip(sums, like, strict=True))
 
 
 def backward(
@@ -67,13 +56,8 @@ def backward(
     return q, k, v, bias
 
 
-def _with_tensors(call: AttentionCall, tensors: Sequence[Any]) -> AttentionCall:
-    """The call with these (q, k, v, attn_mask, block_bias); autograd keeps tensors, the context keeps the rest."""
-    q, k, v, attn_mask, block_bias = tensors
-    return replace(call, q=q, k=k, v=v, attn_mask=attn_mask, block_bias=block_bias)
-
-
-def _forward(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+def forward(call: AttentionCall, for_gradient: bool = False) -> tuple[Tensor, Tensor | None]:
+    """As ``run``, without a node; its gradient needs no lse where the call wants none."""
     plan, tables, dtype = plan_chunks(call), _Tables(call), compute_dtype(call.q.dtype)
     batch, heads, tokens, head_dim = call.q.shape
     rows = (batch * heads * call.layout.num_q_blocks, call.layout.q_block_size)
@@ -184,7 +168,8 @@ class _Backward:
             sums = grad_scores.view(len(chunk.row), -1, chunk.width, self.call.layout.kv_block_size).sum((1, 3))
             self._add_blocks(self.grad_bias, at.slots.view(-1), sums)
         if self.grad_mask is not None:
-            self.grad_mask.index_put_(at.mask_index, grad_scores, accumulate=True)
+            index = tuple(x.expand(grad_scores.shape) for x in at.mask_index)
+            four_dims(self.grad_mask).index_put_(index, grad_scores, accumulate=True)
 
     def _weights(self, at: ChunkScores, scores: Tensor) -> Tensor:
         """The forward's weights: by the rows' lse where there is one, else softmax over the whole rows at hand."""

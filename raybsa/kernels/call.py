@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from raybsa.aside import shape_of
+from raybsa.kernels.kept import kept_with, kept_with_rows
 from raybsa.layout import BlockLayout
 
 ALIGNMENT = 128  # bytes: what any kernel here may assume of a tensor's address
@@ -24,7 +25,8 @@ class AttentionCall:
     """One call whose arguments fit together; never changed once it is made.
 
     q is (B, H, Sq, D), k and v are (B, Hkv, Skv, D); the rest is as ``block_sparse_attention`` documents it, with
-    ``scale``, ``seed`` and ``deterministic`` decided. Sq and Skv are the layout's tokens at hand.
+    ``scale``, ``seed`` and ``deterministic`` decided. Sq and Skv are the layout's tokens at hand. ``seed`` is () int64
+    on q's device, None where nothing is dropped.
     """
 
     q: Tensor
@@ -36,7 +38,7 @@ class AttentionCall:
     segment_ids: tuple[Tensor, Tensor] | None
     block_bias: Tensor | None
     dropout_p: float
-    seed: int
+    seed: Tensor | None
     deterministic: bool
     return_lse: bool
 
@@ -47,7 +49,8 @@ class AttentionCall:
 
     @cached_property
     def signature(self) -> int:
-        """A number for all that decides how the call runs, but for the numbers in its tensors, its layout and its seed.
+        """A number for all that decides how the call runs, but for its numbers (those in its tensors, scale, share of
+        dropout, seed) and its layout.
 
         Calls of equal signature that share a layout pass the same checks and run the same kernels.
         """
@@ -55,9 +58,8 @@ class AttentionCall:
         of_tensors = tuple([None if t is None else _signature(t) for t in tensors])
         of_mask = self.attn_mask is not None and self.attn_mask.requires_grad
         grads = (self.needs_grad, of_mask)
-        known = (*of_tensors, *grads, self.scale, self.dropout_p, self.deterministic, self.return_lse)
-        found = _SIGNATURES.get(known)
-        return _SIGNATURES.setdefault(known, next(_NUMBERS)) if found is None else found
+        of_numbers = (self.scale > 0, self.scale < 0, self.dropout_p > 0)
+        return _number_of((*of_tensors, *grads, *of_numbers, self.deterministic, self.return_lse))
 
     @property
     def extra(self) -> str | None:
@@ -78,33 +80,21 @@ class AttentionCall:
 
 
 _SIGNATURES: dict[tuple[Any, ...], int] = {}
+_MOST_SIGNATURES = 4096
 _NUMBERS = count()
-_KEPT: WeakKeyDictionary[BlockLayout, dict[tuple[object, ...], Any]] = WeakKeyDictionary()
-_KEPT_WITH_ROWS = WeakTensorKeyDictionary()  # of the rows' offsets: a dictionary for each geometry
 
 
-def kept_with(layout: BlockLayout) -> dict[tuple[object, ...], Any]:
-    """What backends made once for a layout; it lives as long as the layout does."""
-    found = _KEPT.get(layout)
-    return _KEPT.setdefault(layout, {}) if found is None else found
-
-
-def offsets_decide_rows(layout: BlockLayout) -> bool:
-    """Whether what a row sees of its blocks follows from the offsets of the rows, whatever the columns are: equal
-    blocks of a whole sequence."""
-    return layout.q_block_size == layout.kv_block_size and layout.q_block_ids is layout.kv_block_ids is None
-
-
-def kept_with_rows(layout: BlockLayout) -> dict[tuple[object, ...], Any]:
-    """What was made once from the offsets of the rows alone; ``kept_with`` where they do not decide.
-
-    It lives as long as the tensor of the offsets: layouts that share it, as those of a selection do, share this.
-    """
-    if not offsets_decide_rows(layout):
-        return kept_with(layout)
-    sizes = (layout.q_len, layout.kv_len, layout.q_block_size, layout.causal)
-    found: dict[tuple[object, ...], Any] = _KEPT_WITH_ROWS.setdefault(layout.crow_indices, {}).setdefault(sizes, {})
+def _number_of(known: tuple[Any, ...]) -> int:
+    found = _SIGNATURES.get(known)
+    if found is None:
+        if len(_SIGNATURES) >= _MOST_SIGNATURES:
+            _SIGNATURES.clear()  # numbers go on: what was decided by an old one is decided once more
+        found = _SIGNATURES.setdefault(known, next(_NUMBERS))
     return found
+
+
+def _signature(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % ALIGNMENT
 
 
 def decided(call: AttentionCall, key: tuple[object, ...], decide: Callable[[], Any]) -> Any:
@@ -120,10 +110,6 @@ def decided(call: AttentionCall, key: tuple[object, ...], decide: Callable[[], A
     return found
 
 
-def _signature(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % ALIGNMENT
-
-
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Scores, softmax and lse are float64 for float64 inputs and float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -135,12 +121,31 @@ def cast_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor
         if not isinstance(tensor, Tensor) or tensor.dim() != 4:
             came = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(f"{name} must be a tensor (batch, heads, tokens, head_dim), got {came}")
+        if tensor.is_nested:
+            raise TypeError(f"{name} must be a plain tensor, got a nested one: pad it, and hide the padding by segment_ids")
     kind = q.device.type
-    if not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return q, k, v
     dtype = torch.get_autocast_dtype(kind)
     cast = [x.to(dtype) if x.dtype in (torch.float16, torch.bfloat16, torch.float32) else x for x in (q, k, v)]
     return cast[0], cast[1], cast[2]
+
+
+def default_scale(q: Tensor) -> float:
+    """``1 / sqrt(D)``."""
+    return 1.0 / math.sqrt(max(shape_of(q)[-1], 1))
+
+
+def check_numbers(scale: Any, dropout_p: float, segment_ids: Any) -> None:
+    """Raises TypeError or ValueError for what would not even make a call."""
+    if isinstance(scale, Tensor):
+        raise TypeError("scale must be a number, got a tensor, which it would give no gradient: multiply q by it")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
+    pair = isinstance(segment_ids, tuple | list) and len(segment_ids) == 2
+    if segment_ids is not None and not (pair and all(isinstance(ids, Tensor) for ids in segment_ids)):
+        came = f"{len(segment_ids)} of them" if isinstance(segment_ids, tuple | list) else type(segment_ids).__name__
+        raise TypeError(f"segment_ids must be a pair of tensors, of the queries and of the keys, got {came}")
 
 
 def check_call(call: AttentionCall) -> None:
@@ -148,8 +153,7 @@ def check_call(call: AttentionCall) -> None:
     _check_types(call)
     _check_shapes(call)
     _check_masks(call)
-    if not 0.0 <= call.dropout_p < 1.0:
-        raise ValueError(f"dropout_p must lie in [0, 1), got {call.dropout_p}")
+    call.layout.checked()
 
 
 def _check_types(call: AttentionCall) -> None:
@@ -172,8 +176,8 @@ def _check_shapes(call: AttentionCall) -> None:
     kv_heads = call.k.shape[1]
     if call.k.shape != (batch, kv_heads, call.k.shape[2], head_dim) or call.v.shape != call.k.shape:
         raise ValueError(
-            f"k and v must be ({batch}, kv_heads, kv_tokens, {head_dim}) to fit q {tuple(call.q.shape)}, "
-            f"got {tuple(call.k.shape)} and {tuple(call.v.shape)}"
+            f"k must be ({batch}, kv_heads, kv_tokens, {head_dim}) to fit q {tuple(call.q.shape)}, and v as k but for "
+            f"its head_dim, got {tuple(call.k.shape)} and {tuple(call.v.shape)}"
         )
     if kv_heads < 1 or heads % kv_heads or not batch or not head_dim:
         raise ValueError(

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from raybsa.kernels.call import AttentionCall, compute_dtype
+from raybsa.kernels.kept import kept_with
 from raybsa.layout import BlockLayout
 
 CPU_CHUNK_BYTES = 5 * 2**20  # for each thread
@@ -63,21 +63,21 @@ class ChunkPlan:
     covers_rows: bool
 
 
-_PLANS: WeakKeyDictionary[BlockLayout, dict[tuple[int, ...], ChunkPlan]] = WeakKeyDictionary()
-
-
 def plan_chunks(call: AttentionCall) -> ChunkPlan:
     """The plan of a call, kept as long as its layout lives."""
     batch, heads, _, head_dim = call.q.shape
     layout = call.layout
     slot = compute_dtype(call.q.dtype).itemsize * layout.kv_block_size * (2 * layout.q_block_size + 4 * head_dim)
-    plans = _PLANS.setdefault(layout, {})
+    plans = kept_with(layout)
     threads = 1 if layout.device.type == "cuda" else torch.get_num_threads()
-    key = (batch, heads, call.queries_per_kv, slot, threads)
+    sizes = (batch, heads, call.queries_per_kv, slot, threads)
+    key = ("chunks", *sizes)
     if key not in plans:
-        chunks = tuple(_chunks(layout, *key))
+        chunks = tuple(_chunks(layout, *sizes))
         plans[key] = ChunkPlan(chunks, layout.col_indices.long(), bool((layout.row_counts > 0).all()))
-    return plans[key]
+    found = plans[key]
+    assert isinstance(found, ChunkPlan)
+    return found
 
 
 def _chunks(

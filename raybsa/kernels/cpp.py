@@ -8,14 +8,14 @@ no more than a fixed one. Deterministic: the number of threads decides the order
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from raybsa.kernels import cpp_build
+from raybsa.kernels import cpp_build, node
 from raybsa.kernels.call import AttentionCall
 from raybsa.kernels.delta import row_delta
 
@@ -38,9 +38,7 @@ def why_not(call: AttentionCall) -> str | None:
 
 def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """out (B, H, Sq, D) and lse (B, H, Sq), float32; lse only where the call wants it or a gradient."""
-    if not call.needs_grad:
-        return _forward(call, call.return_lse)
-    return _Cpp.apply(call.q, call.k, call.v, call)
+    return node.run(call, sys.modules[__name__])
 
 
 def backward(call: AttentionCall, lse: Tensor, delta: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
@@ -59,29 +57,23 @@ def backward(call: AttentionCall, lse: Tensor, delta: Tensor, grad_out: Tensor) 
     return grad_q, grad_k, grad_v, None
 
 
-class _Cpp(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
-        out, lse = _forward(call, True)
-        assert lse is not None
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.rest = (call.layout, call.scale, None, None, None, 0.0, 0, call.deterministic, call.return_lse)
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        delta = row_delta(out, grad_out, grad_lse)
-        return (*backward(AttentionCall(q, k, v, *ctx.rest), lse, delta, grad_out)[:3], None)
+def gradients(
+    call: AttentionCall,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    """As ``node.run`` asks for them."""
+    return (*backward(call, lse, row_delta(out, grad_out, grad_lse), grad_out)[:3], None, None)
 
 
-def _forward(call: AttentionCall, with_lse: bool) -> tuple[Tensor, Tensor | None]:
+def forward(call: AttentionCall, for_gradient: bool = False) -> tuple[Tensor, Tensor | None]:
+    """As ``run``, without a node."""
     filled, _kept = _call(call)
     out = call.q.new_empty(call.q.shape)
-    lse = call.q.new_empty(call.q.shape[:-1]) if with_lse else None
+    lse = call.q.new_empty(call.q.shape[:-1]) if call.return_lse or for_gradient else None
     address = None if lse is None else ctypes.c_void_p(lse.data_ptr())
     cpp_build.library().raybsa_forward(ctypes.byref(filled), ctypes.c_void_p(out.data_ptr()), address)
     return out, lse

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from functools import cache
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from raybsa.kernels import cpp_build, flex_tiles
 from raybsa.kernels.call import AttentionCall
+from raybsa.kernels.kept import kept_with
 from raybsa.layout import BlockLayout
 
 LIST_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
@@ -105,14 +105,11 @@ def _causal(batch: Tensor, head: Tensor, q_index: Tensor, kv_index: Tensor) -> T
     return kv_index <= q_index
 
 
-_MASKS: WeakKeyDictionary[BlockLayout, dict[tuple[int, int], Any]] = WeakKeyDictionary()
-
-
 def _block_mask(call: AttentionCall) -> Any:
-    masks = _MASKS.setdefault(call.layout, {})
-    key = (call.q.shape[0], call.q.shape[1])
+    batch, heads = call.q.shape[:2]
+    masks, key = kept_with(call.layout), ("flex", batch, heads)
     if key not in masks:
-        masks[key] = _make_block_mask(call.layout, *key)
+        masks[key] = _make_block_mask(call.layout, batch, heads)
     return masks[key]
 
 

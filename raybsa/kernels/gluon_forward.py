@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from raybsa.kernels.call import AttentionCall
 from raybsa.kernels.gluon_rows import hide_keys, produce_rows, row_barriers
 from raybsa.kernels.gluon_walk import GROUP_ROWS, Form, Walk, hear, is_plain
-from raybsa.kernels.triton_arguments import feature_tensors, numbers
+from raybsa.kernels.triton_arguments import Numbers, feature_tensors
 from raybsa.kernels.triton_descriptors import Boxes
 from raybsa.kernels.triton_launch import Tensors
 from raybsa.kernels.triton_plan import Work
@@ -44,9 +44,8 @@ class ForwardWalk:
         layout, (batch, heads, _, head_dim) = call.layout, call.q.shape
         copies = batch * heads // layout.num_groups
         self._walk = Walk(forward_walk_kernel, form, work, layout.q_block_size, copies, call.q.device)
-        plain = numbers(call)[:5]  # without what serves dropout
         sizes = (layout.num_groups, layout.num_q_blocks, work.parts)
-        self._numbers = (*sizes, *plain, self._walk.works, self._walk.total)
+        self._numbers = Numbers(sizes, call, (self._walk.works, self._walk.total))
         cuts = layout.causal or layout.kv_tokens % layout.kv_block_size != 0
         blocks = (layout.q_block_size, layout.kv_block_size)
         self._constants = (*blocks, form.cols, head_dim, form.kept, form.stages, form.groups, layout.causal, cuts)
@@ -54,7 +53,7 @@ class ForwardWalk:
 
     def __call__(self, call: AttentionCall, tensors: Tensors) -> None:
         out, tensors = tensors[3], (*tensors, *feature_tensors(call)[:2])  # where the blocks lie in the sequence
-        self._walk(tensors, self._numbers, self._constants, lambda: _boxes(call, self._form, out))
+        self._walk(tensors, self._numbers(call), self._constants, lambda: _boxes(call, self._form, out))
 
 
 def _boxes(call: AttentionCall, form: Form, out: Tensor | None) -> Boxes:

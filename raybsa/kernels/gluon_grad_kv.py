@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from raybsa.kernels.call import AttentionCall
 from raybsa.kernels.gluon_walk import FACTS, GROUP_ROWS, LOG2E, Form, Walk, hear, is_plain, place, take, tell
-from raybsa.kernels.triton_arguments import feature_tensors, numbers
+from raybsa.kernels.triton_arguments import Numbers, feature_tensors
 from raybsa.kernels.triton_descriptors import Boxes
 from raybsa.kernels.triton_launch import Tensors
 from raybsa.kernels.triton_plan import MAX_BLOCKS, MEMBER_SHIFT, Columns
@@ -52,7 +52,7 @@ class GradKVWalk:
         work, copies = columns.work, batch * kv_heads // columns.groups
         self._walk = Walk(grad_kv_walk_kernel, form, work, layout.kv_block_size, copies, call.q.device)
         sizes = (columns.groups, layout.num_kv_blocks, work.parts)
-        self._numbers = (*sizes, *numbers(call)[:5], self._walk.works, self._walk.total)
+        self._numbers = Numbers(sizes, call, (self._walk.works, self._walk.total))
         blocks = (layout.q_block_size, layout.kv_block_size)
         self._part = dtype == torch.float32
         self._constants = (
@@ -73,7 +73,7 @@ class GradKVWalk:
         tensors: Tensors = (call.q, call.k, call.v, grad_out, *grads, lse, delta, *parts)
         tensors = (*tensors, columns.work.items, columns.entries, *feature_tensors(call)[:2])
         results = () if self._part else grads
-        self._walk(tensors, self._numbers, self._constants, lambda: _boxes(call, self._form, grad_out, *results))
+        self._walk(tensors, self._numbers(call), self._constants, lambda: _boxes(call, self._form, grad_out, *results))
 
 
 def _boxes(

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from raybsa.kernels.call import AttentionCall
 from raybsa.kernels.gluon_rows import hide_keys, produce_rows, row_barriers
 from raybsa.kernels.gluon_walk import GROUP_ROWS, LOG2E, Form, Walk, hear, is_plain
-from raybsa.kernels.triton_arguments import Softmax, feature_tensors, numbers
+from raybsa.kernels.triton_arguments import Numbers, Softmax, feature_tensors
 from raybsa.kernels.triton_descriptors import Boxes
 from raybsa.kernels.triton_launch import Tensors
 from raybsa.kernels.triton_plan import Work
@@ -48,7 +48,7 @@ class GradQWalk:
         copies = batch * heads // layout.num_groups
         self._walk = Walk(grad_q_walk_kernel, form, work, layout.q_block_size, copies, call.q.device)
         counts = (layout.num_groups, layout.num_q_blocks, work.parts)
-        self._numbers = (*counts, *numbers(call)[:5], self._walk.works, self._walk.total)
+        self._numbers = Numbers(counts, call, (self._walk.works, self._walk.total))
         cuts = layout.causal or layout.kv_tokens % layout.kv_block_size != 0
         blocks = (layout.q_block_size, layout.kv_block_size)
         sizes = (form.cols, head_dim, form.kept, form.stages, form.groups)
@@ -70,7 +70,9 @@ class GradQWalk:
         tensors = (*tensors, delta, parts, work.items, call.layout.col_indices)
         tensors = (*tensors, *feature_tensors(call)[:2])
         result = None if self._part else grad
-        self._walk(tensors, self._numbers, self._constants, lambda: _boxes(call, self._form, forward, grad_out, result))
+        self._walk(
+            tensors, self._numbers(call), self._constants, lambda: _boxes(call, self._form, forward, grad_out, result)
+        )
 
 
 def _boxes(call: AttentionCall, form: Form, forward: Softmax, grad_out: Tensor, grad: Tensor | None) -> Boxes:

@@ -52,6 +52,7 @@ def dropout_factor(call: AttentionCall, columns: Tensor) -> Tensor:
 
     Drawn from (seed, b * H + h, global row, global column); ``columns`` (n,) are global key positions.
     """
+    assert call.seed is not None
     batch, heads = call.q.shape[:2]
     head = torch.arange(batch * heads, device=call.q.device).view(batch, heads, 1, 1)
     rows = token_positions(call)[0][:, None]

@@ -82,7 +82,7 @@ class ChunkScores:
             bias = self.call.block_bias[self.slots].to(scores.dtype)
             self._by_block(scores).add_(bias[:, None, :, None])
         if self.call.attn_mask is not None:
-            mask = self.call.attn_mask[self.mask_index]
+            mask = four_dims(self.call.attn_mask)[self.mask_index]
             scores = scores.masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else scores.add_(mask)
         if self.call.segment_ids is not None:
             q_ids, kv_ids = self.call.segment_ids
@@ -97,7 +97,8 @@ class ChunkScores:
 
     @cached_property
     def mask_index(self) -> tuple[Tensor, ...]:
-        """Index of each (C, bq, m * bk) pair into ``attn_mask``, whose dimensions of size 1 are never expanded."""
+        """Index of each (C, bq, m * bk) pair into ``attn_mask`` in four dimensions; it broadcasts to that shape, as the
+        mask's dimensions of size 1 are never expanded."""
         assert self.call.attn_mask is not None
         full = (
             self.batch[:, None, None],
@@ -105,20 +106,16 @@ class ChunkScores:
             self.q_token[:, :, None],
             self.kv_token[:, None, :],
         )
-        shape = self.call.attn_mask.shape
-        return tuple(
-            index if size > 1 else torch.zeros_like(index)
-            for index, size in zip(full[4 - len(shape) :], shape, strict=True)
-        )
+        shape = four_dims(self.call.attn_mask).shape
+        return tuple(index if size > 1 else index.new_zeros(1, 1, 1) for index, size in zip(full, shape, strict=True))
 
     def dropout_factor(self) -> Tensor:
         """(C, bq, m * bk): 0 where dropout drops the weight, else ``1 / (1 - p)``."""
-        layout, p = self.call.layout, self.call.dropout_p
+        layout, p, seed = self.call.layout, self.call.dropout_p, self.call.seed
+        assert seed is not None
         columns = self.position(self.kv_block, layout.kv_block_starts, layout.kv_block_size)
         head = self.chunk.head[:, None, None]
-        numbers = uniform(
-            self.call.seed, Stream.DROPOUT, head, self.q_position[:, :, None], columns.view(len(head), 1, -1)
-        )
+        numbers = uniform(seed, Stream.DROPOUT, head, self.q_position[:, :, None], columns.view(len(head), 1, -1))
         return (numbers >= p).to(compute_dtype(self.call.q.dtype)) / (1.0 - p)
 
     def without_padding(self, x: Tensor) -> Tensor:
@@ -137,6 +134,11 @@ class ChunkScores:
         keys = self.position(self.kv_block[:, place], layout.kv_block_starts, layout.kv_block_size)
         hidden = (keys >= layout.kv_len)[:, None, :]
         return hidden | (keys[:, None, :] > self.q_position[:, :, None]) if layout.causal else hidden
+
+
+def four_dims(mask: Tensor) -> Tensor:
+    """A mask that broadcasts to (B, H, Sq, Skv), with all four dimensions."""
+    return mask[(None,) * (4 - mask.dim())]
 
 
 def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:

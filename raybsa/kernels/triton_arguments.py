@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from raybsa.counter import Stream, mix_words
 from raybsa.kernels.call import AttentionCall
 from raybsa.kernels.triton_launch import Boxes
 from raybsa.kernels.triton_tiles import Tile, padded_head_dim
@@ -41,13 +40,14 @@ def empty_gradient(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def feature_tensors(call: AttentionCall) -> tuple[Tensor | None, ...]:
-    """Global positions of the query and KV blocks where they are a selection, attn_mask, both segment_ids."""
+    """Global positions of the query and KV blocks where they are a selection, attn_mask, both segment_ids, the seed."""
     layout, mask = call.layout, call.attn_mask
     return (
         None if layout.q_block_ids is None else layout.q_block_starts,
         None if layout.kv_block_ids is None else layout.kv_block_starts,
         mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask,
         *(call.segment_ids or (None, None)),
+        call.seed,
     )
 
 
@@ -59,21 +59,31 @@ def feature_strides(call: AttentionCall) -> tuple[int, ...]:
     return (*[0] * (4 - len(steps)), *steps, *of_ids)
 
 
-def numbers(call: AttentionCall) -> tuple[int | float, ...]:
-    """heads, queries_per_kv, q_tokens, kv_tokens, scale in base 2, and dropout's hash base, threshold and factor."""
-    return (
-        call.q.shape[1],
-        call.queries_per_kv,
-        call.q.shape[2],
-        call.k.shape[2],
-        call.scale * LOG2E,
-        *_dropout_arguments(call.seed, call.dropout_p),
-    )
+class Numbers:
+    """A launch's numbers: those of ``before``, the call's, those of ``after``.
 
+    They are one tuple for as long as calls have the scale and the share of dropout of the last one.
 
-def with_seed(fixed: tuple[int | float, ...], call: AttentionCall) -> tuple[int | float, ...]:
-    """``numbers`` that were made for another seed (they end with it, the threshold and the factor), for this one."""
-    return fixed if call.dropout_p == 0.0 else (*fixed[:-3], *_dropout_arguments(call.seed, call.dropout_p))
+    Args:
+        after: None: what serves dropout, which only a kernel without an ``after`` has.
+    """
+
+    def __init__(self, before: tuple[int, ...], call: AttentionCall, after: tuple[int, ...] | None = None) -> None:
+        self._before = (*before, call.q.shape[1], call.queries_per_kv, call.q.shape[2], call.k.shape[2])
+        self._after = after
+        self._last = (call.scale, call.dropout_p, self._made(call))
+
+    def __call__(self, call: AttentionCall) -> tuple[int | float, ...]:
+        scale, dropout_p, found = self._last
+        if scale != call.scale or dropout_p != call.dropout_p:
+            found = self._made(call)
+            self._last = (call.scale, call.dropout_p, found)  # at once: threads share a launch
+        return found
+
+    def _made(self, call: AttentionCall) -> tuple[int | float, ...]:
+        """heads, queries_per_kv, q_tokens, kv_tokens, scale in base 2, and dropout's threshold and factor."""
+        after = _dropout_arguments(call.dropout_p) if self._after is None else self._after
+        return (*self._before, call.scale * LOG2E, *after)
 
 
 def constants(call: AttentionCall, tile: Tile, kept: Boxes, walked: Boxes) -> tuple[Any, ...]:
@@ -102,10 +112,9 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _dropout_arguments(seed: int, p: float) -> tuple[int, int, float]:
-    """The hash of (seed, stream) as int32, the least 24-bit number that is kept, and ``1 / (1 - p)``."""
-    base = mix_words(seed, int(Stream.DROPOUT))
-    return base - 2**32 if base >= 2**31 else base, _threshold(p), 1.0 / (1.0 - p)
+def _dropout_arguments(p: float) -> tuple[int, float]:
+    """The least 24-bit number that is kept, and ``1 / (1 - p)``."""
+    return _threshold(p), 1.0 / (1.0 - p)
 
 
 def _threshold(p: float) -> int:

@@ -6,15 +6,16 @@ kept block in the backward instead of 5), so nothing beyond delta, lse and the p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from raybsa.kernels.call import AttentionCall, kept_with, kept_with_rows
+from raybsa.kernels import node
+from raybsa.kernels.call import AttentionCall
+from raybsa.kernels.kept import kept_with, kept_with_rows
 from raybsa.kernels.triton_arguments import Softmax, dot_precision
 from raybsa.kernels.triton_plan import MAX_BLOCKS, MAX_MEMBERS
 from raybsa.kernels.triton_setup import interpreting, launching_at, why_not_here
@@ -52,13 +53,33 @@ def _why_too_large(call: AttentionCall) -> str | None:
     return None
 
 
-def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
+def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """out (B, H, Sq, D) in q's dtype and lse (B, H, Sq) float32."""
-    if not call.needs_grad:
-        return _forward(call)
-    numbers = (call.dropout_p, call.seed, call.deterministic, call.return_lse)
-    rest = _Rest(call.layout, call.scale, call.segment_ids, *numbers, call.signature)
-    return _Triton.apply(call.q, call.k, call.v, call.attn_mask, call.block_bias, rest)
+    return node.run(call, sys.modules[__name__])
+
+
+def forward(call: AttentionCall, for_gradient: bool = False) -> tuple[Tensor, Tensor]:
+    """As ``run``, without a node."""
+    with launching_at(call.q):
+        from raybsa.kernels import triton_forward
+
+        return triton_forward.forward(call)
+
+
+def gradients(
+    call: AttentionCall,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, None, Tensor | None]:
+    """As ``node.run`` asks for them; of attn_mask there is none (``why_not``)."""
+    with_bias = wanted[1] and call.block_bias is not None
+    forward = Softmax(lse.contiguous(), out, grad_lse)
+    delta = torch.empty_like(forward.lse)
+    of_q, of_k, of_v, of_bias = _gradients(call, forward, delta, grad_out, with_bias, call.q.dtype)
+    return of_q, of_k, of_v, None, of_bias
 
 
 def backward(
@@ -67,15 +88,6 @@ def backward(
     """As ``attention_backward`` says: the weights are ``exp(score - lse)``, whatever keys made that lse."""
     with_bias = call.block_bias is not None
     return _gradients(call, Softmax(lse.contiguous()), delta.contiguous(), grad_out, with_bias, torch.float32)
-
-
-def backward_from_out(
-    call: AttentionCall, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, grad_bias: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """``backward`` of a call whose own output and lse these are."""
-    with_bias = grad_bias and call.block_bias is not None
-    forward = Softmax(lse.contiguous(), out, grad_lse)
-    return _gradients(call, forward, torch.empty_like(forward.lse), grad_out, with_bias, call.q.dtype)
 
 
 def _gradients(
@@ -124,50 +136,3 @@ def _kind(call: AttentionCall, forward: Softmax, grad_out: Tensor) -> tuple[Any,
     """What tells launches over the same rows apart."""
     alignment = call.layout.col_indices.data_ptr() % 16
     return dot_precision(call.q.dtype), call.signature, alignment, *forward.signature(grad_out)
-
-
-class _Triton(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        *tensors, rest = args
-        call = _with_tensors(rest, tensors)
-        call.signature = rest.signature
-        out, lse = _forward(call)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, out, lse)
-        ctx.rest = rest
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, out, lse = ctx.saved_tensors
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        call = _with_tensors(ctx.rest, tensors)
-        of_q, of_k, of_v, of_bias = backward_from_out(call, out, lse, grad_out, grad_lse, ctx.needs_input_grad[4])
-        return of_q, of_k, of_v, None, of_bias, None
-
-
-def _forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    with launching_at(call.q):
-        from raybsa.kernels.triton_forward import forward
-
-        return forward(call)
-
-
-class _Rest(NamedTuple):
-    """What autograd need not keep of a call: all but (q, k, v, attn_mask, block_bias)."""
-
-    layout: BlockLayout
-    scale: float
-    segment_ids: tuple[Tensor, Tensor] | None
-    dropout_p: float
-    seed: int
-    deterministic: bool
-    return_lse: bool
-    signature: int
-
-
-def _with_tensors(rest: _Rest, tensors: Sequence[Any]) -> AttentionCall:
-    q, k, v, attn_mask, block_bias = tensors
-    return AttentionCall(q, k, v, rest.layout, rest.scale, attn_mask, rest.segment_ids, block_bias, *rest[3:7])

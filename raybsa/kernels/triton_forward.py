@@ -11,16 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from raybsa.kernels.call import AttentionCall, kept_with_rows
+from raybsa.kernels.call import AttentionCall
 from raybsa.kernels.gluon_forward import ForwardWalk, forward_form
+from raybsa.kernels.kept import kept_with_rows
 from raybsa.kernels.triton_arguments import (
+    Numbers,
     constants,
     dot_precision,
     feature_strides,
     feature_tensors,
-    numbers,
     strides,
-    with_seed,
 )
 from raybsa.kernels.triton_descriptors import boxes_of
 from raybsa.kernels.triton_launch import Launcher, Tensors, launcher
@@ -29,6 +29,7 @@ from raybsa.kernels.triton_scores import (
     LN2,
     LOG2E,
     add_mask,
+    dropout_base,
     is_kept,
     load_blocks,
     load_tokens,
@@ -52,7 +53,7 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 class _Forward:
-    """The launches of calls that differ in their tensors' numbers and the seed only."""
+    """The launches of calls that differ in their numbers only."""
 
     def __init__(self, call: AttentionCall) -> None:
         (batch, heads, _, head_dim), layout = call.q.shape, call.layout
@@ -100,14 +101,14 @@ class _Walk:
         layout, (batch, heads) = call.layout, call.q.shape[:2]
         self._tile, items = tile, work.items.shape[0]
         self._grid = (items * max(1, layout.q_block_size // tile.rows), batch * heads // layout.num_groups)
-        self._numbers = (layout.num_groups, layout.num_q_blocks, work.parts, *numbers(call))
+        self._numbers = Numbers((layout.num_groups, layout.num_q_blocks, work.parts), call)
         self._launch: Launcher | None = None
 
     def __call__(self, call: AttentionCall, tensors: Tensors) -> None:
         tensors = (*tensors, *feature_tensors(call), call.block_bias)
         if self._launch is None:
             self._launch = self._launcher(call, tensors)
-        self._launch(self._grid, tensors, with_seed(self._numbers, call))
+        self._launch(self._grid, tensors, self._numbers(call))
 
     def _launcher(self, call: AttentionCall, tensors: Tensors) -> Launcher:
         tile, layout = self._tile, call.layout
@@ -128,7 +129,6 @@ class _Walk:
         "queries_per_kv",
         "q_tokens",
         "kv_tokens",
-        "hash_base",
         "threshold",
     ]
 )
@@ -147,6 +147,7 @@ def forward_kernel(
     mask,
     q_ids,
     kv_ids,
+    seed,
     bias,
     mask_b,
     mask_h,
@@ -180,7 +181,6 @@ def forward_kernel(
     q_tokens,
     kv_tokens,
     scale,
-    hash_base,
     threshold,
     keep_factor,
     Q_BLOCK: tl.constexpr,
@@ -202,6 +202,8 @@ def forward_kernel(
     TILES: tl.constexpr = Q_BLOCK // ROWS if Q_BLOCK > ROWS else 1
     Q_EVEN: tl.constexpr = Q_BLOCK >= ROWS and not Q_RAGGED
     CUTS: tl.constexpr = CAUSAL or KV_RAGGED or KV_BLOCK < COLS
+    if DROPOUT:
+        hash_base = dropout_base(seed)
     item = items + (tl.program_id(0) // TILES) * 8
     row, begin, turn = tl.load(item), tl.load(item + 1), tl.load(item + 2)
     end, part = tl.load(item + 3), tl.load(item + 4)

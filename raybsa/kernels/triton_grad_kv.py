@@ -14,14 +14,13 @@ from torch import Tensor
 from raybsa.kernels.call import AttentionCall
 from raybsa.kernels.gluon_grad_kv import GradKVWalk, grad_kv_form
 from raybsa.kernels.triton_arguments import (
+    Numbers,
     Softmax,
     constants,
     empty_gradient,
     feature_strides,
     feature_tensors,
-    numbers,
     strides,
-    with_seed,
 )
 from raybsa.kernels.triton_descriptors import boxes_of
 from raybsa.kernels.triton_launch import Launcher, Tensors, launcher
@@ -30,6 +29,7 @@ from raybsa.kernels.triton_reduce import sum_parts
 from raybsa.kernels.triton_scores import (
     LOG2E,
     add_mask,
+    dropout_base,
     is_kept,
     load_blocks,
     load_tokens,
@@ -44,7 +44,7 @@ SHIFT, BLOCK_BITS = tl.constexpr(MEMBER_SHIFT), tl.constexpr(MAX_BLOCKS - 1)
 
 
 class GradKV:
-    """The launches of calls that differ in their tensors' numbers and the seed only, and where a layout is transient in
+    """The launches of calls that differ in their numbers only, and where a layout is transient in
     its columns.
 
     A call gives k's and v's gradients (B, Hkv, Skv, D) in ``dtype``; delta (B, H, Sq) is contiguous.
@@ -58,7 +58,7 @@ class GradKV:
         copies, work = batch * kv_heads // columns.groups, columns.work
         self._grid = (work.sizes()[0] * max(1, layout.kv_block_size // self._tile.rows), copies)
         self._parts_shape = (work.parts * copies, layout.kv_block_size, head_dim)
-        self._numbers = (columns.groups, layout.num_kv_blocks, work.parts, *numbers(call))
+        self._numbers = Numbers((columns.groups, layout.num_kv_blocks, work.parts), call)
         self._dtype = dtype
         self._launch: Launcher | None = None
         self._walk: GradKVWalk | None = None
@@ -103,7 +103,7 @@ class GradKV:
         tensors = (*tensors, columns.work.items, columns.entries, *feature_tensors(call), bias)
         if self._launch is None:
             self._launch = self._launcher(call, grad_out, tensors)
-        self._launch(self._grid, tensors, with_seed(self._numbers, call))
+        self._launch(self._grid, tensors, self._numbers(call))
 
     def _launcher(self, call: AttentionCall, grad_out: Tensor, tensors: Tensors) -> Launcher:
         tile, layout = self._tile, call.layout
@@ -124,7 +124,6 @@ class GradKV:
         "queries_per_kv",
         "q_tokens",
         "kv_tokens",
-        "hash_base",
         "threshold",
     ]
 )
@@ -146,6 +145,7 @@ def grad_kv_kernel(
     mask,
     q_ids,
     kv_ids,
+    seed,
     bias,
     mask_b,
     mask_h,
@@ -187,7 +187,6 @@ def grad_kv_kernel(
     q_tokens,
     kv_tokens,
     scale,
-    hash_base,
     threshold,
     keep_factor,
     Q_BLOCK: tl.constexpr,
@@ -208,6 +207,8 @@ def grad_kv_kernel(
     TILES: tl.constexpr = KV_BLOCK // ROWS if KV_BLOCK > ROWS else 1
     K_EVEN: tl.constexpr = KV_BLOCK >= ROWS and not KV_RAGGED
     Q_EVEN: tl.constexpr = Q_BLOCK >= COLS and not Q_RAGGED
+    if DROPOUT:
+        hash_base = dropout_base(seed)
     item = items + (tl.program_id(0) // TILES) * 8
     column, begin, turn = tl.load(item), tl.load(item + 1), tl.load(item + 2)
     end, part = tl.load(item + 3), tl.load(item + 4)

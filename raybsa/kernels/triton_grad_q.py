@@ -13,14 +13,13 @@ from torch import Tensor
 from raybsa.kernels.call import AttentionCall
 from raybsa.kernels.gluon_grad_q import GradQWalk, grad_q_form
 from raybsa.kernels.triton_arguments import (
+    Numbers,
     Softmax,
     constants,
     empty_gradient,
     feature_strides,
     feature_tensors,
-    numbers,
     strides,
-    with_seed,
 )
 from raybsa.kernels.triton_descriptors import boxes_of
 from raybsa.kernels.triton_launch import Launcher, Tensors, launcher
@@ -29,6 +28,7 @@ from raybsa.kernels.triton_reduce import sum_parts
 from raybsa.kernels.triton_scores import (
     LOG2E,
     add_mask,
+    dropout_base,
     is_kept,
     load_blocks,
     load_tokens,
@@ -41,7 +41,7 @@ from raybsa.kernels.triton_tiles import choose_tile
 
 
 class GradQ:
-    """The launches of calls that differ in their tensors' numbers and the seed only.
+    """The launches of calls that differ in their numbers only.
 
     A call gives q's gradient (B, H, Sq, D) in ``dtype``, and block_bias's (nnz,) if wanted. ``delta`` (B, H, Sq) is
     read, or written first where ``forward`` has the output that it is made of.
@@ -59,13 +59,8 @@ class GradQ:
         self._grid = (self._work.sizes()[0] * per_block, self._copies)
         self._bias_shape = (self._copies * per_block, layout.nnz_blocks, per_key_block) if with_bias else None
         self._parts_shape = (self._work.parts * self._copies, layout.q_block_size, head_dim)
-        self._numbers = (
-            layout.num_groups,
-            layout.num_q_blocks,
-            self._work.parts,
-            layout.nnz_blocks,
-            *numbers(call),
-        )
+        counts = (layout.num_groups, layout.num_q_blocks, self._work.parts, layout.nnz_blocks)
+        self._numbers = Numbers(counts, call)
         self._dtype = dtype
         self._launch: Launcher | None = None
         self._walk: GradQWalk | None = None
@@ -88,7 +83,7 @@ class GradQ:
             tensors = (*tensors, *feature_tensors(call), call.block_bias)
             if self._launch is None:
                 self._launch = self._launcher(call, tensors)
-            self._launch(self._grid, tensors, with_seed(self._numbers, call))
+            self._launch(self._grid, tensors, self._numbers(call))
         if parts is not None:
             sum_parts(parts, grad, work, layout.num_groups, layout.q_block_size)
         if bias_sums is None or call.block_bias is None:
@@ -118,7 +113,6 @@ class GradQ:
         "queries_per_kv",
         "q_tokens",
         "kv_tokens",
-        "hash_base",
         "threshold",
     ]
 )
@@ -141,6 +135,7 @@ def grad_q_kernel(
     mask,
     q_ids,
     kv_ids,
+    seed,
     bias,
     mask_b,
     mask_h,
@@ -186,7 +181,6 @@ def grad_q_kernel(
     q_tokens,
     kv_tokens,
     scale,
-    hash_base,
     threshold,
     keep_factor,
     Q_BLOCK: tl.constexpr,
@@ -207,6 +201,8 @@ def grad_q_kernel(
     TILES: tl.constexpr = Q_BLOCK // ROWS if Q_BLOCK > ROWS else 1
     Q_EVEN: tl.constexpr = Q_BLOCK >= ROWS and not Q_RAGGED
     CUTS: tl.constexpr = CAUSAL or KV_RAGGED or KV_BLOCK < COLS
+    if DROPOUT:
+        hash_base = dropout_base(seed)
     item = items + (tl.program_id(0) // TILES) * 8
     row, begin, turn = tl.load(item), tl.load(item + 1), tl.load(item + 2)
     end, part = tl.load(item + 3), tl.load(item + 4)

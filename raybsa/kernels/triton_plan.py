@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raybsa.kernels.call import AttentionCall, kept_with, kept_with_rows, offsets_decide_rows
+from raybsa.kernels.call import AttentionCall
+from raybsa.kernels.kept import kept_with, kept_with_rows, offsets_decide_rows
 from raybsa.kernels.triton_setup import processors
 from raybsa.layout import BlockLayout
 

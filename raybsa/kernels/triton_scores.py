@@ -9,8 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from raybsa.counter import Stream
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+DROPOUT_STREAM = tl.constexpr(int(Stream.DROPOUT))
 
 
 @triton.jit
@@ -99,8 +102,14 @@ def mix(x):
 
 
 @triton.jit
+def dropout_base(seed):
+    """The state of raybsa.counter's hash after the seed, () int64 in memory, and the stream of dropout."""
+    return mix(mix(tl.load(seed).to(tl.uint32)) ^ DROPOUT_STREAM)
+
+
+@triton.jit
 def is_kept(base, head, q_position, k_position, threshold):
     """Whether dropout keeps each weight: raybsa.counter's number of (head, row, column), against the threshold."""
-    state = mix(base.to(tl.uint32, bitcast=True) ^ head.to(tl.uint32))
+    state = mix(base ^ head.to(tl.uint32))
     state = mix(mix(state ^ q_position.to(tl.uint32)) ^ k_position.to(tl.uint32))
     return (state >> 8).to(tl.int32) >= threshold

@@ -154,7 +154,7 @@ class Grid:
         begin = torch.arange(len(self.heads), device=self.device)[:, None] * self.num_q_blocks
         crow = ends[begin + torch.arange(self.num_q_blocks + 1, device=self.device)]
         sizes = (self.q_len, self.kv_len, self.q_block_size, self.kv_block_size)
-        return BlockLayout(crow, col.to(torch.int32), *sizes, self.causal)
+        return BlockLayout(crow, col.to(torch.int32), *sizes, self.causal).trusted()
 
 
 def ragged(counts: Tensor) -> tuple[Tensor, Tensor]:

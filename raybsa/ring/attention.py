@@ -30,6 +30,7 @@ from raybsa.kernels.backward import attention_backward
 from raybsa.kernels.call import AttentionCall, cast_inputs, compute_dtype
 from raybsa.kernels.delta import fast_delta
 from raybsa.kernels.merge import merge_rows
+from raybsa.kernels.seed import seed_for
 from raybsa.ring.agreement import problem_with, signature
 from raybsa.ring.plan import Hop, RankPlan, RingPlan, hops_ahead
 from raybsa.ring.wire import add_packed, as_blocks, as_tokens, pack, unpack, wire_shape
@@ -93,7 +94,7 @@ def ring_attention(
         None if segment_ids is None else all_segments(segment_ids, plan, communicator),
         segment_ids,
         float(dropout_p),
-        seed or 0,
+        seed_for(seed, dropout_p, q.device),
         torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic,
         gradient_codec or build("none"),
         {} if gradient_states is None else gradient_states,
@@ -116,7 +117,7 @@ class Ring:
     all_segments: Tensor | None
     own_segments: Tensor | None
     dropout_p: float
-    seed: int
+    seed: Tensor | None
     deterministic: bool
     codec: Codec
     states: dict[int, State]

@@ -36,7 +36,7 @@ def ring_block_mass(
     """
     segments = None if segment_ids is None else all_segments(segment_ids, plan, communicator)
     ring = Ring(
-        plan, communicator, tuple(k.shape), k.element_size(), scale, segments, segment_ids, 0.0, 0, False,
+        plan, communicator, tuple(k.shape), k.element_size(), scale, segments, segment_ids, 0.0, None, False,
         build("none"), {}, "blocked",
     )  # fmt: skip
     mass = torch.zeros(ring.mine.layout.nnz_blocks, dtype=compute_dtype(q.dtype), device=q.device)

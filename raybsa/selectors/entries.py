@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raybsa.kernels.call import kept_with_rows
+from raybsa.kernels.kept import kept_with_rows
 from raybsa.layout import BlockLayout
 
 

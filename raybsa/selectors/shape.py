@@ -144,4 +144,4 @@ class Shape:
     def _layout(self, crow: Tensor, col: Tensor, transient: bool) -> BlockLayout:
         size, ids = self.rules.block_size, None if self.is_whole else self.rows
         sizes = (self.q_len, self.kv_len, size, size, self.rules.causal)
-        return BlockLayout(crow, col.to(torch.int32), *sizes, ids, transient=transient)
+        return BlockLayout(crow, col.to(torch.int32), *sizes, ids, transient=transient).trusted()

@@ -69,7 +69,7 @@ class DenseTruth:
         self.rules = Rules(block_size, call.causal, sinks=0, window=1)
         layout = Shape.make(self.rules, q_len, kv_len, 1.0, call.q.device).everything(batch * heads)
         attention = AttentionCall(
-            call.q, call.k, call.v, layout, self.scale, None, None, None, 0.0, 0, False, return_lse=True
+            call.q, call.k, call.v, layout, self.scale, None, None, None, 0.0, None, False, return_lse=True
         )
         with torch.no_grad():
             self.out, lse = run_call(attention)

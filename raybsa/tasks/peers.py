@@ -285,7 +285,7 @@ def _checked(side: Side, exact: Parts, sparse_gradient: Tensor) -> Measurement |
 
 def _call(leaves: tuple[Tensor, Tensor, Tensor], layout: BlockLayout) -> AttentionCall:
     scale = 1.0 / math.sqrt(leaves[0].shape[-1])
-    return AttentionCall(*leaves, layout, scale, None, None, None, 0.0, 0, False, False)
+    return AttentionCall(*leaves, layout, scale, None, None, None, 0.0, None, False, False)
 
 
 def _layout_ms(side: Side, grad_out: Tensor, known_ms: float) -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from raybsa.kernels.api import make_call, run_call
+from raybsa.kernels.call import cast_inputs
+from raybsa.kernels.widths import nothing_to_attend
 from raybsa.variants.source import LayoutSource
 
 
@@ -21,6 +23,10 @@ def attend(
     backend: str = "auto",
 ) -> Tensor:
     """(B, H, Sq, D) in q's dtype; arguments as in ``block_sparse_attention``, over the blocks that ``source`` keeps."""
+    q, k, v = cast_inputs(q, k, v)
+    nothing = nothing_to_attend(q, k, v)
+    if nothing is not None:
+        return nothing[0]
     selection = source.select(q, k, attn_mask, segment_ids)
     call = make_call(
         q,

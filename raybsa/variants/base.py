@@ -72,9 +72,6 @@ class BlockSparseBase(nn.Module):
             attn_mask: broadcastable to (B, H, Sq, Skv); bool (True = attend) or added to the scores.
             segment_ids: int tensors (B, Sq) and (B, Skv); tokens of different segments do not see each other.
         """
-        for name, tensor in (("q", q), ("k", k), ("v", v)):
-            if tensor.dim() != 4:
-                raise ValueError(f"{name} must be (batch, heads, tokens, head_dim), got {tuple(tensor.shape)}")
         return attend(
             self.source,
             q,

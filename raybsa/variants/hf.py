@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raybsa.cache import LayoutCache
 from raybsa.kernels.api import make_call, run_call
 from raybsa.kernels.call import cast_inputs
 from raybsa.layout import BlockLayout
-from raybsa.variants.cache import LayoutCache
 from raybsa.variants.hf_masks import check_mask, make_mask
 from raybsa.variants.selection import Selection
 from raybsa.variants.source import FixedPattern, LayoutSource

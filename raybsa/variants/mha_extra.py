@@ -6,6 +6,7 @@ They have no position, so no block holds them: they are attended apart, densely,
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from raybsa.kernels.api import run_call
@@ -37,3 +38,11 @@ def _attend_extra(call: AttentionCall, keys: Tensor, values: Tensor, dtype: torc
             columns = torch.arange(begin, begin + k.shape[2], device=k.device)
             weights = weights * dropout_factor(call, columns)
         return (weights @ v).to(dtype), torch.logsumexp(scores, -1)
+
+
+def attend_extra_alone(
+    q: Tensor, keys: Tensor, values: Tensor, scale: float, dropout_p: float
+) -> tuple[Tensor, Tensor]:
+    """out (B, H, Sq, D) over the extra keys (B, H, E, D) where there are no others, and the weights (B, H, Sq, E)."""
+    weights = F.dropout(torch.softmax(q @ keys.transpose(-1, -2) * scale, -1), dropout_p)
+    return weights @ values, weights

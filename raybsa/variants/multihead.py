@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from raybsa.kernels.api import make_call
 from raybsa.kernels.call import AttentionCall
 from raybsa.kernels.eager import eagerly
-from raybsa.variants.mha_extra import attend
+from raybsa.kernels.widths import nothing_to_attend
+from raybsa.variants.mha_extra import attend, attend_extra_alone
 from raybsa.variants.mha_inputs import check_inputs, translate_masks
 from raybsa.variants.mha_nested import pad, unpad
 from raybsa.variants.mha_weights import attention_weights
@@ -161,6 +162,12 @@ class BlockSparseMultihead(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """(B, H, L, D) of the heads, and (B, H, L, S) their weights where needed."""
         extra = self._extra_keys(k, v)
+        nothing = nothing_to_attend(q, k, v)
+        if nothing is not None and extra is None:
+            return nothing[0], q.new_zeros(*q.shape[:3], k.shape[2]) if need_weights else None
+        if nothing is not None and extra is not None:
+            heads, weights = attend_extra_alone(q, *extra, self.head_dim**-0.5, self.dropout if self.training else 0.0)
+            return heads, F.pad(weights, (k.shape[2], 0)) if need_weights else None
         with_lse = extra is not None or self.source.wants_lse
         selection, call = self._select(q, k, v, attn_mask, key_padding_mask, is_causal, with_lse)
         heads = self.source.complete(selection, call, *attend(call, extra, self.backend))

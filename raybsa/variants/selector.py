@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raybsa.cache import LayoutCache
 from raybsa.kernels.call import AttentionCall
 from raybsa.kernels.mass import block_mass
 from raybsa.layout import BlockLayout
@@ -25,7 +26,6 @@ from raybsa.selectors.schedule import Schedule
 from raybsa.selectors.selection import mean_columns
 from raybsa.selectors.shape import Shape
 from raybsa.spec import PatternSpec
-from raybsa.variants.cache import LayoutCache
 from raybsa.variants.selection import Selection
 
 METHODS = ("distill", "bias", "compressed", "mean-pool")

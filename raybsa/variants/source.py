@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from raybsa import patterns
+from raybsa.aside import shape_of
 from raybsa.axis import check_geometry
-from raybsa.handles import new_handle
 from raybsa.kernels.call import AttentionCall
+from raybsa.kernels.ordinary import has_numbers, has_one_layout
 from raybsa.layout import BlockLayout
 from raybsa.patterns.pattern import Pattern, check_density
-from raybsa.spec import ADAPTIVE, PatternSpec, canonical_json
-from raybsa.variants.cache import LayoutCache
+from raybsa.patterns.written import WrittenRule
+from raybsa.spec import ADAPTIVE, PatternSpec
 from raybsa.variants.selection import Selection
 from raybsa.variants.selector import BlockSelector
 
@@ -88,14 +89,7 @@ class FixedPattern:
         self.density = None if density is None else check_density(density)
         self.block_size = block_size
         self.causal = causal
-        self._cache: LayoutCache[BlockLayout] = LayoutCache(cache_size)
-        self._identity = (canonical_json(self.rule.spec.to_dict()), self.density, block_size, causal)
-        self.handle = new_handle(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy, or what came from another process, is known here by a handle of its own."""
-        self.__dict__.update(state)
-        self.handle = new_handle(self)
+        self.written = WrittenRule(self.rule, self.density, block_size, causal, cache_size)
 
     def select(
         self,
@@ -106,11 +100,14 @@ class FixedPattern:
     ) -> Selection:
         """The rule's layout at these lengths, and no bias; it looks at no mask.
 
-        Under ``torch.compile`` the rule itself stands for its layout: the operator asks it when it runs.
+        Under ``torch.compile`` the written rule stands for its layout: the operator asks it when it runs. An exported
+        program holds the layout itself, where its lengths are known.
         """
-        if torch.compiler.is_compiling():
-            return Selection(cast("BlockLayout", self))
-        return Selection(self.layout(q.shape[2], k.shape[2], q.shape[1], q.device))
+        if torch.compiler.is_compiling() and not has_one_layout(q, k):
+            return Selection(cast("BlockLayout", self.written))
+        device = q.device if has_numbers(q) else torch.device("cpu")
+        (_, heads, queries, _), keys = shape_of(q), shape_of(k)[2]
+        return Selection(self.layout(queries, keys, heads, device))
 
     @property
     def wants_lse(self) -> bool:
@@ -122,19 +119,7 @@ class FixedPattern:
 
     def layout(self, q_len: int, kv_len: int, num_heads: int, device: torch.device) -> BlockLayout:
         """The rule's layout, from the cache where it is there."""
-
-        def build() -> BlockLayout:
-            return self.rule.layout(
-                q_len,
-                kv_len,
-                num_heads=num_heads,
-                q_block_size=self.block_size,
-                causal=self.causal,
-                density=self.density,
-                device=device,
-            )
-
-        return self._cache.get((*self._identity, q_len, kv_len, num_heads, device), build)
+        return self.written.layout(q_len, kv_len, num_heads, device)
 
     def __repr__(self) -> str:
         density = "" if self.density is None else f", density={self.density:g}"

@@ -24,7 +24,7 @@ def attend(**changes: Any) -> Any:
         ({"q": torch.zeros(2, 128, 16)}, TypeError, r"q must be a tensor .* got \(2, 128, 16\)"),
         ({"q": torch.zeros(2, 4, 128, 16, dtype=torch.int64)}, TypeError, "q must be one of .* got torch.int64"),
         ({"v": torch.zeros(2, 2, 128, 16, dtype=torch.float64)}, ValueError, "must share dtype and device"),
-        ({"k": torch.zeros(2, 2, 128, 8)}, ValueError, r"k and v must be \(2, kv_heads, kv_tokens, 16\)"),
+        ({"k": torch.zeros(2, 2, 128, 8)}, ValueError, r"k must be \(2, kv_heads, kv_tokens, 16\)"),
         ({"q": torch.zeros(2, 3, 128, 16)}, ValueError, "heads must be a multiple of the KV heads"),
         ({"q": torch.zeros(2, 4, 64, 16)}, ValueError, "for 128 query and 128 key tokens, got q with 64"),
         ({"layout": "dense"}, TypeError, "layout must be a BlockLayout, got str"),

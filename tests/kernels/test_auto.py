@@ -16,7 +16,8 @@ from raybsa import BlockLayout, block_sparse_attention
 from raybsa.kernels import api, auto, blocked
 from raybsa.kernels.api import BACKENDS, choose_backend
 from raybsa.kernels.auto_table import COLUMNS, PATH, Measured, family, of_device, parse, table, text_of
-from raybsa.kernels.call import AttentionCall, kept_with_rows
+from raybsa.kernels.call import AttentionCall
+from raybsa.kernels.kept import kept_with_rows
 from raybsa.kernels.peers import guards
 from tests.kernels.problems import Problem
 
@@ -42,7 +43,7 @@ CELL = Measured(
 def call_of(problem: Problem = GOOD, dtype: torch.dtype = torch.bfloat16, grad: bool = True, **changes: Any) -> Any:
     q, k, v = (x.requires_grad_(grad) for x in problem.inputs(dtype))
     scale = 1 / math.sqrt(problem.head_dim)
-    call = AttentionCall(q, k, v, problem.layout(), scale, None, None, None, 0.0, 0, False, False)
+    call = AttentionCall(q, k, v, problem.layout(), scale, None, None, None, 0.0, None, False, False)
     return replace(call, **changes)
 
 

@@ -20,7 +20,7 @@ def half_of_the_keys(device: str) -> tuple[AttentionCall, torch.Tensor, torch.Te
     """The call over the first keys alone, and lse, delta and grad_out of the whole rows; float16."""
     layout, (q, k, v) = PROBLEM.layout(device), PROBLEM.inputs(torch.float16, device)
     bias = torch.randn(layout.nnz_blocks, device=device)
-    whole = AttentionCall(q, k, v, layout, 0.25, None, None, bias, 0.0, 0, True, True)
+    whole = AttentionCall(q, k, v, layout, 0.25, None, None, bias, 0.0, None, True, True)
     out, lse = run_call(whole, "blocked")
     grad_out = torch.randn_like(out)
     part, index = layout.select(None, torch.arange(2, device=device), return_index=True)

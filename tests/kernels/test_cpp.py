@@ -102,7 +102,7 @@ def test_tensors_are_read_by_their_strides() -> None:
 def test_a_part_of_the_keys_is_differentiated_by_the_whole_rows_lse() -> None:
     problem = Problem("part", batch=1, heads=2, kv_heads=1, groups=2, q_len=70, kv_len=70, causal=True)
     layout, (q, k, v) = problem.layout(), problem.inputs(torch.float32)
-    whole = AttentionCall(q, k, v, layout, 0.25, None, None, None, 0.0, 0, True, True)
+    whole = AttentionCall(q, k, v, layout, 0.25, None, None, None, 0.0, None, True, True)
     out, lse = run_call(whole, "cpp")
     grad_out = torch.randn_like(out)
     parts = [layout.select(None, keys) for keys in (torch.tensor([0, 2]), torch.tensor([1]))]
@@ -132,7 +132,7 @@ def test_what_is_not_a_number_shows_in_the_output(bad: float) -> None:
 def test_auto_takes_cpp_where_it_can_and_it_says_what_it_cannot() -> None:
     problem = PROBLEMS[0]
     q, k, v = problem.inputs(torch.float32)
-    call = AttentionCall(q, k, v, problem.layout(), 1.0, None, None, None, 0.0, 0, False, False)
+    call = AttentionCall(q, k, v, problem.layout(), 1.0, None, None, None, 0.0, None, False, False)
     assert choose_backend(call) == "cpp"
     refused = {
         "float32": replace(call, q=q.double(), k=k.double(), v=v.double()),

@@ -77,7 +77,7 @@ def test_gradients_of_a_part_of_the_keys_come_unrounded(
     walks = counted_walks(monkeypatch)
     problem = replace(problem, q_block=shape[0], kv_block=shape[1], head_dim=shape[2])
     layout, (q, k, v) = problem.layout("cuda"), problem.inputs(torch.bfloat16, "cuda")
-    whole = AttentionCall(q, k, v, layout, 0.125, None, None, None, 0.0, 0, True, True)
+    whole = AttentionCall(q, k, v, layout, 0.125, None, None, None, 0.0, None, True, True)
     out, lse = run_call(whole, "blocked")
     grad_out = torch.randn_like(out)
     delta = row_delta(out, grad_out)

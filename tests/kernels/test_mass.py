@@ -15,7 +15,7 @@ from tests.kernels.problems import PROBLEMS, Problem
 def call_of(problem: Problem, dtype: torch.dtype = torch.float64) -> AttentionCall:
     layout = problem.layout()
     bias = torch.randn(layout.nnz_blocks, dtype=dtype, requires_grad=True)
-    return AttentionCall(*problem.inputs(dtype), layout, 0.25, None, None, bias, 0.0, 0, False, True)
+    return AttentionCall(*problem.inputs(dtype), layout, 0.25, None, None, bias, 0.0, None, False, True)
 
 
 def by_autograd(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:

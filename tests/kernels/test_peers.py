@@ -25,7 +25,7 @@ GOOD = Problem("good", groups=4, batch=1, q_len=512, kv_len=512, q_block=128, kv
 def call_of(problem: Problem = GOOD, dtype: torch.dtype = torch.bfloat16, grad: bool = True, **changes: Any) -> Any:
     q, k, v = (x.requires_grad_(grad) for x in problem.inputs(dtype))
     scale = 1 / math.sqrt(problem.head_dim)
-    call = AttentionCall(q, k, v, problem.layout(), scale, None, None, None, 0.0, 0, False, False)
+    call = AttentionCall(q, k, v, problem.layout(), scale, None, None, None, 0.0, None, False, False)
     return replace(call, **changes)
 
 
@@ -273,7 +273,7 @@ def test_peers_equal_the_reference_on_cuda(problem: Problem, dtype: torch.dtype,
 
     layout, inputs = problem.layout("cuda"), [x.requires_grad_() for x in problem.inputs(dtype, "cuda")]
     scale = 1 / math.sqrt(problem.head_dim)
-    call = AttentionCall(*inputs, layout, scale, None, None, None, 0.0, 0, False, False)
+    call = AttentionCall(*inputs, layout, scale, None, None, None, 0.0, None, False, False)
     reason = BACKENDS[name].why_not(call)
     if reason is not None:
         pytest.skip(reason)

@@ -167,7 +167,7 @@ def test_a_selection_keeps_global_positions(problem: Problem, device: str) -> No
 def test_backward_of_parts_with_the_global_lse_adds_up_to_the_whole(problem: Problem, device: str) -> None:
     layout, (q, k, v) = problem.layout(device), problem.inputs(torch.float32, device)
     grad_out = torch.randn_like(q)
-    whole = AttentionCall(q, k, v, layout, 0.25, None, None, None, 0.0, 0, True, True)
+    whole = AttentionCall(q, k, v, layout, 0.25, None, None, None, 0.0, None, True, True)
     middle = layout.num_kv_blocks // 2
     calls, tokens = [], []
     for ids in (torch.arange(middle), torch.arange(middle, layout.num_kv_blocks)):
@@ -241,7 +241,7 @@ def test_only_lists_far_longer_than_the_rest_are_split() -> None:
     rows = [list(range(256)), *([0, i] for i in range(1, 256))]
     layout = BlockLayout.from_rows(rows, q_len=32768, kv_len=32768, q_block_size=128)
     q = torch.empty(1, 16, 32768, 1).expand(1, 16, 32768, 64)
-    call = AttentionCall(q, q, q, layout, 1.0, None, None, None, 0.0, 0, True, False)
+    call = AttentionCall(q, q, q, layout, 1.0, None, None, None, 0.0, None, True, False)
     for work in (triton_plan.plan_rows(call, 64), triton_plan.plan_columns(call, 64).work):
         lengths = work.items[:, 3] - work.items[:, 1]
         assert work.splits[:, 0].tolist() == [0]
@@ -259,13 +259,15 @@ def test_a_transient_layout_is_planned_alike_with_empty_items_at_the_end(monkeyp
     fixed, inputs = problem.layout("cpu"), problem.inputs(torch.float32, "cpu")
     grads = [torch.randn_like(inputs[0]), torch.randn(inputs[0].shape[:3])]
     wanted = outputs_and_gradients(inputs, fixed, *grads, backend="triton")
-    plan = triton_plan.plan_columns(AttentionCall(*inputs[:3], fixed, 1.0, None, None, None, 0.0, 0, True, False), 16)
+    plan = triton_plan.plan_columns(
+        AttentionCall(*inputs[:3], fixed, 1.0, None, None, None, 0.0, None, True, False), 16
+    )
     crow = fixed.crow_indices.clone()
     for _ in range(2):
         layout = replace(fixed, crow_indices=crow, transient=True)
         found = outputs_and_gradients(inputs, layout, *grads, backend="triton")
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-        call = AttentionCall(*inputs[:3], layout, 1.0, None, None, None, 0.0, 0, True, False)
+        call = AttentionCall(*inputs[:3], layout, 1.0, None, None, None, 0.0, None, True, False)
         padded = triton_plan.plan_columns(call, 16)
         items, splits = plan.work.sizes()
         assert splits
@@ -341,7 +343,7 @@ def test_the_mass_of_blocks_is_that_of_torch_in_float64(problem: Problem, device
     bias = torch.randn(layout.nnz_blocks, device=device) if with_bias else None
     q, k, v = problem.inputs(torch.float32, device)
     ids = (torch.randint(2, (len(q), q.shape[2]), device=device), torch.randint(2, (len(q), k.shape[2]), device=device))
-    call = AttentionCall(q, k, v, layout, 0.25, None, ids, bias, 0.0, 0, False, True)
+    call = AttentionCall(q, k, v, layout, 0.25, None, ids, bias, 0.0, None, False, True)
     double = replace(call, q=q.double(), k=k.double(), v=v.double(), block_bias=None if bias is None else bias.double())
     lse = run_call(double, "reference")[1]
     torch.testing.assert_close(mass(call, lse.float()).double(), block_mass(double, lse), rtol=1e-4, atol=1e-5)

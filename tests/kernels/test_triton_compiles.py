@@ -63,7 +63,7 @@ def compile_case(block, head_dim, dtype, everything, loads_apart):
     features = (None, None, None, 0.0)
     if everything:
         features = (ids[0].bool(), (ids, ids), torch.zeros(layout.nnz_blocks), 0.1)
-    call = AttentionCall(q, q, q, layout, 0.1, *features, 7, False, True)
+    call = AttentionCall(q, q, q, layout, 0.1, *features, torch.tensor(7) if everything else None, False, True)
     out, lse = triton_forward.forward(call)
     forward, delta, dtype = Softmax(lse, out, lse), torch.empty_like(lse), q.dtype if loads_apart else torch.float32
     triton_grad_q.GradQ(call, forward, q, everything, dtype)(call, forward, delta, q)

@@ -31,7 +31,7 @@ PROBLEMS = [
 def call_of(problem: Problem) -> AttentionCall:
     q, k, v = (x.requires_grad_() for x in problem.inputs(torch.float32))
     scale = 1 / math.sqrt(problem.head_dim)
-    return AttentionCall(q, k, v, problem.layout(), scale, None, None, None, 0.0, 0, False, False)
+    return AttentionCall(q, k, v, problem.layout(), scale, None, None, None, 0.0, None, False, False)
 
 
 def results(call: AttentionCall, grad_out: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

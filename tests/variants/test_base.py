@@ -188,7 +188,7 @@ def test_bad_arguments_say_what_was_wanted_and_what_came(arguments, error, messa
 def test_bad_tensors_say_what_was_wanted_and_what_came():
     module = BlockSparseBase(pattern="dense", block_size=8)
     q, k, v = qkv()
-    with pytest.raises(ValueError, match=r"k must be \(batch, heads, tokens, head_dim\), got \(4, 60, 8\)"):
+    with pytest.raises(TypeError, match=r"k must be a tensor \(batch, heads, tokens, head_dim\), got \(4, 60, 8\)"):
         module(q, k[0], v)
     with pytest.raises(ValueError, match="multiple of the KV heads"):
         module(q[:, :3], k[:, :2], v[:, :2])

@@ -7,16 +7,15 @@ no gradient of lse. It comes without autograd, which is given here. Nothing is c
 from __future__ import annotations
 
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from raybsa.kernels.call import AttentionCall
+from raybsa.kernels.kept import kept_with
 from raybsa.kernels.peers.guards import why_not_hopper, why_not_installed, why_not_plain
 from raybsa.kernels.peers.lists import Lists, row_lists
-from raybsa.layout import BlockLayout
 
 PACKAGE, OLDEST = "nvidia-cudnn-frontend", "1.32.0"
 COMPILER, OLDEST_COMPILER = "nvidia-cutlass-dsl", "4.6.2"
@@ -120,13 +119,12 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, lists: Lists, block: int, scale: f
     return found["o_tensor"], found["lse_tensor"]
 
 
-_LISTS: WeakKeyDictionary[BlockLayout, dict[tuple[int, int], Lists]] = WeakKeyDictionary()
-
-
 def _lists(call: AttentionCall) -> Lists:
     """The rows' lists, kept as long as the layout lives."""
-    known = _LISTS.setdefault(call.layout, {})
-    key = (call.q.shape[0], call.q.shape[1])
+    batch, heads = call.q.shape[:2]
+    known, key = kept_with(call.layout), ("cudnn", batch, heads)
     if key not in known:
-        known[key] = row_lists(call.layout, *key)
-    return known[key]
+        known[key] = row_lists(call.layout, batch, heads)
+    found = known[key]
+    assert isinstance(found, Lists)
+    return found

@@ -8,15 +8,14 @@ which this adapter does not give. dQ is summed with atomics.
 from __future__ import annotations
 
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from raybsa.kernels.call import AttentionCall
+from raybsa.kernels.kept import kept_with
 from raybsa.kernels.peers.guards import why_not_hopper, why_not_installed, why_not_plain
 from raybsa.kernels.peers.lists import Lists, column_lists, row_lists
-from raybsa.layout import BlockLayout
 
 PACKAGE, OLDEST = "flash-attn-4", "4.0.0b36"
 BLOCK = 128
@@ -62,16 +61,13 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     return out.transpose(1, 2), lse if call.return_lse else None
 
 
-_BLOCKS: WeakKeyDictionary[BlockLayout, dict[tuple[object, ...], Any]] = WeakKeyDictionary()
-
-
 def _blocks(call: AttentionCall, side: str) -> Any:
     """FA4's tensors of a side, kept as long as the layout lives."""
-    known = _BLOCKS.setdefault(call.layout, {})
-    key = (side, call.q.shape[0], call.q.shape[1])
+    batch, heads = call.q.shape[:2]
+    known, key = kept_with(call.layout), ("fa4", side, batch, heads)
     if key not in known:
         make = row_lists if side == "rows" else column_lists
-        known[key] = _tensors(make(call.layout, *key[1:]))
+        known[key] = _tensors(make(call.layout, batch, heads))
     return known[key]
 
 

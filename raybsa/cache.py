@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 from threading import Lock
 from typing import Generic, TypeVar
 
-import torch
+from raybsa.aside import aside
 
 Made = TypeVar("Made")
 
@@ -36,8 +36,7 @@ class LayoutCache(Generic[Made]):
         """The layout of ``key``; ``build()`` makes it where it is not at hand. An error of ``build`` keeps nothing."""
         with self._lock:
             if key not in self._layouts:
-                # Tensors born under inference_mode could not take part in a later training step.
-                with torch.inference_mode(False):
+                with aside():
                     self._layouts[key] = build()
                 if len(self._layouts) > self.maxsize:
                     self._layouts.popitem(last=False)

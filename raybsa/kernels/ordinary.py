@@ -1,0 +1,81 @@
+"""Which tensors our kernels may read by their address, and which only an operator of torch may take."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from raybsa.kernels.call import AttentionCall
+
+_ORDINARY = frozenset((Tensor, nn.Parameter))
+_active = torch._C._are_functorch_transforms_active
+_modes = torch._C._len_torch_dispatch_stack
+_tracing = torch._C._is_tracing
+
+
+def is_ordinary(call: AttentionCall) -> bool:
+    """Whether the call's tensors are plain numbers in memory, and nothing of torch's looks on at what becomes of them.
+
+    Not so under ``torch.func`` transforms, forward-mode differentiation, ``torch.jit.trace``, ``make_fx`` and other
+    dispatch modes (``FakeTensorMode``), nor for fake, meta, distributed and other subclasses of Tensor.
+    """
+    if _active() or _modes() or _tracing() or forward_ad._current_level >= 0:
+        return False
+    if call.q.device.type not in ("cpu", "cuda") or torch._ops._len_torch_dispatch_stack_pre_dispatch():
+        return False
+    rest = (call.attn_mask, call.block_bias, *(call.segment_ids or ()))
+    return (
+        type(call.q) in _ORDINARY
+        and type(call.k) in _ORDINARY
+        and type(call.v) in _ORDINARY
+        and all(x is None or type(x) in _ORDINARY for x in rest)
+    )
+
+
+def forward_mode() -> bool:
+    """Whether tensors may carry tangents, of ``torch.func.jvp`` or of ``torch.autograd.forward_ad``."""
+    if forward_ad._current_level >= 0:
+        return True
+    if not _active():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return any(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)
+
+
+def under_transforms() -> bool:
+    """Whether a transform of ``torch.func`` is at work."""
+    found: bool = _active()
+    return found
+
+
+def has_numbers(x: Tensor) -> bool:
+    """Whether a tensor has numbers that can be read: it is neither fake nor on the meta device."""
+    if x.device.type == "meta":
+        return False
+    if type(x) in _ORDINARY and not _modes():
+        return True
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    if is_traceable_wrapper_subclass(x):
+        parts = [getattr(x, name) for name in x.__tensor_flatten__()[0]]
+        return all(has_numbers(part) for part in parts if isinstance(part, Tensor))
+    return not isinstance(x, FakeTensor)
+
+
+def has_one_layout(q: Tensor, k: Tensor) -> bool:
+    """Whether what is compiled is an exported program of one length: it then holds the layout itself."""
+    if not torch.compiler.is_exporting() or torch.compiler.is_dynamo_compiling():
+        return False
+    return isinstance(q.shape[2], int) and isinstance(k.shape[2], int) and isinstance(q.shape[1], int)
+
+
+def is_distributed(call: AttentionCall) -> bool:
+    """Whether q, k or v is spread over a mesh of devices (DTensor)."""
+    tensors = (call.q, call.k, call.v)
+    if all(type(x) in _ORDINARY for x in tensors) or not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(x, DTensor) for x in tensors)

@@ -1,0 +1,39 @@
+"""Sizes that no kernel is asked for: values of another width than the keys, and sizes of zero."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from raybsa.aside import shape_of
+from raybsa.kernels.call import AttentionCall, compute_dtype
+
+
+def one_width(call: AttentionCall) -> AttentionCall:
+    """The call with q and k, or v, filled up with zeros to the width of the other: columns of zeros change no score,
+    and their outputs are zeros."""
+    missing = call.v.shape[-1] - call.q.shape[-1]
+    if missing < 0:
+        return replace(call, v=F.pad(call.v, (0, -missing)))
+    return replace(call, q=F.pad(call.q, (0, missing)), k=F.pad(call.k, (0, missing)))
+
+
+def nothing_to_attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
+    """out (B, H, Sq, Dv), zeros, and lse (B, H, Sq), -inf, where there are no samples, no queries or no keys; None
+    where there are. Differentiable, with gradients of zeros.
+
+    Raises:
+        ValueError: sizes that do not fit together.
+    """
+    (batch, heads, queries, head_dim), keys = shape_of(q), shape_of(k)[2]
+    if batch and queries and keys:
+        return None
+    kv_heads = max(k.shape[1], 1)
+    if k.shape[::3] != (batch, head_dim) or v.shape[:3] != k.shape[:3] or heads % kv_heads:
+        raise ValueError(f"q, k and v must fit together, got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}")
+    copies = heads // kv_heads
+    scores = q @ k.repeat_interleave(copies, 1).transpose(-1, -2)  # of no elements
+    lse = scores.sum(-1, dtype=compute_dtype(q.dtype)) - float("inf")
+    return scores @ v.repeat_interleave(copies, 1), lse
