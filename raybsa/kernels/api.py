@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from raybsa.kernels.backward import BACKENDS as BACKWARDS
 from raybsa.kernels.backward import own_backend
 from raybsa.kernels.call import AttentionCall, cast_inputs, check_call, check_numbers, decided, default_scale
 from raybsa.kernels.eager import eagerly
-from raybsa.kernels.ordinary import forward_mode, is_distributed, is_ordinary, under_transforms
+from raybsa.kernels.ordinary import forward_mode, has_numbers, is_distributed, is_ordinary, under_transforms
 from raybsa.kernels.peers import cudnn, fa4
 from raybsa.kernels.seed import seed_for
 from raybsa.kernels.widths import nothing_to_attend, one_width
@@ -149,7 +151,8 @@ def run_call(call: AttentionCall, backend: str = "auto") -> tuple[Tensor, Tensor
 def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
     """By the path that what torch is doing leaves open."""
     if torch.compiler.is_compiling():
-        return operator.run(call, backend) if _is_ours(call, backend) else eagerly(_run_late, call, backend)
+        ours = _is_ours(call, backend) and not under_transforms() and not forward_mode()
+        return operator.run(call, backend) if ours else eagerly(_run_late, call, backend)
     if not is_ordinary(call):
         return _run_aside(call, backend)
     module = _chosen(call, backend)
@@ -176,17 +179,47 @@ def _run_aside(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
             f"backend {backend!r} serves ordinary tensors, outside of torch.func, traces and dispatch modes, got "
             f"{type(call.q).__name__}: 'auto', {', '.join(map(repr, BACKWARDS))} serve more"
         )
-    if not under_transforms() and not forward_mode():
-        return reference.run(call) if backend == "reference" else operator.run(call, backend)
+    transformed = under_transforms() or forward_mode()
+    if backend != "reference" and not transformed:
+        return operator.run(call, backend)
+    if not has_numbers(call.q):
+        raise NotImplementedError(
+            f"tensors with numbers were wanted {'under torch.func' if transformed else 'by backend reference'}, got "
+            f"{type(call.q).__name__} on {call.q.device}"
+        )
     check_call(call)
-    if backend == "reference":
-        return reference.run(call)
     with torch.autocast(call.q.device.type, enabled=False):
-        return composite.run(call) if forward_mode() else transforms.run(call, partial(_serve, backend))
+        if backend == "reference" or forward_mode():
+            return (reference if backend == "reference" else composite).run(call)
+        return transforms.run(call, _Ours(backend))
 
 
-def _serve(backend: str, call: AttentionCall, of_mask: bool) -> ModuleType:
-    return own_backend(call, backend, of_mask)
+class _Ours(NamedTuple):
+    """What computes under transforms, once these have unwrapped their tensors: a backend of ours, by its operator where
+    a mode looks on."""
+
+    backend: str
+
+    def forward(self, call: AttentionCall, for_gradient: bool) -> tuple[Tensor, Tensor]:
+        if not is_ordinary(call):
+            return operator.run(call, self.backend)
+        found: tuple[Tensor, Tensor] = own_backend(call, self.backend).forward(call, for_gradient)
+        return found
+
+    def gradients(
+        self,
+        call: AttentionCall,
+        out: Tensor,
+        lse: Tensor,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        wanted: tuple[bool, bool],
+    ) -> Sequence[Tensor | None]:
+        if not is_ordinary(call):
+            return operator.gradients(call, self.backend, out, lse, grad_out, grad_lse, wanted)
+        module = own_backend(call, self.backend, wanted[0])
+        found: Sequence[Tensor | None] = module.gradients(call, out, lse, grad_out, grad_lse, wanted)
+        return found
 
 
 def _is_ours(call: AttentionCall, backend: str) -> bool:

@@ -122,7 +122,7 @@ def cast_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor
             came = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(f"{name} must be a tensor (batch, heads, tokens, head_dim), got {came}")
         if tensor.is_nested:
-            raise TypeError(f"{name} must be a plain tensor, got a nested one: pad it, and hide the padding by segment_ids")
+            raise TypeError(f"{name} must be padded, with the padding hidden by segment_ids: got a nested tensor")
     kind = q.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return q, k, v

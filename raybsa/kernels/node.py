@@ -34,7 +34,7 @@ class _Attention(torch.autograd.Function):
         out, lse = module.forward(call, True)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, out, lse)
-        ctx.rest, ctx.version = Rest.of(call, lambda *_: module), call.layout.version
+        ctx.rest, ctx.version = Rest.of(call, module), call.layout.version
         return out, lse
 
     @staticmethod
@@ -63,7 +63,5 @@ def _gradients(
         return differentiate(grad_out, grad_lse, out, lse, tensors, rest, wanted)
     call = rest.call(tensors)
     with torch.autocast(out.device.type, enabled=False):
-        found: Sequence[Tensor | None] = rest.serve(call, wanted[0]).gradients(
-            call, out, lse, grad_out, grad_lse, wanted
-        )
+        found: Sequence[Tensor | None] = rest.by.gradients(call, out, lse, grad_out, grad_lse, wanted)
     return found

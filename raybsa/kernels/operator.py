@@ -29,11 +29,28 @@ def can_serve(backend: str) -> bool:
 
 def run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
     """out (B, H, Sq, D) in q's dtype and lse (B, H, Sq) in the compute dtype, by the operator."""
+    found: tuple[Tensor, Tensor] = attention(*_arguments(call, backend))
+    return found
+
+
+def gradients(
+    call: AttentionCall,
+    backend: str,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, attn_mask and block_bias (the last two where ``wanted``), by the operator."""
+    *grads, of_mask, of_bias = attention_backward(grad_out, grad_lse, out, lse, *_arguments(call, backend), *wanted)
+    return (*grads, of_mask if wanted[0] else None, of_bias if wanted[1] else None)
+
+
+def _arguments(call: AttentionCall, backend: str) -> tuple[Any, ...]:
     ids = call.segment_ids or (None, None)
     tensors = (call.q, call.k, call.v, call.attn_mask, *ids, call.block_bias, call.seed)
-    numbers = (call.scale, call.dropout_p, call.deterministic, backend)
-    found: tuple[Tensor, Tensor] = attention(*tensors, *_written(call.layout, call.q), *numbers)
-    return found
+    return (*tensors, *_written(call.layout, call.q), call.scale, call.dropout_p, call.deterministic, backend)
 
 
 def _written(layout: BlockLayout | WrittenRule, q: Tensor) -> tuple[Any, ...]:
@@ -55,9 +72,13 @@ def _written(layout: BlockLayout | WrittenRule, q: Tensor) -> tuple[Any, ...]:
 
 
 def _without_numbers(x: Tensor, like: Tensor) -> Tensor:
-    """A tensor of a layout, fake or on the meta device as ``like`` is."""
+    """A tensor of a layout, fake or on the meta device as ``like`` is. A trace takes it as it is, and says itself what
+    it makes of constants."""
     from torch._subclasses.fake_tensor import FakeTensor
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+    if get_proxy_mode() is not None:
+        return x
     if isinstance(like, FakeTensor) and not isinstance(x, FakeTensor):
         x = like.fake_mode.from_tensor(x)
     return x.to(like.device)

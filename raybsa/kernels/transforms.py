@@ -6,7 +6,7 @@ own operations (``composite``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +16,7 @@ from raybsa.kernels import composite
 from raybsa.kernels.call import AttentionCall
 from raybsa.layout import BlockLayout
 
-# a call of ordinary tensors, and whether attn_mask has a gradient -> the backend of ours that serves it
-Serve = Callable[[AttentionCall, bool], Any]
+By = Any  # what computes: ``forward`` and ``gradients`` as ``raybsa.kernels.node`` asks for them
 Tensors = tuple[Tensor | None, ...]
 MASK, Q_IDS, KV_IDS, BIAS, SEED = range(3, 8)  # places among a call's tensors, after q, k and v
 
@@ -30,11 +29,11 @@ class Rest(NamedTuple):
     dropout_p: float
     deterministic: bool
     return_lse: bool
-    serve: Serve
+    by: By
 
     @classmethod
-    def of(cls, call: AttentionCall, serve: Serve) -> Rest:
-        return cls(call.layout, call.scale, call.dropout_p, call.deterministic, call.return_lse, serve)
+    def of(cls, call: AttentionCall, by: By) -> Rest:
+        return cls(call.layout, call.scale, call.dropout_p, call.deterministic, call.return_lse, by)
 
     def call(self, tensors: Sequence[Any]) -> AttentionCall:
         """The call of these tensors, as ``tensors_of`` gives them."""
@@ -49,9 +48,9 @@ def tensors_of(call: AttentionCall) -> Tensors:
     return (call.q, call.k, call.v, call.attn_mask, *(call.segment_ids or (None, None)), call.block_bias, call.seed)
 
 
-def run(call: AttentionCall, serve: Serve) -> tuple[Tensor, Tensor]:
+def run(call: AttentionCall, by: By) -> tuple[Tensor, Tensor]:
     """out and lse of a call under ``torch.func.grad``, ``vmap`` and what is made of them."""
-    found: tuple[Tensor, Tensor] = Attention.apply(*tensors_of(call), Rest.of(call, serve)._replace(return_lse=True))
+    found: tuple[Tensor, Tensor] = Attention.apply(*tensors_of(call), Rest.of(call, by)._replace(return_lse=True))
     return found
 
 
@@ -62,7 +61,7 @@ class Attention(torch.autograd.Function):
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
         *tensors, rest = args
         call = rest.call(tensors)
-        out, lse = rest.serve(call, False).forward(call)
+        out, lse = rest.by.forward(call, True)
         return out, lse
 
     @staticmethod
@@ -113,7 +112,7 @@ class Gradients(torch.autograd.Function):
     def forward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor | None, *args: Any) -> Tensors:
         *tensors, (rest, wanted) = args
         call = rest.call(tensors)
-        found: Tensors = rest.serve(call, wanted[0]).gradients(call, out, lse, grad_out, grad_lse, wanted)
+        found: Tensors = rest.by.gradients(call, out, lse, grad_out, grad_lse, wanted)
         return found
 
     @staticmethod
@@ -140,7 +139,8 @@ class Gradients(torch.autograd.Function):
             parts = [Gradients.apply(*each, (rest, wanted)) for each in _each(size, dims, every)]
             found = tuple(None if x[0] is None else torch.stack(x) for x in zip(*parts, strict=True))
         else:
-            first = [None if x is None else _with_samples(x, dim, size) for x, dim in zip(every[:4], dims, strict=False)]
+            ours = zip(every[:4], dims[:4], strict=True)
+            first = [None if x is None else _with_samples(x, dim, size) for x, dim in ours]
             results = Gradients.apply(*first, *folded, (rest, wanted))
             found = tuple(None if x is None else x.unflatten(0, (size, -1)) for x in results)
         return found, tuple(None if x is None else 0 for x in found)
