@@ -106,9 +106,9 @@ class BlockLayout:
         return self.q_len, self.kv_len, self.q_block_size, self.kv_block_size, self.causal
 
     @property
-    def version(self) -> tuple[int, ...]:
-        """Another one once a tensor of it was written to, as far as torch counts that."""
-        return tuple([x._version for x in self._counted])
+    def version(self) -> int:
+        """A larger one once a tensor of it was written to, as far as torch counts that."""
+        return sum([x._version for x in self._counted])
 
     @cached_property
     def _counted(self) -> tuple[Tensor, ...]:

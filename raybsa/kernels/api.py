@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from types import ModuleType
@@ -15,12 +16,12 @@ from raybsa.aside import shape_of
 from raybsa.kernels import auto, blocked, composite, cpp, dtensor, flex, operator, reference, transforms, triton_backend
 from raybsa.kernels.backward import BACKENDS as BACKWARDS
 from raybsa.kernels.backward import own_backend
-from raybsa.kernels.call import AttentionCall, cast_inputs, check_call, check_numbers, decided, default_scale
+from raybsa.kernels.call import AttentionCall, cast_inputs, check_call, check_numbers, decided
 from raybsa.kernels.eager import eagerly
 from raybsa.kernels.ordinary import forward_mode, has_numbers, is_distributed, is_ordinary, under_transforms
 from raybsa.kernels.peers import cudnn, fa4
 from raybsa.kernels.seed import seed_for
-from raybsa.kernels.widths import nothing_to_attend, one_width
+from raybsa.kernels.widths import in_sizes_of_kernels, is_for_kernels
 from raybsa.layout import BlockLayout
 from raybsa.own import own
 from raybsa.patterns.written import WrittenRule
@@ -119,18 +120,19 @@ def make_call(
 ) -> AttentionCall:
     """The call that ``block_sparse_attention`` runs for these arguments, with what they leave open decided."""
     q, k, v = cast_inputs(q, k, v)
-    check_numbers(scale, dropout_p, segment_ids)
+    if scale is not None or dropout_p or segment_ids is not None:
+        check_numbers(scale, dropout_p, segment_ids)
     return AttentionCall(
         q,
         k,
         v,
         layout,
-        default_scale(q) if scale is None else float(scale),
+        1.0 / math.sqrt(max(shape_of(q)[-1], 1)) if scale is None else float(scale),
         attn_mask,
         segment_ids,
         block_bias,
         float(dropout_p),
-        seed_for(seed, dropout_p, q.device),
+        seed_for(seed, q.device) if dropout_p else None,
         torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic,
         return_lse,
     )
@@ -138,28 +140,21 @@ def make_call(
 
 def run_call(call: AttentionCall, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """out and lse (only where the call asks for it) of a call made elsewhere; raises as ``block_sparse_attention``."""
-    nothing = nothing_to_attend(call.q, call.k, call.v)
-    if nothing is not None:
-        return nothing
-    width = shape_of(call.v)[-1]
-    if width == shape_of(call.q)[-1] or shape_of(call.v)[:-1] != shape_of(call.k)[:-1]:
-        return _run(call, backend)
-    out, lse = _run(one_width(call), backend)
-    return out[..., :width], lse
-
-
-def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
-    """By the path that what torch is doing leaves open."""
-    if torch.compiler.is_compiling():
-        ours = _is_ours(call, backend) and not under_transforms() and not forward_mode()
-        return operator.run(call, backend) if ours else eagerly(_run_late, call, backend)
-    if not is_ordinary(call):
-        return _run_aside(call, backend)
-    module = _chosen(call, backend)
-    if not torch.is_autocast_enabled(call.q.device.type):
-        return module.run(call)
+    if torch.compiler.is_compiling() or not is_ordinary(call):
+        return in_sizes_of_kernels(call, partial(_run_otherwise, backend=backend))
+    chosen = _chosen(call, backend)
+    if call.q.is_meta or not torch.is_autocast_enabled(call.q.device.type):
+        return chosen(call)
     with torch.autocast(call.q.device.type, enabled=False):
-        return module.run(call)
+        return chosen(call)
+
+
+def _run_otherwise(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
+    """Under a compiler, or of tensors that our kernels may not read as they are (``raybsa.kernels.ordinary``)."""
+    if not torch.compiler.is_compiling():
+        return _run_aside(call, backend)
+    ours = _is_ours(call, backend) and not under_transforms() and not forward_mode()
+    return operator.run(call, backend) if ours else eagerly(_run_late, call, backend)
 
 
 def _run_late(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
@@ -167,13 +162,12 @@ def _run_late(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
     layout = call.layout
     if isinstance(layout, WrittenRule):
         layout = layout.layout(call.q.shape[2], call.k.shape[2], call.q.shape[1], call.q.device)
-    return _run(replace(call, layout=layout), backend)
+    return run_call(replace(call, layout=layout), backend)
 
 
 def _run_aside(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
-    """Of tensors that our kernels may not read as they are (``raybsa.kernels.ordinary``)."""
     if is_distributed(call):
-        return dtensor.run(call, partial(_run, backend=backend))
+        return dtensor.run(call, partial(run_call, backend=backend))
     if backend != "reference" and not _is_ours(call, backend):
         raise NotImplementedError(
             f"backend {backend!r} serves ordinary tensors, outside of torch.func, traces and dispatch modes, got "
@@ -229,16 +223,22 @@ def _is_ours(call: AttentionCall, backend: str) -> bool:
     return operator.can_serve(backend)
 
 
-def _chosen(call: AttentionCall, backend: str) -> ModuleType:
-    """The backend of a checked call; checks and choice hold for all calls of the same signature and layout."""
+def _chosen(call: AttentionCall, backend: str) -> Callable[[AttentionCall], tuple[Tensor, Tensor]]:
+    """What runs a checked call; checks and choice hold for all calls of the same signature and layout."""
 
-    def choose() -> ModuleType:
+    def choose() -> Callable[[AttentionCall], tuple[Tensor, Tensor]]:
+        if call.q.is_meta:
+            return partial(_run_aside, backend=backend)
+        if not is_for_kernels(call):
+            return partial(in_sizes_of_kernels, run=partial(run_call, backend=backend))
         check_call(call)
-        return BACKENDS[choose_backend(call)] if backend == "auto" else _named(backend, call)
+        chosen = BACKENDS[choose_backend(call)] if backend == "auto" else _named(backend, call)
+        run: Callable[[AttentionCall], tuple[Tensor, Tensor]] = chosen.run
+        return run
 
     if getattr(call.layout, "transient", False):
         call.layout.checked()
-    found: ModuleType = decided(call, ("backend", backend), choose)
+    found: Callable[[AttentionCall], tuple[Tensor, Tensor]] = decided(call, ("backend", backend), choose)
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raybsa.aside import shape_of
 from raybsa.kernels.kept import kept_with, kept_with_rows
 from raybsa.layout import BlockLayout
 
@@ -121,19 +119,14 @@ def cast_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor
         if not isinstance(tensor, Tensor) or tensor.dim() != 4:
             came = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(f"{name} must be a tensor (batch, heads, tokens, head_dim), got {came}")
-        if tensor.is_nested:
-            raise TypeError(f"{name} must be padded, with the padding hidden by segment_ids: got a nested tensor")
+    if q.is_nested:
+        raise TypeError("q, k and v must be padded, with the padding hidden by segment_ids: got nested tensors")
     kind = q.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return q, k, v
     dtype = torch.get_autocast_dtype(kind)
     cast = [x.to(dtype) if x.dtype in (torch.float16, torch.bfloat16, torch.float32) else x for x in (q, k, v)]
     return cast[0], cast[1], cast[2]
-
-
-def default_scale(q: Tensor) -> float:
-    """``1 / sqrt(D)``."""
-    return 1.0 / math.sqrt(max(shape_of(q)[-1], 1))
 
 
 def check_numbers(scale: Any, dropout_p: float, segment_ids: Any) -> None:

@@ -22,8 +22,8 @@ _WITH_ROWS = WeakTensorKeyDictionary()  # of the rows' offsets: a dictionary for
 
 def kept_with(layout: BlockLayout) -> Kept:
     """What was made once for a layout."""
-    version, found = layout.__dict__.get("_kept", (None, None))
-    if found is None or version != layout.version:
+    version, found = layout.__dict__.get("_kept", (-1, None))
+    if version != layout.version:
         found = {} if layout.transient else _of_tensors(layout).kept
         layout.__dict__["_kept"] = (layout.version, found)
     if len(found) > MOST:

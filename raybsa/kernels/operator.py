@@ -57,7 +57,7 @@ def _written(layout: BlockLayout | WrittenRule, q: Tensor) -> tuple[Any, ...]:
     """crow_indices, col_indices, q_block_ids, kv_block_ids, the rule, and the layout's sizes; as q is, where that is a
     tensor without numbers."""
     if isinstance(layout, WrittenRule):
-        return None, None, None, None, layout.tensor, []
+        return None, None, None, None, layout.tensor, [0] * 6
     if not isinstance(layout, BlockLayout):
         raise TypeError(f"layout must be a BlockLayout, got {type(layout).__name__}")
     tensors: Sequence[Tensor | None] = (

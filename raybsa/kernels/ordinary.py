@@ -12,24 +12,26 @@ _ORDINARY = frozenset((Tensor, nn.Parameter))
 _active = torch._C._are_functorch_transforms_active
 _modes = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._is_tracing
+_included = torch._C._dispatch_tls_is_dispatch_key_included
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 
 
 def is_ordinary(call: AttentionCall) -> bool:
     """Whether the call's tensors are plain numbers in memory, and nothing of torch's looks on at what becomes of them.
 
     Not so under ``torch.func`` transforms, forward-mode differentiation, ``torch.jit.trace``, ``make_fx`` and other
-    dispatch modes (``FakeTensorMode``), nor for fake, meta, distributed and other subclasses of Tensor.
+    dispatch modes (``FakeTensorMode``), nor for fake, distributed and other subclasses of Tensor.
     """
-    if _active() or _modes() or _tracing() or forward_ad._current_level >= 0:
+    if _active() or _modes() or _tracing() or forward_ad._current_level >= 0 or _included(_PRE_DISPATCH):
         return False
-    if call.q.device.type not in ("cpu", "cuda") or torch._ops._len_torch_dispatch_stack_pre_dispatch():
-        return False
-    rest = (call.attn_mask, call.block_bias, *(call.segment_ids or ()))
+    mask, bias, ids = call.attn_mask, call.block_bias, call.segment_ids
     return (
         type(call.q) in _ORDINARY
         and type(call.k) in _ORDINARY
         and type(call.v) in _ORDINARY
-        and all(x is None or type(x) in _ORDINARY for x in rest)
+        and (mask is None or type(mask) in _ORDINARY)
+        and (bias is None or type(bias) in _ORDINARY)
+        and (ids is None or (type(ids[0]) in _ORDINARY and type(ids[1]) in _ORDINARY))
     )
 
 

@@ -7,11 +7,9 @@ import torch
 from torch import Tensor
 
 
-def seed_for(seed: int | None, dropout_p: float, device: torch.device) -> Tensor | None:
+def seed_for(seed: int | None, device: torch.device) -> Tensor:
     """() int64 on ``device``: ``seed``, of which the lower 32 bits count, or where that is None a number drawn from
-    torch's default generator of the device; None where nothing is dropped."""
-    if not dropout_p:
-        return None
+    torch's default generator of the device."""
     if seed is None:
         return torch.randint(2**31 - 1, (), device=device)
     return torch.full((), seed & 0xFFFFFFFF, dtype=torch.int64, device=device)

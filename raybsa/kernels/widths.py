@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch.nn.functional as F
@@ -11,10 +12,30 @@ from raybsa.aside import shape_of
 from raybsa.kernels.call import AttentionCall, compute_dtype
 
 
-def one_width(call: AttentionCall) -> AttentionCall:
+def is_for_kernels(call: AttentionCall) -> bool:
+    """Whether there is something to attend, and values are as wide as keys."""
+    (batch, _, queries, width), keys = shape_of(call.q), shape_of(call.k)[2]
+    return bool(batch and queries and keys and shape_of(call.v)[-1] == width)
+
+
+def in_sizes_of_kernels(
+    call: AttentionCall, run: Callable[[AttentionCall], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """out and lse of any call by what runs those that are for kernels."""
+    nothing = nothing_to_attend(call.q, call.k, call.v)
+    if nothing is not None:
+        return nothing
+    width = shape_of(call.v)[-1]
+    if width == shape_of(call.q)[-1]:
+        return run(call)
+    out, lse = run(_one_width(call))
+    return out[..., :width], lse
+
+
+def _one_width(call: AttentionCall) -> AttentionCall:
     """The call with q and k, or v, filled up with zeros to the width of the other: columns of zeros change no score,
     and their outputs are zeros."""
-    missing = call.v.shape[-1] - call.q.shape[-1]
+    missing = shape_of(call.v)[-1] - shape_of(call.q)[-1]
     if missing < 0:
         return replace(call, v=F.pad(call.v, (0, -missing)))
     return replace(call, q=F.pad(call.q, (0, missing)), k=F.pad(call.k, (0, missing)))

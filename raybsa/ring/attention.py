@@ -94,7 +94,7 @@ def ring_attention(
         None if segment_ids is None else all_segments(segment_ids, plan, communicator),
         segment_ids,
         float(dropout_p),
-        seed_for(seed, dropout_p, q.device),
+        seed_for(seed, q.device) if dropout_p else None,
         torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic,
         gradient_codec or build("none"),
         {} if gradient_states is None else gradient_states,
