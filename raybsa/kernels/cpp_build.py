@@ -1,4 +1,4 @@
-"""The C++ kernels as a shared library, compiled for this machine at first use and kept for the next process.
+"""The C++ kernels as a shared library, compiled for this machine at first use and cached for the next process.
 
 Processes and threads may ask for it at one time: a process compiles once, and what it finds is whole (``cpp_cache``).
 """
@@ -67,13 +67,13 @@ def _load(compiler: str, name: str) -> ctypes.CDLL | str:
     for folder in (cpp_cache.user_folder, cpp_cache.temporary_folder):
         try:
             found = folder()
-            path = cpp_cache.find(found, name) or cpp_cache.keep(found, name, partial(_compile, compiler))
+            path = cpp_cache.find(found, name) or cpp_cache.save(found, name, partial(_compile, compiler))
             return ctypes.CDLL(str(path))
         except subprocess.CalledProcessError as error:  # also of a full disk
             reasons.append(f"{compiler} cannot compile them: {error.stderr.strip()[:300]}")
         except OSError as error:
             reasons.append(str(error))
-    return f"the C++ kernels could not be built: {'; '.join(reasons)} (XDG_CACHE_HOME says where they are kept)"
+    return f"the C++ kernels could not be built: {'; '.join(reasons)} (XDG_CACHE_HOME says where they are cached)"
 
 
 def _compiler() -> str:

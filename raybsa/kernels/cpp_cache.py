@@ -1,4 +1,4 @@
-"""Where compiled code is kept between processes: written whole, and checked before anything loads it.
+"""Where compiled code is cached between processes: written whole, and checked before anything loads it.
 
 The name of a file ends in the hash of its content. So one rename publishes both, processes that compile at one time do
 not meet, and what was cut short or altered is not what its name says.
@@ -52,12 +52,12 @@ def temporary_folder() -> Path:
 
 
 def find(folder: Path, name: str) -> Path | None:
-    """A whole file that ``keep`` wrote under this name, by this user or by root; None where there is none."""
+    """A whole file that ``save`` wrote under this name, by this user or by root; None where there is none."""
     return next((path for path in sorted(folder.glob(f"{name}-*{SUFFIX}")) if _is_whole(path, name)), None)
 
 
-def keep(folder: Path, name: str, make: Callable[[Path], None]) -> Path:
-    """Has ``make(path)`` write a file, and keeps it under the name, on the disk before it can be found.
+def save(folder: Path, name: str, make: Callable[[Path], None]) -> Path:
+    """Has ``make(path)`` write a file, and saves it under the name, on the disk before it can be found.
 
     Raises:
         OSError: the folder cannot be written to, or its disk is full.

@@ -26,7 +26,7 @@ from raybsa.variants.selection import Selection
 from raybsa.variants.selector import BlockSelector
 from raybsa.variants.source import FixedPattern, layout_source
 from raybsa.variants.swap_served import Choose, Outside, Served, own, serve_all
-from raybsa.variants.swap_watch import named
+from raybsa.variants.swap_watch import check_uncovered, named
 
 VARIANTS = ("base", "adaptive", DENSE)
 _OF_THE_MODULE = ("causal", "num_heads", "head_dim", "num_kv_heads")  # arguments that its own calls answer
@@ -83,7 +83,7 @@ def swap(model: nn.Module, served: Mapping[str, Served | None]) -> Callable[[], 
     ``torch.save`` of the model give a swapped one, which cannot be undone.
 
     Returns:
-        What undoes it; it raises RuntimeError where a module has got yet another class meanwhile.
+        What undoes it. It raises RuntimeError, and undoes nothing, where a module has got yet another class meanwhile.
     """
     unknown = _Unknown(tuple(served))
 
@@ -96,7 +96,13 @@ def swap(model: nn.Module, served: Mapping[str, Served | None]) -> Callable[[], 
         for name, one in served.items():
             if one is not None and isinstance(one.source, BlockSelector):
                 own(model.get_submodule(name), one.source, undo)
-        return undo.pop_all().close
+        kept = undo.pop_all()
+
+    def take_back() -> None:
+        check_uncovered(model)  # before anything is given back, so that nothing is half swapped
+        kept.close()
+
+    return take_back
 
 
 def swap_attention(

@@ -73,13 +73,19 @@ def watch(module: nn.Module, service: Service, becomes: type[nn.Module] | None =
     module.__dict__[_SERVICE] = service
 
     def undo() -> None:
-        if type(module) is not ours and isinstance(module, Watched):
-            raise RuntimeError(f"{name}: its class has become {type(module).__qualname__} since, undo that first")
         module.__dict__.pop(_SERVICE, None)
         if type(module) is ours:  # a lazy module has another when its sizes are known
             module.__class__ = before
 
     return undo
+
+
+def check_uncovered(model: nn.Module) -> None:
+    """Raises RuntimeError where a class was laid over that of a watched module, which could not be given back."""
+    for module in model.modules():
+        if isinstance(module, Watched) and Watched not in type(module).__bases__:
+            name, now = named(service_of(module).name), type(module).__qualname__
+            raise RuntimeError(f"{name}: its class has become {now} since, undo that first")
 
 
 def service_of(module: nn.Module) -> Any:
@@ -151,7 +157,16 @@ def watched(base: type[nn.Module]) -> type[Any]:
         made.forward = forward
         if hasattr(base, "__deepcopy__"):
             made.__deepcopy__ = deep_copy
+        if issubclass(base, torch.fx.GraphModule):
+            made.recompile = _refuse_recompile
         return made
+
+
+def _refuse_recompile(self: Any) -> Any:
+    raise NotImplementedError(
+        f"{named(service_of(self).name)}: its graph would be compiled into a call that forgets that it is swapped: undo "
+        "that first"
+    )
 
 
 def _made_again(base: type[nn.Module], *args: Any) -> nn.Module:

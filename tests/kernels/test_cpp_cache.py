@@ -1,4 +1,4 @@
-"""Compiled code is kept whole or not at all, found again by the next process, and never loaded from a stranger."""
+"""Compiled code is saved whole or not at all, found again by the next process, and never loaded from a stranger."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_a_compiler_that_fails_leaves_nothing(kernels: Kernels, monkeypatch: pyt
 
 @needs_a_compiler
 def test_a_cache_that_cannot_be_written_is_no_end(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a read-only image: the library is found there if it was made before, else kept in a temporary folder."""
+    """As on a read-only image: the library is found there if it was made before, else saved in a temporary folder."""
     kernels.cache.parent.write_text("a file is no folder")
     assert kernels.load() == 42
     assert [path.suffix for path in kernels.files(kernels.temporary)] == [".so"]
@@ -144,7 +144,7 @@ def test_a_cache_that_cannot_be_written_is_no_end(kernels: Kernels, monkeypatch:
 
 
 @needs_a_compiler
-def test_without_any_home_it_is_kept_in_a_temporary_folder(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_any_home_it_is_saved_in_a_temporary_folder(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "relative/does/not/count")
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory")))
     with pytest.raises(FileNotFoundError, match="has no home folder"):
@@ -176,7 +176,7 @@ def test_a_stranger_s_folder_and_file_are_refused(kernels: Kernels) -> None:
     os.chown(kernels.temporary, 54321, -1)
     with pytest.raises(PermissionError, match="of uid 54321"):
         cpp_cache.temporary_folder()
-    path = cpp_cache.keep(kernels.cache, "name", lambda path: path.write_text("code") and None)
+    path = cpp_cache.save(kernels.cache, "name", lambda path: path.write_text("code") and None)
     assert cpp_cache.find(kernels.cache, "name") == path
     os.chown(path, 54321, -1)
     assert cpp_cache.find(kernels.cache, "name") is None
@@ -220,7 +220,7 @@ def test_a_user_id_without_a_home_computes(setup: str, tmp_path: Path) -> None:
         shutil.rmtree(shared)
 
 
-def test_where_nothing_can_be_kept_blocked_serves_and_cpp_says_why(
+def test_where_nothing_can_be_saved_blocked_serves_and_cpp_says_why(
     kernels: Kernels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -230,5 +230,5 @@ def test_where_nothing_can_be_kept_blocked_serves_and_cpp_says_why(
     wanted = block_sparse_attention(q, k, v, layout, backend="blocked")
     cpp_build._library.cache_clear()
     assert torch.equal(block_sparse_attention(q, k, v, layout), wanted)
-    with pytest.raises(NotImplementedError, match="XDG_CACHE_HOME says where they are kept"):
+    with pytest.raises(NotImplementedError, match="XDG_CACHE_HOME says where they are cached"):
         block_sparse_attention(q, k, v, layout, backend="cpp")

@@ -447,7 +447,7 @@ def test_an_exported_graph_is_refused_by_name_before_and_after() -> None:
         torch.export.export(model, (X[:, None],))
 
 
-def test_a_graph_module_is_served_and_its_copies_are_refused_by_name() -> None:
+def test_a_graph_module_is_served_and_its_copies_and_changes_are_refused_by_name() -> None:
     model = nn.Sequential(torch.fx.symbolic_trace(Scripted()))
     plain = model(X[:, None])
     swap_attention(model, [WINDOW], lambda: model(X[:, None]))
@@ -455,6 +455,8 @@ def test_a_graph_module_is_served_and_its_copies_are_refused_by_name() -> None:
     for copied in (copy.deepcopy, pickle.dumps):
         with pytest.raises(NotImplementedError, match="module '0': it is copied or pickled in a way of its own"):
             copied(model)
+    with pytest.raises(NotImplementedError, match="module '0': its graph would be compiled into a call that forgets"):
+        model[0].recompile()
 
 
 @torch.no_grad()
@@ -514,15 +516,19 @@ def test_modules_of_one_class_stay_of_one_class() -> None:
     assert len({type(layer) for layer in model}) == 1
 
 
-def test_a_class_laid_over_ours_is_undone_first() -> None:
-    model = swapped()
-    undo = swap_attention(other := nn.Sequential(Attention()), [WINDOW], lambda: other(X))
-    nn.utils.parametrizations.weight_norm(other[0].qkv)
-    found = other(X)
+def test_a_class_laid_over_ours_is_undone_first_and_nothing_is_half_swapped() -> None:
+    model = nn.Sequential(Attention(), nn.TransformerEncoderLayer(H * D, H, 32, 0.0, batch_first=True)).eval()
+    plain, classes = model(X), [type(module) for module in model.modules()]
+    undo = swap_attention(model, [WINDOW], lambda: model(X))
+    found = model(X)
+    nn.utils.parametrize.register_parametrization(model[0].qkv, "weight", nn.Identity())
     with pytest.raises(RuntimeError, match=r"module '0.qkv': its class has become ParametrizedLinear since, undo that"):
         undo()
-    assert torch.isfinite(found).all()
-    assert torch.isfinite(model(X)).all()
+    assert torch.equal(model(X), found)
+    nn.utils.parametrize.remove_parametrizations(model[0].qkv, "weight")
+    undo()
+    assert torch.equal(model(X), plain)
+    assert [type(module) for module in model.modules()] == classes
 
 
 def test_parametrized_and_lazy_modules_are_swapped_copied_and_given_back() -> None:
