@@ -124,8 +124,8 @@ class Communicator:
     def shared(self, kind: type[Shared]) -> Shared:
         """The one ``kind()`` of this group, made when it is first asked for: what holds for all that talk in it, by
         whatever communicator. A new group begins without; whoever is alone shares with nobody."""
-        found: Shared = self._shared.setdefault(kind, kind())
-        return found
+        found: Shared | None = self._shared.get(kind)
+        return self._shared.setdefault(kind, kind()) if found is None else found
 
     def cancel(self, reason: str) -> None:
         """Makes every wait of this communicator, now and later, raise ``Cancelled``. Any thread may call it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from torch import Tensor
 
 from raybsa.comm import Communicator
@@ -24,7 +26,7 @@ def signature(
     return (
         f"plan {plan.digest}, {q.dtype}, batch {q.shape[0]}, {q.shape[1]} query and {k.shape[1]} KV heads of "
         f"{q.shape[3]}, scale {scale}, segments {segment_ids is not None}, dropout {dropout_p} from seed {seed}, "
-        f"gradients by {codec.spec}"
+        f"gradients by {_spec_of(codec)}"
     )
 
 
@@ -70,6 +72,11 @@ def check_shards(q: Tensor, k: Tensor, partition: Partition, communicator: Commu
     communicator.agree("the shards", problem or f"partition {partition.digest()}, all tokens there")
     if problem is not None:
         raise ValueError(problem)
+
+
+@lru_cache(maxsize=64)
+def _spec_of(codec: Codec) -> str:
+    return str(codec.spec)
 
 
 def _problem_with_shards(q: Tensor, k: Tensor, v: Tensor, partition: Partition, rank: int) -> str | None:

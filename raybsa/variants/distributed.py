@@ -259,9 +259,8 @@ class BlockSparseDistributed(nn.Module):
         if partition is None:
             layouts = [self._layout(seq_len, num_heads, torch.device("cpu"))]
             return shared.settle(_deal(layouts, self.communicator.world_size, self.config), _dealing(self.config))
-        dealing, asked = shared.dealing(seq_len), _dealing(self.config)
         problem = None
-        if self._has_config and dealing not in (None, asked):
+        if self._has_config and (dealing := shared.dealing(seq_len)) not in (None, asked := _dealing(self.config)):
             problem = f"this layer's config asks for {asked}, they are dealt by {dealing}"
         try:
             partition.owner_of(self._block_size)

@@ -69,7 +69,7 @@ class Service:
         if is_causal and not source.causal:
             raise ValueError("a call with is_causal=False was wanted, as its first one: got is_causal=True")
         if isinstance(source, BlockSelector):  # a replica has one of its own
-            source = module._modules[_place_of_a_learned_source(module)]  # type: ignore[assignment]
+            source = module._modules[_child_name(module)]  # type: ignore[assignment]
         return source, backend, rest if source.causal else attn_mask
 
     def _attend(
@@ -109,7 +109,7 @@ def serve_all(model: nn.Module, choose: Callable[[str], Choose | None], undo: Ex
 
 def own(module: nn.Module, source: BlockSelector, undo: ExitStack) -> None:
     """Makes a learned source a part of the module that it serves, until ``undo`` is closed."""
-    name = _place_of_a_learned_source(module)
+    name = _child_name(module)
     module.add_module(name, source)
     undo.callback(module._modules.pop, name, None)
 
@@ -171,7 +171,7 @@ def _left_to_torch() -> Iterator[None]:
         _LEFT_TO_TORCH.reset(before)
 
 
-def _place_of_a_learned_source(module: nn.Module) -> str:
+def _child_name(module: nn.Module) -> str:
     return "source" if isinstance(module, _Multihead) else "raybsa_source"
 
 

@@ -164,8 +164,8 @@ def watched(base: type[nn.Module]) -> type[Any]:
 
 def _refuse_recompile(self: Any) -> Any:
     raise NotImplementedError(
-        f"{named(service_of(self).name)}: its graph would be compiled into a call that forgets that it is swapped: undo "
-        "that first"
+        f"{named(service_of(self).name)}: its graph would be compiled into a call that forgets that it is swapped: "
+        "undo that first"
     )
 
 
