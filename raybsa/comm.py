@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -79,8 +80,12 @@ class Ledger:
         self.waited_s.clear()
 
 
+Shared = TypeVar("Shared")
+_SHARED: WeakKeyDictionary[dist.ProcessGroup, dict[type, Any]] = WeakKeyDictionary()  # see Communicator.shared
+
+
 class Communicator:
-    """Talks to the other ranks of one group, on one device.
+    """Talks to the other ranks of one group, on one device. One thread uses it at a time; any may ``cancel``.
 
     Args:
         group: a process group of ``torch.distributed``; None means alone (world size 1).
@@ -105,6 +110,7 @@ class Communicator:
         self.observer = observer
         self.ledger = Ledger()
         self._agreed: dict[str, None] = {}  # in the order in which it was agreed
+        self._shared: dict[type, Any] = {} if group is None else _SHARED.setdefault(group, {})
         self._cancelled = threading.Event()
         self._reason = ""
         self._open: set[Pending] = set()
@@ -114,6 +120,12 @@ class Communicator:
     def blocks_host(self) -> bool:
         """Whether waiting blocks the host (gloo); else it orders streams (NCCL)."""
         return self.device.type != "cuda"
+
+    def shared(self, kind: type[Shared]) -> Shared:
+        """The one ``kind()`` of this group, made when it is first asked for: what holds for all that talk in it, by
+        whatever communicator. A new group begins without; whoever is alone shares with nobody."""
+        found: Shared | None = self._shared.get(kind)
+        return self._shared.setdefault(kind, kind()) if found is None else found
 
     def cancel(self, reason: str) -> None:
         """Makes every wait of this communicator, now and later, raise ``Cancelled``. Any thread may call it."""

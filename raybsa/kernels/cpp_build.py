@@ -1,4 +1,7 @@
-"""The C++ kernels as a shared library, compiled for this machine at first use and kept in the user's cache."""
+"""The C++ kernels as a shared library, compiled for this machine at first use and cached for the next process.
+
+Processes and threads may ask for it at one time: a process compiles once, and what it finds is whole (``cpp_cache``).
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,17 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
-from functools import cache
+import threading
+from functools import cache, partial
 from pathlib import Path
+
+from raybsa.kernels import cpp_cache
 
 SOURCE = Path(__file__).parent / "cpp_source"
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
 _COMPILE_SECONDS = 120
+
+_ONE_AT_A_TIME = threading.Lock()
 
 logger = logging.getLogger(__name__)
 
@@ -48,35 +55,35 @@ def _library() -> ctypes.CDLL | str:
         return missing
     compiler = _compiler()
     try:
-        path = cache_folder() / f"attention-{_digest(compiler)}.so"
-        if not path.exists():
-            _compile(compiler, path)
-        return ctypes.CDLL(str(path))
-    except subprocess.CalledProcessError as error:
-        return f"{compiler} cannot compile the C++ kernels: {error.stderr.strip()[:500]}"
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"the C++ kernels could not be built: {error} (XDG_CACHE_HOME says where they are kept)"
+        with _ONE_AT_A_TIME:  # a thread that waited here finds what the first one made
+            return _load(compiler, f"attention-{_digest(compiler)}")
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"the C++ kernels could not be built: {error}"
+
+
+def _load(compiler: str, name: str) -> ctypes.CDLL | str:
+    """From the user's cache; where that cannot be written or run from, from a temporary folder of this user's."""
+    reasons = []
+    for folder in (cpp_cache.user_folder, cpp_cache.temporary_folder):
+        try:
+            found = folder()
+            path = cpp_cache.find(found, name) or cpp_cache.save(found, name, partial(_compile, compiler))
+            return ctypes.CDLL(str(path))
+        except subprocess.CalledProcessError as error:  # also of a full disk
+            reasons.append(f"{compiler} cannot compile them: {error.stderr.strip()[:300]}")
+        except OSError as error:
+            reasons.append(str(error))
+    return f"the C++ kernels could not be built: {'; '.join(reasons)} (XDG_CACHE_HOME says where they are cached)"
 
 
 def _compiler() -> str:
     return os.environ.get("CXX", "g++")
 
 
-def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/raybsa``, by default ``~/.cache/raybsa``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raybsa"
-
-
 def _compile(compiler: str, path: Path) -> None:
-    """Writes beside ``path`` and renames, so that processes which compile at one time do not meet."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     logger.info("compiling %s with %s", path, compiler)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / path.name
-        files = [str(file) for file in sorted(SOURCE.glob("*.cpp"))]
-        command = [compiler, *FLAGS, *files, "-o", str(made)]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
-        made.replace(path)
+    command = [compiler, *FLAGS, *(str(file) for file in sorted(SOURCE.glob("*.cpp"))), "-o", str(path)]
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
 
 
 def _digest(compiler: str) -> str:

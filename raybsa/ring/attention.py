@@ -81,8 +81,9 @@ def ring_attention(
         ValueError, TypeError: arguments that do not fit together, on every rank where ranks disagree.
     """
     q, k, v = cast_inputs(q, k, v)
+    codec = gradient_codec or build("none")
     problem = problem_with(q, k, v, plan, communicator, block_bias, dropout_p, seed)
-    communicator.agree("the ring's call", problem or signature(q, k, plan, scale, segment_ids, dropout_p, seed))
+    communicator.agree("the ring's call", problem or signature(q, k, plan, scale, segment_ids, dropout_p, seed, codec))
     if problem is not None:
         raise ValueError(problem)
     ring = Ring(
@@ -96,7 +97,7 @@ def ring_attention(
         float(dropout_p),
         seed_for(seed, q.device) if dropout_p else None,
         torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic,
-        gradient_codec or build("none"),
+        codec,
         {} if gradient_states is None else gradient_states,
         backend,
     )

@@ -61,11 +61,25 @@ class Partition:
         return (self.owner_of(block_size or self.block_size) == rank).nonzero()[:, 0]
 
     def owner_of(self, block_size: int) -> Tensor:
-        """(num_blocks,) int64: the rank of each block of ``block_size`` tokens, a divisor of the partition's own."""
-        if block_size < 1 or self.block_size % block_size:
-            raise ValueError(f"block_size must divide the partition's {self.block_size}, got {block_size}")
-        fine = self.owner.repeat_interleave(self.block_size // block_size)
-        return fine[: num_blocks(self.seq_len, block_size)]
+        """(num_blocks,) int64: the rank of each block of ``block_size`` tokens.
+
+        Raises:
+            ValueError: such blocks would lie on several ranks.
+        """
+        if block_size == self.block_size:
+            return self.owner
+        if block_size >= 1 and self.block_size % block_size == 0:
+            fine = self.owner.repeat_interleave(self.block_size // block_size)
+            return fine[: num_blocks(self.seq_len, block_size)]
+        if block_size >= 1 and block_size % self.block_size == 0:
+            times = block_size // self.block_size
+            first = self.owner[::times]
+            if torch.equal(first.repeat_interleave(times)[: len(self.owner)], self.owner):
+                return first
+        raise ValueError(
+            f"blocks that lie on one rank each were wanted, as those that divide the partition's {self.block_size} "
+            f"tokens do, got blocks of {block_size}"
+        )
 
     def tokens(self, rank: int) -> Tensor:
         """(n,) int64, ascending: the global positions of a rank's tokens, in the order in which it holds them."""

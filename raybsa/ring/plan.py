@@ -237,12 +237,13 @@ def plan_for(layout: BlockLayout, partition: Partition, *, queries_per_kv: int =
     newest few stay, as each generation has a partition of its own.
     """
     plans: _Plans = layout.__dict__.setdefault("_ring_plans", _Plans())
-    for plan in plans:
+    for plan in tuple(plans):
         if plan.partition is partition and plan.queries_per_kv == queries_per_kv:
             return plan
-    plans.append(RingPlan(layout, partition, queries_per_kv=queries_per_kv))
+    made = RingPlan(layout, partition, queries_per_kv=queries_per_kv)
+    plans.append(made)
     del plans[:-PLANS_KEPT]
-    return plans[-1]
+    return made  # plans[-1] may be another thread's
 
 
 def _places(wanted: Tensor) -> Tensor:

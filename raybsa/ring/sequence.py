@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from raybsa.comm import Communicator
 from raybsa.ring.partition import Partition
+from raybsa.ring.shared_partitions import partitions_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,8 +20,12 @@ class ShardedSequence:
     """One rank's view of a sequence: where its tokens are, and what stands before each of them.
 
     Args:
-        partition: who owns which tokens.
+        partition: who owns which tokens: the one that the layers on this group go by.
         communicator: of ``partition.world_size`` ranks.
+
+    Raises:
+        ValueError: a partition for another number of ranks, or another one than the group has for this length; also
+            where it is used once that was forgotten.
     """
 
     partition: Partition
@@ -32,6 +37,7 @@ class ShardedSequence:
                 f"the partition is for {self.partition.world_size} ranks, the communicator has "
                 f"{self.communicator.world_size}"
             )
+        partitions_of(self.communicator).settle(self.partition)
 
     @classmethod
     def whole(cls, seq_len: int, device: torch.device | str = "cpu") -> ShardedSequence:
@@ -47,6 +53,7 @@ class ShardedSequence:
 
     def shard(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's tokens of a whole tensor; (B, S) by default."""
+        partitions_of(self.communicator).confirm(self.partition)
         return self.partition.shard(x, self.communicator.rank, dim)
 
     def previous(self, x: Tensor) -> Tensor:
@@ -54,6 +61,7 @@ class ShardedSequence:
 
         Differentiable; the few that stand on another rank travel ("halo" in the ledger), and so do their gradients.
         """
+        partitions_of(self.communicator).confirm(self.partition)
         out = _Previous.apply(x, self)
         assert isinstance(out, Tensor)
         return out

@@ -26,8 +26,8 @@ from raybsa.tasks.speed import OwnAttention, Stacks
 from raybsa.tasks.training import Training
 from raybsa.timing import DeviceLock
 from raybsa.variants.swap import Attending, attending, served_by, swap
-from raybsa.variants.swap_hooks import Served
 from raybsa.variants.swap_masks import dense_mask
+from raybsa.variants.swap_served import Served
 
 
 def prepare_training(spec: TrialSpec, device: torch.device, lock: DeviceLock) -> Training:

@@ -19,6 +19,7 @@ from raybsa.comm import Communicator
 from raybsa.gradients.wire import KIND
 from raybsa.ring.partition import imbalance, partition_for
 from raybsa.ring.plan import RingPlan, plan_for
+from raybsa.ring.shared_partitions import forget_partitions
 from raybsa.spec import UNTRAINED, TrialSpec
 from raybsa.tasks.attention import layer_layout
 from raybsa.tasks.goals import QUALITIES
@@ -53,6 +54,7 @@ class ShardedTrial:
         if spec.ranks.world_size != communicator.world_size:
             raise ValueError(f"the question is one of {spec.ranks.world_size} ranks, got {communicator.world_size}")
         self._spec, self._communicator = spec, communicator
+        forget_partitions(communicator)  # an earlier trial's
         self._config = DistributedConfig(**spec.ranks.config)
         self._training: ShardedTraining | None = None
         if spec.task not in UNTRAINED:

@@ -18,10 +18,12 @@ from raybsa.gradients.state import State
 from raybsa.kernels.call import cast_inputs
 from raybsa.kernels.eager import eagerly
 from raybsa.layout import BlockLayout
+from raybsa.ring.agreement import check_shards
 from raybsa.ring.attention import ring_attention
 from raybsa.ring.mass import ring_block_mass
 from raybsa.ring.partition import STRATEGIES, Partition, partition_for
 from raybsa.ring.plan import RingPlan, plan_for
+from raybsa.ring.shared_partitions import HELP, Dealing, partitions_of
 from raybsa.variants.selection import Selection
 from raybsa.variants.selector import BlockSelector
 from raybsa.variants.sharded_selection import select_shard
@@ -36,7 +38,9 @@ class DistributedConfig:
         partition: ``"balanced"``, ``"contiguous"``, ``"zigzag"`` or ``"striped"``.
         equal_counts: ranks hold equally many blocks, give or take one; False lets ``"balanced"`` move more.
         gradient_codec: how partial sums of dK and dV travel: the name or the spec of a codec of ``raybsa.gradients``
-            (not ``powersgd``, which needs sums over all ranks). What it loses is sent with the next step's.
+            (not ``powersgd``, which needs sums over all ranks). What it loses of a fixed pattern is sent with the next
+            step's: so a layer with a lossy one serves one attention of a model. A learned pattern's blocks are others
+            in each step, and what is lost of them is lost.
 
     Raises:
         ValueError: an unknown partition or codec.
@@ -57,10 +61,12 @@ class BlockSparseDistributed(nn.Module):
     """``BlockSparseBase`` over ranks: every rank calls it with its tokens and gets its rows, exactly.
 
     Unbound it is alone: world size 1, on the same path. ``bind`` gives it its group; ``shard`` cuts a whole tensor.
-    Layers of one model share a partition: ``share_partition`` binds them all.
+    All layers on one group go by one partition of a length: the one of the first that deals it, which suits its own
+    blocks best. ``share_partition`` binds all layers of a model to one that suits them together.
 
     Args:
-        config: how ranks share the sequence; None is ``DistributedConfig()``.
+        config: how ranks share the sequence; None is whatever the group's partition is, and ``DistributedConfig()``
+            where this layer deals it.
         segment_lengths, dilation_rates, pattern, density, block_size, causal, dropout, scale, backend: as in
             ``BlockSparseBase``. The pattern ``"adaptive"`` is learned: every rank chooses blocks for its own rows, by
             the pooled q and k of all (not the method ``"compressed"``); its loss is then this rank's part of a sum.
@@ -69,7 +75,8 @@ class BlockSparseDistributed(nn.Module):
     Attributes:
         source: says which blocks the whole sequence keeps.
         communicator: the group it is bound to.
-        partition: who owns which tokens; None before the first ``shard``, ``prepare`` or ``bind`` with one.
+        partition: who owns which tokens; None before the first ``shard``, ``prepare`` or ``bind`` with one: then a call
+            goes by the partition that was last asked for on its group.
 
     Raises:
         ValueError, TypeError: arguments that do not fit; the message names what was wanted and what came.
@@ -98,6 +105,7 @@ class BlockSparseDistributed(nn.Module):
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must lie in [0, 1), got {dropout!r}")
         self.config = config or DistributedConfig()
+        self._has_config = config is not None  # else this layer goes by whatever the group has
         self.source = layout_source(
             pattern,
             segment_lengths,
@@ -120,19 +128,32 @@ class BlockSparseDistributed(nn.Module):
         self._states: WeakKeyDictionary[RingPlan, dict[int, State]] = WeakKeyDictionary()
 
     def bind(self, communicator: Communicator, partition: Partition | None = None) -> BlockSparseDistributed:
-        """Gives the module its group, again after each rebuild; ``partition`` where layers share one. Returns self."""
-        if partition is not None and partition.world_size != communicator.world_size:
-            raise ValueError(
-                f"the partition is for {partition.world_size} ranks, the communicator has {communicator.world_size}"
-            )
+        """Gives the module its group, again after each rebuild; ``partition`` where layers share one. Returns self.
+
+        Raises:
+            ValueError: a partition for another number of ranks, for other blocks than this layer's, or another one than
+                the group has for this length; the last names ``share_partition``.
+        """
+        if partition is not None:
+            if partition.world_size != communicator.world_size:
+                raise ValueError(
+                    f"the partition is for {partition.world_size} ranks, the communicator has {communicator.world_size}"
+                )
+            partition.owner_of(self._block_size)
+            partition = partitions_of(communicator).settle(partition)
         self.communicator, self.partition = communicator, partition
+        self._states = WeakKeyDictionary()  # what a codec kept was for the ranks before
         return self
 
     def prepare(self, seq_len: int, num_heads: int = 1) -> Partition:
-        """Deals a sequence of ``seq_len`` tokens by this module's own layout, and keeps and returns the partition."""
-        if self.partition is None or self.partition.seq_len != seq_len:
-            layouts = [self._layout(seq_len, num_heads, torch.device("cpu"))]
-            self.partition = _deal(layouts, self.communicator.world_size, self.config)
+        """The group's partition of ``seq_len`` tokens, kept for the calls that follow; where there is none yet, the one
+        that suits this layer's own layout best.
+
+        Raises:
+            ValueError: the group has one that does not fit this layer: its blocks would lie on several ranks, or its
+                ``config`` asks for another; the message names ``share_partition``.
+        """
+        self.partition = self._settled(seq_len, num_heads)
         return self.partition
 
     def shard(self, x: Tensor, dim: int = 2) -> Tensor:
@@ -209,6 +230,7 @@ class BlockSparseDistributed(nn.Module):
         if isinstance(self.source, FixedPattern):
             selection = Selection(self._layout(partition.seq_len, q.shape[1], q.device))
         else:
+            check_shards(q, k, partition, self.communicator)  # before ranks wait for each other's choices
             selection = select_shard(self.source, q, k, partition, self.communicator)
         queries_per_kv = max(1, q.shape[1] // max(1, k.shape[1]))
         return plan_for(selection.layout, partition, queries_per_kv=queries_per_kv), selection
@@ -217,14 +239,40 @@ class BlockSparseDistributed(nn.Module):
         return self.source.layout(seq_len, seq_len, num_heads, device)
 
     def _partition_of(self, tokens: int) -> Partition:
+        """The partition that a call goes by."""
         if self.communicator.world_size == 1:
-            return self.prepare(tokens)
-        if self.partition is None:
+            return self._settled(tokens)
+        shared = partitions_of(self.communicator)
+        if self.partition is not None:
+            return shared.confirm(self.partition)
+        if shared.latest is None:
             raise ValueError(
                 f"a rank of {self.communicator.world_size} cannot know the whole sequence from its {tokens} tokens: "
                 "call shard(x), prepare(seq_len) or bind(communicator, partition) first"
             )
-        return self.partition
+        return self._settled(shared.latest.seq_len)
+
+    def _settled(self, seq_len: int, num_heads: int = 1) -> Partition:
+        """The group's partition of a length; where it has none yet, from now on the one that this layer deals."""
+        shared = partitions_of(self.communicator)
+        partition = shared.find(seq_len)
+        if partition is None:
+            layouts = [self._layout(seq_len, num_heads, torch.device("cpu"))]
+            return shared.settle(_deal(layouts, self.communicator.world_size, self.config), _dealing(self.config))
+        problem = None
+        if self._has_config and (dealing := shared.dealing(seq_len)) not in (None, asked := _dealing(self.config)):
+            problem = f"this layer's config asks for {asked}, they are dealt by {dealing}"
+        try:
+            partition.owner_of(self._block_size)
+        except ValueError as error:
+            problem = f"this layer has blocks of {self._block_size} tokens: {error}"
+        if problem is not None:
+            raise ValueError(f"{seq_len} tokens are dealt to these ranks already; {problem}; {HELP}")
+        return partition
+
+    @property
+    def _block_size(self) -> int:
+        return self.source.rules.block_size if isinstance(self.source, BlockSelector) else self.source.block_size
 
     def _shared_seed(self) -> int:
         """Rank 0's draw from torch's default CPU generator."""
@@ -253,21 +301,39 @@ def share_partition(
     config: DistributedConfig | None = None,
 ) -> Partition:
     """Binds every ``BlockSparseDistributed`` of a model to one group and one partition, made from all their layouts, so
-    that activations stay where they are between layers. ``config`` says how, for all of them; None: the first's.
+    that activations stay where they are between layers. ``config`` says how, for all of them; None: as they say.
+
+    Call it before anything of this length is sharded. Models that do not exchange activations may deal one length each
+    in its own way: on a group each, or one after the other (``raybsa.ring.shared_partitions.forget_partitions``).
 
     Raises:
-        ValueError: the model holds none.
+        ValueError: the model holds none; its layers' configs differ and none is given; or the group has another
+            partition of this length, from an earlier shard or another model.
     """
     layers = [module for module in model.modules() if isinstance(module, BlockSparseDistributed)]
     if not layers:
         raise ValueError(f"the model must hold a BlockSparseDistributed, got {type(model).__name__} with none")
+    config = config or _config_of(layers)
     layouts = [layer._layout(seq_len, num_heads, torch.device("cpu")) for layer in layers]
-    config = config or layers[0].config
     partition = _deal(layouts, communicator.world_size, config)
+    partition = partitions_of(communicator).settle(partition, _dealing(config))
     for layer in layers:
-        layer.config, layer._codec = config, build(config.gradient_codec)
+        layer.config, layer._has_config, layer._codec = config, True, build(config.gradient_codec)
         layer.bind(communicator, partition)
     return partition
+
+
+def _config_of(layers: Sequence[BlockSparseDistributed]) -> DistributedConfig:
+    """The one that those layers ask for which ask at all."""
+    asked = [layer.config for layer in layers if layer._has_config]
+    other = next((config for config in asked if config != asked[0]), None)
+    if other is not None:
+        raise ValueError(f"layers that share a partition ask for {asked[0]} and {other}: give share_partition a config")
+    return asked[0] if asked else DistributedConfig()
+
+
+def _dealing(config: DistributedConfig) -> Dealing:
+    return Dealing(config.partition, config.equal_counts)
 
 
 def _deal(layouts: Sequence[BlockLayout], world_size: int, config: DistributedConfig) -> Partition:

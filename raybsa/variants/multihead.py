@@ -125,19 +125,37 @@ class BlockSparseMultihead(nn.MultiheadAttention):
             out shaped like query, and None or the weights: (B, L, S), without average (B, num_heads, L, S), without
             their batch for unbatched input. Extra keys come last, S + 1 or S + 2.
         """
+        masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+        return self._over(self.source, self.backend, query, key, value, *masks)
+
+    def _over(
+        self,
+        source: LayoutSource,
+        backend: str,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+        average_attn_weights: bool,
+        is_causal: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``forward`` over the blocks of a source."""
         if query.is_nested or key.is_nested or value.is_nested:
             self._check_nested(query, key, value, key_padding_mask, attn_mask)
             padded, padding = pad(query)
-            out, weights = self.forward(padded, padded, padded, padding, need_weights, None, average_attn_weights)
+            rest = (padding, need_weights, None, average_attn_weights, False)
+            out, weights = self._over(source, backend, padded, padded, padded, *rest)
             return unpad(out, padding), weights
         check_inputs(query, key, value, (self.embed_dim, self.kdim, self.vdim), 0 if self.batch_first else 1)
         q, k, v = (self._to_heads(x) for x in self._project(query, key, value))
         masks = (attn_mask, key_padding_mask, is_causal)
         has_extra_keys = self.bias_k is not None or self.add_zero_attn
-        if need_weights or has_extra_keys or isinstance(self.source, BlockSelector):  # these need the layout itself
-            heads, weights = eagerly(self._attend, q, k, v, *masks, need_weights)
+        if need_weights or has_extra_keys or isinstance(source, BlockSelector):  # these need the layout itself
+            heads, weights = eagerly(self._attend, source, backend, q, k, v, *masks, need_weights)
         else:
-            heads, weights = self._attend(q, k, v, *masks, False)
+            heads, weights = self._attend(source, backend, q, k, v, *masks, False)
         out = self.out_proj(self._from_heads(heads, batched=query.dim() == 3))
         if weights is None:
             return out, None
@@ -152,6 +170,8 @@ class BlockSparseMultihead(nn.MultiheadAttention):
 
     def _attend(
         self,
+        source: LayoutSource,
+        backend: str,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -168,13 +188,14 @@ class BlockSparseMultihead(nn.MultiheadAttention):
         if nothing is not None and extra is not None:
             heads, weights = attend_extra_alone(q, *extra, self.head_dim**-0.5, self.dropout if self.training else 0.0)
             return heads, F.pad(weights, (k.shape[2], 0)) if need_weights else None
-        with_lse = extra is not None or self.source.wants_lse
-        selection, call = self._select(q, k, v, attn_mask, key_padding_mask, is_causal, with_lse)
-        heads = self.source.complete(selection, call, *attend(call, extra, self.backend))
+        with_lse = extra is not None or source.wants_lse
+        selection, call = self._select(source, q, k, v, attn_mask, key_padding_mask, is_causal, with_lse)
+        heads = source.complete(selection, call, *attend(call, extra, backend))
         return heads, attention_weights(call, None if extra is None else extra[0]) if need_weights else None
 
     def _select(
         self,
+        source: LayoutSource,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -183,14 +204,14 @@ class BlockSparseMultihead(nn.MultiheadAttention):
         is_causal: bool,
         with_lse: bool,
     ) -> tuple[Selection, AttentionCall]:
-        if is_causal and self.source.causal:
+        if is_causal and source.causal:
             attn_mask = None
         elif is_causal and attn_mask is None:
             raise ValueError(
                 "is_causal is a hint about attn_mask and needs it, got None; causal=True in the constructor needs none"
             )
         attn_mask, segment_ids = translate_masks(attn_mask, key_padding_mask, q, k)
-        selection = self.source.select(q, k, attn_mask, segment_ids)
+        selection = source.select(q, k, attn_mask, segment_ids)
         call = make_call(
             q,
             k,

@@ -1,9 +1,10 @@
 """Any torch module's own attention over the blocks that sources keep, without a change to its code.
 
 Seen is what attends inside of the forward of the model or of a module in it: an ``nn.MultiheadAttention``, and each
-call of ``F.scaled_dot_product_attention`` by whatever name. A product and softmax written out by hand is not seen. A
-compiled model is refused, and a swapped one must not be compiled: dynamo would not see the hooks. An attending module
-has a number: its place in the order of first calls.
+call of ``F.scaled_dot_product_attention`` by whatever name. Not seen are FlexAttention, a product and softmax written
+out by hand, and what a forward has threads of its own compute, unless they call modules of the model. A compiled,
+scripted or exported model is refused; ``torch.compile`` leaves a swapped one as it is. An attending module has a
+number: its place in the order of first calls.
 
     swap_attention(model, best["layers"], lambda: model(inputs))    # the point of a search, in the module it was for
 """
@@ -11,6 +12,7 @@ has a number: its place in the order of first calls.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +25,8 @@ from raybsa.spec import DENSE, AttentionSpec
 from raybsa.variants.selection import Selection
 from raybsa.variants.selector import BlockSelector
 from raybsa.variants.source import FixedPattern, layout_source
-from raybsa.variants.swap_hooks import Outside, Served, Swapped, named
+from raybsa.variants.swap_served import Choose, Outside, Served, own, serve_all
+from raybsa.variants.swap_watch import check_uncovered, named
 
 VARIANTS = ("base", "adaptive", DENSE)
 _OF_THE_MODULE = ("causal", "num_heads", "head_dim", "num_kv_heads")  # arguments that its own calls answer
@@ -59,9 +62,11 @@ def attending(model: nn.Module, run: Callable[[], object]) -> list[Attending]:
                 f"got {_kind(known)} and {_kind(call)}"
             )
 
-    swapped = Swapped(model, lambda name, causal: Served(_Recorder(name, everything[causal], keep)))
-    with torch.no_grad(), Outside(), swapped.undo:
-        swapped.apply()
+    def choose(name: str) -> Choose:
+        return lambda causal: Served(_Recorder(name, everything[causal], keep))
+
+    with torch.no_grad(), Outside(), ExitStack() as undo:
+        serve_all(model, choose, undo)
         run()
     return list(found.values())
 
@@ -69,26 +74,35 @@ def attending(model: nn.Module, run: Callable[[], object]) -> list[Attending]:
 def swap(model: nn.Module, served: Mapping[str, Served | None]) -> Callable[[], None]:
     """From now on the modules of these names attend as they are served; one that has None is left as it is.
 
-    A learned source becomes a part of its module. ``state_dict`` is otherwise what it was. A call that its source
-    cannot serve exactly raises NotImplementedError, and names the module.
+    A learned source becomes a part of its module. ``state_dict`` is otherwise what it was, and so are names, places and
+    hooks of the modules; the class of each is one made from its own. A call that its source cannot serve exactly raises
+    NotImplementedError, and names the module.
+
+    Any number of threads may call the model, replicas of it (``nn.DataParallel``) or tasks of asyncio: what is at work
+    belongs to a call, however it ends. Swap it, and undo that, while nobody calls it. ``copy.deepcopy``, ``pickle`` and
+    ``torch.save`` of the model give a swapped one, which cannot be undone.
 
     Returns:
-        What undoes it.
+        What undoes it. It raises RuntimeError, and undoes nothing, where a module has got yet another class meanwhile.
     """
-    ours = {name: one for name, one in served.items() if one is not None}
+    unknown = _Unknown(tuple(served))
 
-    def choose(name: str, causal: bool) -> Served:
-        if name not in ours:
-            raise ValueError(f"it attends, but only {', '.join(map(named, served))} did when sources were given")
-        return ours[name]
+    def choose(name: str) -> Choose | None:
+        one = served.get(name)
+        return _Given(one) if one is not None else None if name in served else unknown
 
-    swapped = Swapped(model, choose, leave=served.keys() - ours.keys())
-    with swapped.undo:
-        swapped.apply()
-        for name, (source, _) in ours.items():
-            if isinstance(source, BlockSelector):
-                swapped.own(model.get_submodule(name), source)
-        return swapped.undo.pop_all().close
+    with ExitStack() as undo:
+        serve_all(model, choose, undo)
+        for name, one in served.items():
+            if one is not None and isinstance(one.source, BlockSelector):
+                own(model.get_submodule(name), one.source, undo)
+        kept = undo.pop_all()
+
+    def take_back() -> None:
+        check_uncovered(model)  # before anything is given back, so that nothing is half swapped
+        kept.close()
+
+    return take_back
 
 
 def swap_attention(
@@ -120,10 +134,15 @@ def served_by(
     Raises:
         ValueError: another number of attentions, or one that is not of ``VARIANTS``.
     """
-    if len(attentions) not in (1, len(found)) or not found:
+    if not found:
+        raise ValueError(
+            "a model was wanted that calls F.scaled_dot_product_attention or has an nn.MultiheadAttention at work, got "
+            f"{type(model).__name__}, which has neither: attention written out as a product and a softmax is not seen"
+        )
+    if len(attentions) not in (1, len(found)):
         raise ValueError(
             f"one attention for all, or one for each module that attends, was wanted: got {len(attentions)} for "
-            f"{len(found)} ({', '.join(named(one.name) for one in found) or 'none'})"
+            f"{len(found)} ({', '.join(named(one.name) for one in found)})"
         )
     fixed: dict[tuple[AttentionSpec, bool], Served] = {}
     served: dict[str, Served | None] = {}
@@ -140,6 +159,30 @@ def served_by(
 
 
 # ---- for ourselves -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Given:
+    """The choice for a module that was given what serves it."""
+
+    served: Served
+
+    def __call__(self, causal: bool) -> Served:
+        return self.served
+
+    def __repr__(self) -> str:
+        source, backend = self.served
+        return f"{'learned' if isinstance(source, BlockSelector) else source}, backend={backend!r}"
+
+
+@dataclass(frozen=True, eq=False)
+class _Unknown:
+    """The choice for a module that did not attend when sources were given."""
+
+    attended: tuple[str, ...]
+
+    def __call__(self, causal: bool) -> Served:
+        raise ValueError(f"it attends, but only {', '.join(map(named, self.attended))} did when sources were given")
 
 
 class _Recorder:

@@ -46,6 +46,19 @@ def test_collectives_give_every_rank_the_same() -> None:
     assert all(torch.equal(total, results[0][0]) and parts == [0.0, 1.0, 2.0, 3.0] for total, parts in results)
 
 
+def test_what_is_shared_belongs_to_a_group_whoever_talks_in_it() -> None:
+    def work(communicator: Communicator) -> tuple[list[int], bool]:
+        again = Communicator(communicator.group)
+        communicator.shared(list).append(communicator.rank)
+        found = again.shared(list)
+        again.close()
+        return found, communicator.shared(dict) == {}
+
+    results = run_ranks(2, work)
+    assert results == [([0], True), ([1], True)], "a rank's own, and another for each kind"
+    assert Communicator().shared(list) is not Communicator().shared(list), "whoever is alone shares with nobody"
+
+
 def test_alone_everything_is_a_no_op() -> None:
     alone = Communicator()
     assert (alone.rank, alone.world_size) == (0, 1)

@@ -11,6 +11,7 @@ import torch
 
 from raybsa import patterns
 from raybsa.comm import Communicator
+from raybsa.gradients.catalog import build
 from raybsa.ring.attention import ring_attention
 from raybsa.ring.partition import partition_for
 from raybsa.ring.plan import RingPlan
@@ -65,6 +66,11 @@ def test_another_seed() -> None:
         arguments.update(dropout_p=0.1, seed=rank)
 
     assert all("dropout 0.1 from seed 0" in m and "from seed 1" in m for m in messages(change))
+
+
+def test_another_codec() -> None:
+    both = messages(only_rank_1(gradient_codec=build("int8")))
+    assert all("gradients by {'name': 'none'" in m and "gradients by {'name': 'int8'" in m for m in both)
 
 
 @pytest.mark.parametrize(

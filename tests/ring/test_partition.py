@@ -55,8 +55,21 @@ def test_finer_blocks_follow_their_coarse_one() -> None:
     partition = partition_for([layout], 3)
     assert partition.block_size == 16
     assert torch.equal(partition.owner_of(8), partition.owner.repeat_interleave(2)[:14])
-    with pytest.raises(ValueError, match="must divide"):
+    with pytest.raises(ValueError, match=r"those that divide the partition's 16 tokens do, got blocks of 12"):
         partition.owner_of(12)
+
+
+def test_coarser_blocks_that_lie_on_one_rank_each_are_that_rank_s() -> None:
+    layout = BlockLayout.from_dense(torch.ones(7, 7, dtype=torch.bool), q_len=107, kv_len=107, q_block_size=16)
+    halves = Partition(107, 16, torch.tensor([0, 0, 1, 1, 0, 0, 1]), 2)
+    assert halves.owner_of(32).tolist() == [0, 1, 0, 1]
+    assert halves.blocks(1, 32).tolist() == [1, 3]
+    for size in (64, 128):
+        with pytest.raises(ValueError, match=f"one rank each were wanted, .*, got blocks of {size}"):
+            halves.owner_of(size)
+    with pytest.raises(ValueError, match="got blocks of 32"):
+        partition_for([layout], 2, strategy="striped").owner_of(32)
+    assert Partition(107, 16, torch.zeros(7, dtype=torch.int64), 1).owner_of(128).tolist() == [0]
 
 
 def skewed(num_blocks: int, heads: int = 4) -> BlockLayout:

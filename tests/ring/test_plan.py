@@ -15,6 +15,7 @@ from raybsa.ring.attention import ring_attention
 from raybsa.ring.partition import Partition, partition_for
 from raybsa.ring.plan import PLANS_KEPT, RingPlan, plan_for
 from tests.ranks import run_ranks
+from tests.threads import in_threads
 
 HEAD_DIM, BATCH = 8, 2
 
@@ -155,3 +156,10 @@ def test_plans_go_with_their_layout_and_only_the_newest_partitions_stay() -> Non
     del layout
     gc.collect()
     assert alive() is None, "nothing may keep a layout that nobody uses"
+
+
+def test_threads_that_plan_one_layout_get_each_the_plan_of_its_own_partition() -> None:
+    layout = patterns.build("dense").layout(128, q_block_size=16)
+    partitions = [partition_for([layout], 1 + number % 4, strategy="striped") for number in range(8)]
+    plans = in_threads(lambda number: [plan_for(layout, partitions[number]) for _ in range(50)], threads=8)
+    assert all(plan.partition is mine for mine, found in zip(partitions, plans, strict=True) for plan in found)

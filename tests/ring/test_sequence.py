@@ -12,6 +12,7 @@ from raybsa import patterns
 from raybsa.comm import Communicator
 from raybsa.ring.partition import STRATEGIES, partition_for
 from raybsa.ring.sequence import ShardedSequence
+from raybsa.ring.shared_partitions import forget_partitions
 from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
 from raybsa.tasks.model import Transformer
 from raybsa.tasks.training import cross_entropy
@@ -80,6 +81,31 @@ def communicator_gather(communicator: Communicator, x: Tensor, partition) -> lis
     padded[:, : x.shape[1]] = x.detach()
     parts = communicator.all_gather("test", padded)
     return [part[:, :n] for part, n in zip(parts, partition.lengths, strict=True)]
+
+
+def test_a_sequence_that_is_dealt_otherwise_than_the_group_s_is_refused_on_every_rank() -> None:
+    layout = patterns.build("dense").layout(64, q_block_size=16)
+    x = torch.randn(1, 1, 32, 4)
+
+    def work(communicator: Communicator) -> list[str]:
+        first, other = (partition_for([layout], 2, strategy=strategy) for strategy in ("striped", "contiguous"))
+        sequence = ShardedSequence(first, communicator)
+        assert ShardedSequence(replace(first), communicator).positions.tolist() == sequence.positions.tolist()
+        said = []
+        with pytest.raises(ValueError, match="share_partition") as refused:
+            ShardedSequence(other, communicator)
+        said.append(str(refused.value))
+        forget_partitions(communicator)
+        ShardedSequence(other, communicator)
+        for use in (lambda: sequence.previous(x), lambda: sequence.shard(torch.zeros(1, 64))):
+            with pytest.raises(ValueError, match="share_partition") as refused:
+                use()
+            said.append(str(refused.value))
+        return said
+
+    first, second = run_ranks(2, work)
+    assert first == second
+    assert "64 tokens are dealt to these ranks as given blocks of 16 tokens" in first[0]
 
 
 def test_a_sequence_and_a_group_of_different_sizes_are_refused() -> None:
