@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ def aside() -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))  # such tensors could not take part in a later training step
         stack.enter_context(torch._C.DisableTorchFunction())  # of a mode that says the default device, among others
         stack.enter_context(untraced())
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if torch._C._are_functorch_transforms_active():
             from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
             stack.enter_context(temporarily_clear_interpreter_stack())
@@ -29,6 +31,32 @@ def aside() -> Iterator[None]:
 
             stack.enter_context(_disable_current_modes())
         yield
+
+
+def _nothing_at_work() -> bool:
+    return not (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._is_tracing()
+        or torch.is_inference_mode_enabled()
+        or torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
+    )
+
+
+Made = TypeVar("Made")
+
+
+class made_aside(cached_property[Made]):
+    """A ``cached_property`` that is made aside, whoever is the first to ask."""
+
+    def __get__(self, instance: Any, owner: type[Any] | None = None) -> Any:
+        if instance is None:
+            return self
+        if _nothing_at_work():
+            return super().__get__(instance, owner)
+        with aside():
+            return super().__get__(instance, owner)
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from raybsa.aside import made_aside
+
 
 @dataclass(frozen=True, eq=False)
 class Axis:
@@ -53,12 +55,12 @@ class Axis:
         """(count,) int64: the ids, also where they go without saying."""
         return torch.arange(self.count, device=self.device) if self.ids is None else self.ids
 
-    @cached_property
+    @made_aside
     def starts(self) -> Tensor:
         """(count,) int64: global position of each block's first token."""
         return self.all_ids * self.block_size
 
-    @cached_property
+    @made_aside
     def lasts(self) -> Tensor:
         """(count,) int64: global position of each block's last token."""
         return (self.starts + self.block_size).clamp(max=self.length) - 1

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from raybsa.aside import made_aside
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +63,7 @@ class Csr:
     def nnz(self) -> int:
         return self.col_indices.shape[0]
 
-    @cached_property
+    @made_aside
     def counts(self) -> Tensor:
         """(G, num_rows) int64: columns of each row."""
         return self.crow_indices[:, 1:] - self.crow_indices[:, :-1]

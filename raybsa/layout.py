@@ -15,6 +15,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from raybsa.aside import made_aside
 from raybsa.axis import Axis, check_geometry, whole_axes
 from raybsa.csr import Csr
 from raybsa.picture import cells, shades
@@ -145,14 +146,14 @@ class BlockLayout:
         """Key tokens at hand: what ``k.shape[2]`` must be."""
         return self._kv.tokens
 
-    @cached_property
+    @made_aside
     def allowed_blocks(self) -> Tensor:
         """(num_q_blocks,) int64: the KV blocks at hand that causality lets each query block see."""
         if not self.causal:
             return torch.full((self.num_q_blocks,), self.num_kv_blocks, dtype=torch.int64, device=self.device)
         return torch.searchsorted(self.kv_block_starts, self._q.lasts, right=True)
 
-    @cached_property
+    @made_aside
     def density(self) -> float:
         """nnz blocks / allowed blocks, over all groups (0 if nothing is allowed). Only a causal layout reads back."""
         each = int(self.allowed_blocks.sum()) if self.causal else self.num_q_blocks * self.num_kv_blocks

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from raybsa.kernels import composite
 from raybsa.kernels.call import AttentionCall
+from raybsa.kernels.eager import eagerly
 from raybsa.layout import BlockLayout
 
 By = Any  # what computes: ``forward`` and ``gradients`` as ``raybsa.kernels.node`` asks for them
@@ -61,8 +62,8 @@ class Attention(torch.autograd.Function):
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
         *tensors, rest = args
         call = rest.call(tensors)
-        out, lse = rest.by.forward(call, True)
-        return out, lse
+        found: tuple[Tensor, Tensor] = eagerly(rest.by.forward, call, True)
+        return found
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -112,7 +113,7 @@ class Gradients(torch.autograd.Function):
     def forward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor | None, *args: Any) -> Tensors:
         *tensors, (rest, wanted) = args
         call = rest.call(tensors)
-        found: Tensors = rest.by.gradients(call, out, lse, grad_out, grad_lse, wanted)
+        found: Tensors = eagerly(rest.by.gradients, call, out, lse, grad_out, grad_lse, wanted)
         return found
 
     @staticmethod
