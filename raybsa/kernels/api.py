@@ -153,8 +153,8 @@ def _run_otherwise(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
     """Under a compiler, or of tensors that our kernels may not read as they are (``raybsa.kernels.ordinary``)."""
     if not torch.compiler.is_compiling():
         return _run_aside(call, backend)
-    ours = _is_ours(call, backend) and not under_transforms() and not forward_mode()
-    return operator.run(call, backend) if ours else eagerly(_run_late, call, backend)
+    late = under_transforms() or forward_mode() or is_distributed(call) or not _is_ours(call, backend)
+    return eagerly(_run_late, call, backend) if late else operator.run(call, backend)
 
 
 def _run_late(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
