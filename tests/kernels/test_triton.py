@@ -380,3 +380,41 @@ def test_a_cuda_graph_captures_and_replays_forward_and_backward(problem: Problem
     torch.cuda.synchronize()
     for got, wanted in zip(captured, again, strict=True):
         assert torch.equal(got, wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda"])
+def test_each_replay_of_a_cuda_graph_draws_dropout_anew_and_its_backward_has_the_same_mask(device: str) -> None:
+    """As torch's own dropout. The output is linear in v, so <dL/dv, v> = <w, out> holds for the forward's mask alone."""
+    problem = LARGE[0]
+    layout, (q, k, v) = problem.layout(device), problem.inputs(torch.float32, device)
+    v.requires_grad_()
+    w = torch.randn_like(q)
+
+    def step() -> tuple[Tensor, Tensor]:
+        out = block_sparse_attention(q, k, v, layout, backend="triton", dropout_p=0.3)
+        assert isinstance(out, Tensor)
+        return out, torch.autograd.grad((out * w).sum(), v)[0]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        out, of_v = step()
+    outs = []
+    for _ in range(2):
+        graph.replay()
+        torch.cuda.synchronize()
+        outs.append(out.clone())
+        torch.testing.assert_close((of_v * v).sum(), (w * out).sum(), rtol=1e-3, atol=1e-2)
+    assert not torch.equal(*outs)
+    torch.cuda.manual_seed(5)
+    graph.replay()
+    torch.cuda.synchronize()
+    first = out.clone()
+    torch.cuda.manual_seed(5)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, first)
