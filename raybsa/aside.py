@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+_tracing = torch._C._is_tracing
+
 
 @contextmanager
 def aside() -> Iterator[None]:
@@ -76,7 +78,7 @@ def untraced() -> Iterator[None]:
 
 def shape_of(x: Tensor) -> torch.Size:
     """A tensor's shape as plain numbers, also while ``torch.jit.trace`` records sizes as tensors."""
-    if torch.compiler.is_compiling() or not torch._C._is_tracing():
+    if torch.compiler.is_compiling() or not _tracing():
         return x.shape
     with untraced():
         return x.shape

@@ -109,7 +109,8 @@ class BlockLayout:
     @property
     def version(self) -> int:
         """A larger one once a tensor of it was written to, as far as torch counts that."""
-        return sum([x._version for x in self._counted])
+        counted = self._counted
+        return counted[0]._version + counted[1]._version if len(counted) == 2 else sum(x._version for x in counted)
 
     @cached_property
     def _counted(self) -> tuple[Tensor, ...]:

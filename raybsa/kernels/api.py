@@ -85,20 +85,8 @@ def block_sparse_attention(
         ValueError, TypeError: arguments that do not fit together.
         NotImplementedError: the named backend cannot serve this call; the message says why.
     """
-    call = make_call(
-        q,
-        k,
-        v,
-        layout,
-        scale=scale,
-        attn_mask=attn_mask,
-        segment_ids=segment_ids,
-        block_bias=block_bias,
-        dropout_p=dropout_p,
-        seed=seed,
-        deterministic=deterministic,
-        return_lse=return_lse,
-    )
+    rest = (scale, attn_mask, segment_ids, block_bias, dropout_p, seed, deterministic, return_lse)
+    call = make_call(q, k, v, layout, *rest)
     out, lse = run_call(call, backend)
     return (out, lse) if return_lse else out
 
@@ -108,7 +96,6 @@ def make_call(
     k: Tensor,
     v: Tensor,
     layout: BlockLayout,
-    *,
     scale: float | None = None,
     attn_mask: Tensor | None = None,
     segment_ids: tuple[Tensor, Tensor] | None = None,
@@ -127,7 +114,7 @@ def make_call(
         k,
         v,
         layout,
-        1.0 / math.sqrt(max(shape_of(q)[-1], 1)) if scale is None else float(scale),
+        1.0 / math.sqrt(shape_of(q)[-1] or 1) if scale is None else float(scale),
         attn_mask,
         segment_ids,
         block_bias,
@@ -234,10 +221,8 @@ def _chosen(call: AttentionCall, backend: str) -> Callable[[AttentionCall], tupl
         check_call(call)
         chosen = BACKENDS[choose_backend(call)] if backend == "auto" else _named(backend, call)
         run: Callable[[AttentionCall], tuple[Tensor, Tensor]] = chosen.run
-        return run
+        return run if call.needs_grad or chosen not in BACKWARDS.values() else chosen.forward
 
-    if getattr(call.layout, "transient", False):
-        call.layout.checked()
     found: Callable[[AttentionCall], tuple[Tensor, Tensor]] = decided(call, ("backend", backend), choose)
     return found
 

@@ -100,6 +100,8 @@ def decided(call: AttentionCall, key: tuple[object, ...], decide: Callable[[], A
     layout = call.layout
     if not isinstance(layout, BlockLayout):
         return decide()  # its check says what is wrong
+    if layout.transient:
+        layout.checked()
     known = kept_with_rows(layout) if layout.transient else kept_with(layout)
     key = (*key, call.signature)
     found = known.get(key)

@@ -42,11 +42,10 @@ def kept_with_rows(layout: BlockLayout) -> Kept:
 
     It lives as long as the tensor of the offsets: layouts that share it, as those of a selection do, share this.
     """
-    if not offsets_decide_rows(layout):
-        return kept_with(layout)
-    crow = layout.crow_indices
-    sizes = (layout.q_len, layout.kv_len, layout.q_block_size, layout.causal, _version(crow))
-    found: Kept = _WITH_ROWS.setdefault(crow, {}).setdefault(sizes, {})
+    version, found = layout.__dict__.get("_kept_with_rows", (-1, None))
+    if version != layout.version:
+        found = _of_rows(layout) if offsets_decide_rows(layout) else kept_with(layout)
+        layout.__dict__["_kept_with_rows"] = (layout.version, found)
     if len(found) > MOST:
         found.clear()
     return found
@@ -87,6 +86,13 @@ class _Entry:
         theirs = (layout.crow_indices, layout.q_block_ids, layout.kv_block_ids)
         same = all((None if mine is None else mine()) is other for mine, other in zip(self.others, theirs, strict=True))
         return same and self.version == layout.version
+
+
+def _of_rows(layout: BlockLayout) -> Kept:
+    crow = layout.crow_indices
+    sizes = (layout.q_len, layout.kv_len, layout.q_block_size, layout.causal, _version(crow))
+    found: Kept = _WITH_ROWS.setdefault(crow, {}).setdefault(sizes, {})
+    return found
 
 
 def _of_tensors(layout: BlockLayout) -> _Entry:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -61,7 +62,7 @@ def _gradients(
 ) -> Sequence[Tensor | None]:
     if torch.is_grad_enabled():  # a graph of the gradients is wanted
         return differentiate(grad_out, grad_lse, out, lse, tensors, rest, wanted)
-    call = rest.call(tensors)
-    with torch.autocast(out.device.type, enabled=False):
+    call, kind = rest.call(tensors), out.device.type
+    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
         found: Sequence[Tensor | None] = rest.by.gradients(call, out, lse, grad_out, grad_lse, wanted)
     return found

@@ -7,7 +7,9 @@ kept block in the backward instead of 5), so nothing beyond delta, lse and the p
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -61,9 +63,14 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
 def forward(call: AttentionCall, for_gradient: bool = False) -> tuple[Tensor, Tensor]:
     """As ``run``, without a node."""
     with launching_at(call.q):
-        from raybsa.kernels import triton_forward
+        return _kernels()(call)
 
-        return triton_forward.forward(call)
+
+@cache
+def _kernels() -> Callable[[AttentionCall], tuple[Tensor, Tensor]]:
+    from raybsa.kernels.triton_forward import forward
+
+    return forward
 
 
 def gradients(

@@ -385,7 +385,7 @@ def test_a_cuda_graph_captures_and_replays_forward_and_backward(problem: Problem
 @pytest.mark.gpu
 @pytest.mark.parametrize("device", ["cuda"])
 def test_each_replay_of_a_cuda_graph_draws_dropout_anew_and_its_backward_has_the_same_mask(device: str) -> None:
-    """As torch's own dropout. The output is linear in v, so <dL/dv, v> = <w, out> holds for the forward's mask alone."""
+    """As of torch's own. The output is linear in v, so <dL/dv, v> = <w, out> holds for the forward's mask alone."""
     problem = LARGE[0]
     layout, (q, k, v) = problem.layout(device), problem.inputs(torch.float32, device)
     v.requires_grad_()
