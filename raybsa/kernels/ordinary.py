@@ -22,7 +22,7 @@ def is_ordinary(call: AttentionCall) -> bool:
     Not so under ``torch.func`` transforms, forward-mode differentiation, ``torch.jit.trace``, ``make_fx`` and other
     dispatch modes (``FakeTensorMode``), nor for fake, distributed and other subclasses of Tensor.
     """
-    if _active() or _modes() or _tracing() or forward_ad._current_level >= 0 or _included(_PRE_DISPATCH):
+    if _somebody_looks_on():
         return False
     mask, bias, ids = call.attn_mask, call.block_bias, call.segment_ids
     return (
@@ -33,6 +33,26 @@ def is_ordinary(call: AttentionCall) -> bool:
         and (bias is None or type(bias) in _ORDINARY)
         and (ids is None or (type(ids[0]) in _ORDINARY and type(ids[1]) in _ORDINARY))
     )
+
+
+def _somebody_looks_on() -> bool:
+    return bool(_active() or _modes() or _tracing() or forward_ad._current_level >= 0 or _included(_PRE_DISPATCH))
+
+
+def check_ordinary(what: str, *tensors: Tensor | None) -> None:
+    """Raises NotImplementedError unless the tensors are ordinary, as those of ``is_ordinary``.
+
+    Args:
+        what: asks for it, for the message.
+    """
+    kinds = [type(x).__name__ for x in tensors if x is not None and type(x) not in _ORDINARY]
+    meta = any(x is not None and x.is_meta for x in tensors)
+    if kinds or meta or _somebody_looks_on():
+        came = kinds[0] if kinds else "a tensor on the meta device" if meta else "one of those at work"
+        raise NotImplementedError(
+            f"{what} takes ordinary tensors, outside of torch.func, forward-mode derivatives, traces and dispatch "
+            f"modes: got {came}"
+        )
 
 
 def forward_mode() -> bool:

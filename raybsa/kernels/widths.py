@@ -28,17 +28,18 @@ def in_sizes_of_kernels(
     width = shape_of(call.v)[-1]
     if width == shape_of(call.q)[-1]:
         return run(call)
-    out, lse = run(_one_width(call))
+    q, k, v = one_width(call.q, call.k, call.v)
+    out, lse = run(replace(call, q=q, k=k, v=v))
     return out[..., :width], lse
 
 
-def _one_width(call: AttentionCall) -> AttentionCall:
-    """The call with q and k, or v, filled up with zeros to the width of the other: columns of zeros change no score,
-    and their outputs are zeros."""
-    missing = shape_of(call.v)[-1] - shape_of(call.q)[-1]
-    if missing < 0:
-        return replace(call, v=F.pad(call.v, (0, -missing)))
-    return replace(call, q=F.pad(call.q, (0, missing)), k=F.pad(call.k, (0, missing)))
+def one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q and k, or v, filled up with zeros to the width of the other: columns of zeros change no score, and what they
+    give are zeros."""
+    missing = shape_of(v)[-1] - shape_of(q)[-1]
+    if missing <= 0:
+        return q, k, F.pad(v, (0, -missing)) if missing else v
+    return F.pad(q, (0, missing)), F.pad(k, (0, missing)), v
 
 
 def nothing_to_attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -30,7 +30,9 @@ from raybsa.kernels.backward import attention_backward
 from raybsa.kernels.call import AttentionCall, cast_inputs, compute_dtype
 from raybsa.kernels.delta import fast_delta
 from raybsa.kernels.merge import merge_rows
+from raybsa.kernels.ordinary import check_ordinary
 from raybsa.kernels.seed import seed_for
+from raybsa.kernels.widths import one_width
 from raybsa.ring.agreement import problem_with, signature
 from raybsa.ring.plan import Hop, RankPlan, RingPlan, hops_ahead
 from raybsa.ring.wire import add_packed, as_blocks, as_tokens, pack, unpack, wire_shape
@@ -58,7 +60,7 @@ def ring_attention(
 
     Args:
         q: (B, H, S, D) this rank's tokens, in the order of ``plan.partition.tokens(rank)``.
-        k, v: (B, Hkv, S, D) the same tokens'.
+        k, v: (B, Hkv, S, D) the same tokens'; v may be of another width Dv.
         plan: made from the whole layout, the same on every rank.
         communicator: of ``plan.world_size`` ranks.
         scale: factor on the scores; None means ``1 / sqrt(D)``.
@@ -75,12 +77,15 @@ def ring_attention(
         backend: of the forward, as in ``block_sparse_attention``.
 
     Returns:
-        out (B, H, S, D) in q's dtype, or (out, lse).
+        out (B, H, S, Dv) in q's dtype, or (out, lse).
 
     Raises:
         ValueError, TypeError: arguments that do not fit together, on every rank where ranks disagree.
     """
     q, k, v = cast_inputs(q, k, v)
+    check_ordinary("a ring", q, k, v, segment_ids, block_bias)
+    scale, width = 1.0 / math.sqrt(q.shape[-1] or 1) if scale is None else float(scale), v.shape[-1]
+    q, k, v = one_width(q, k, v)
     codec = gradient_codec or build("none")
     problem = problem_with(q, k, v, plan, communicator, block_bias, dropout_p, seed)
     communicator.agree("the ring's call", problem or signature(q, k, plan, scale, segment_ids, dropout_p, seed, codec))
@@ -91,7 +96,7 @@ def ring_attention(
         communicator,
         tuple(k.shape),
         k.element_size(),
-        1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
+        scale,
         None if segment_ids is None else all_segments(segment_ids, plan, communicator),
         segment_ids,
         float(dropout_p),
@@ -102,7 +107,8 @@ def ring_attention(
         backend,
     )
     with torch.autocast(q.device.type, enabled=False):
-        out, lse = _RingAttention.apply(q, k, v, block_bias, ring)
+        out, lse = _RingAttention.apply(q, k, v, block_bias, segment_ids, ring)
+    out = out if out.shape[-1] == width else out[..., :width]
     return (out, lse) if return_lse else out
 
 
@@ -189,7 +195,9 @@ class Ring:
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, block_bias: Tensor | None, ring: Ring) -> Any:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, block_bias: Tensor | None, segment_ids: Tensor | None, ring: Ring
+    ) -> Any:
         parts = _Merged(q, ring.mine.hops)
         for hop, keys, values in ring.arriving(k, v):
             if not len(hop.q_blocks):
@@ -200,20 +208,21 @@ class _RingAttention(torch.autograd.Function):
         out, lse = parts.whole
         out = out.to(q.dtype)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, block_bias, out, lse)
+        ctx.save_for_backward(q, k, v, block_bias, out, lse, segment_ids)  # the last so that writes to it are told
         ctx.ring = ring
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # read once: under checkpointing they are made anew
+        *saved, _ = ctx.saved_tensors  # read once: under checkpointing they are made anew
         with torch.autocast(saved[0].device.type, enabled=False):
-            return _backward(ctx.ring, saved, grad_out, grad_lse)
+            of_q, of_k, of_v, of_bias = _backward(ctx.ring, saved, grad_out, grad_lse)
+        return of_q, of_k, of_v, of_bias, None, None
 
 
 def _backward(
-    ring: Ring, saved: tuple[Tensor, ...], grad_out: Tensor | None, grad_lse: Tensor | None
+    ring: Ring, saved: Sequence[Tensor], grad_out: Tensor | None, grad_lse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     q, k, v, block_bias, out, lse = saved
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
@@ -307,14 +316,11 @@ class _Gradients:
                 add_packed(*self.kv, sums, hop.send, self.ring.plan.kv_groups)
 
     def finish(self) -> tuple[Tensor | None, ...]:
-        """Gradients of q, k, v, block_bias in their dtypes, and None for the ring."""
+        """Gradients of q, k, v, block_bias in their dtypes."""
         self._receive(0)
         grad_k, grad_v = (as_tokens(x, self.q.shape[2]) for x in self.kv)
         sums = (self.q, grad_k, grad_v, self._bias)
-        return (
-            *(None if x is None or t is None else x.to(t.dtype) for x, t in zip(sums, self.like, strict=True)),
-            None,
-        )
+        return tuple(None if x is None or t is None else x.to(t.dtype) for x, t in zip(sums, self.like, strict=True))
 
 
 @lru_cache(maxsize=256)

@@ -17,6 +17,7 @@ from raybsa.gradients.catalog import build
 from raybsa.gradients.state import State
 from raybsa.kernels.call import cast_inputs
 from raybsa.kernels.eager import eagerly
+from raybsa.kernels.ordinary import check_ordinary
 from raybsa.layout import BlockLayout
 from raybsa.ring.agreement import check_shards
 from raybsa.ring.attention import ring_attention
@@ -192,6 +193,7 @@ class BlockSparseDistributed(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor | None) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         q, k, v = cast_inputs(q, k, v)
+        check_ordinary("a ring", q, k, v, segment_ids)
         plan, selection = self._choose(q, k)
         out, lse = ring_attention(
             q,

@@ -218,3 +218,35 @@ def test_torchrun_alone_compares_a_ring_of_processes_with_one_device() -> None:
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "every case equals one device" in done.stdout
     assert "OFF" not in done.stdout
+
+
+@pytest.mark.parametrize("width", [4, 12])
+def test_values_of_another_width_go_round_too(width: int) -> None:
+    q, k, _ = whole()
+    v = torch.randn(2, 2, 250, width, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    wanted = BlockSparseBase(**PATTERN)(q, k, v)
+
+    def work(communicator: Communicator) -> Tensor:
+        model = create_block_sparse_attention("distributed", **PATTERN).bind(communicator)
+        return model.gather(model(*(model.shard(x) for x in (q, k, v))))
+
+    for got in run_ranks(2, work):
+        assert got.shape == wanted.shape
+        assert relative_error(got, wanted) <= 1e-10
+
+
+def test_segments_that_are_written_to_before_the_backward_are_told() -> None:
+    model, (q, k, v) = create_block_sparse_attention("distributed", **PATTERN), whole()
+    ids = torch.zeros(2, 250, dtype=torch.int64)
+    out = model(q.requires_grad_(), k, v, segment_ids=ids)
+    ids[:, 100:] = 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_a_ring_refuses_what_it_cannot_send() -> None:
+    model, (q, k, v) = create_block_sparse_attention("distributed", **PATTERN), whole()
+    with pytest.raises(NotImplementedError, match=r"a ring takes ordinary tensors, outside of torch\.func"):
+        torch.vmap(model)(q[None], k[None], v[None])
+    with pytest.raises(NotImplementedError, match=r"a ring takes ordinary tensors, .* on the meta device"):
+        model(*(x.to("meta") for x in (q, k, v)))
