@@ -171,7 +171,7 @@ class BlockSparseDistributed(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor | None) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         q, k, v = cast_inputs(q, k, v)
-        plan, selection = self._choose(q, k)
+        plan, selection = self._choose(q, k, segment_ids)
         out, lse = ring_attention(
             q,
             k,
@@ -193,7 +193,8 @@ class BlockSparseDistributed(nn.Module):
             with torch.autocast(q.device.type, enabled=False):
                 found = (q.detach(), k.detach(), lse.detach(), plan, self.communicator)
                 mass = ring_block_mass(*found, scale=scale, segment_ids=segment_ids)
-                self.source.take_loss_of_shard(selection, mass, partial(self.communicator.all_reduce, "selector_loss"))
+                total = partial(self.communicator.all_reduce, "selector_loss")
+                out = self.source.complete_shard(selection, out, mass, total)
         return out
 
     def plan(self, q: Tensor, k: Tensor) -> RingPlan:
@@ -203,13 +204,13 @@ class BlockSparseDistributed(nn.Module):
         layout = self._layout(partition.seq_len, q.shape[1], q.device)
         return plan_for(layout, partition, queries_per_kv=max(1, q.shape[1] // max(1, k.shape[1])))
 
-    def _choose(self, q: Tensor, k: Tensor) -> tuple[RingPlan, Selection]:
+    def _choose(self, q: Tensor, k: Tensor, segment_ids: Tensor | None) -> tuple[RingPlan, Selection]:
         """The plan of this call, and the bias and choice of this rank's blocks."""
         partition = self._partition_of(q.shape[2])
         if isinstance(self.source, FixedPattern):
             selection = Selection(self._layout(partition.seq_len, q.shape[1], q.device))
         else:
-            selection = select_shard(self.source, q, k, partition, self.communicator)
+            selection = select_shard(self.source, q, k, partition, self.communicator, segment_ids)
         queries_per_kv = max(1, q.shape[1] // max(1, k.shape[1]))
         return plan_for(selection.layout, partition, queries_per_kv=queries_per_kv), selection
 

@@ -62,7 +62,7 @@ def test_gradients_are_the_cpus(method, density):
     for device in ("cpu", "cuda"):
         model.zero_grad()
         model.to(device)
-        model.source.calls = 0
+        model.source.passes.count = 0
         (model(*(x.to(device) for x in inputs)).square().mean() + model.selector_loss()).backward()
         grads[device] = [p.grad.cpu().clone() for p in model.parameters()]
     for got, want in zip(grads["cuda"], grads["cpu"], strict=True):
