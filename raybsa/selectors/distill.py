@@ -82,7 +82,8 @@ def rows_divergence(
         u = u.index_select(2, rows)
         scores = u @ w.transpose(-1, -2)
         if visible is not None:
-            scores, settled = visible.scores(scores, u, w, rows), settled | visible.tile(rows)[1]
+            scores, hidden = visible.scores(scores, u, w, rows)
+            settled = settled | hidden
     found, weight = divergence(cooled(scores, temperature), mass, settled)
     return found / weight
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from raybsa.selectors.segment_blocks import as_blocks
 
 HIDDEN = -1e4  # what is added to a score and hides its key, or less: no weight is left of it in any dtype
-_AT_ONCE = 2**22  # numbers of the mask
+_AT_ONCE = {"cpu": 2**22, "cuda": 2**26}  # numbers of the mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +29,7 @@ class MaskBlocks:
         seen: (b, g, R, C) bool: some query of some head sees some key.
         sees: (b, g, Sq) bool: queries that see some key.
         shown: (b, g, Skv) bool: keys that some query sees.
-        reads_before: (b, g, C) bool: whether some row sees both the block and the one before it.
+        reads_before: (b, g, C) bool: whether some row that may judge a block sees the one before it, too.
         own, before, first: (b, g, n) bool: whether all queries of a block see the block itself, the block before it,
             the first token of the block. None where they all do, and where there are not as many queries as keys.
     """
@@ -44,17 +44,22 @@ class MaskBlocks:
     first: Tensor | None = None
 
     @classmethod
-    def of(cls, mask: Tensor, q_len: int, kv_len: int, kv_heads: int, block_size: int) -> MaskBlocks:
-        """Of a mask that broadcasts to (B, H, Sq, Skv): bool (True = visible) or added to the scores."""
+    def of(cls, mask: Tensor, q_len: int, kv_len: int, kv_heads: int, block_size: int, causal: bool) -> MaskBlocks:
+        """Of a mask that broadcasts to (B, H, Sq, Skv): bool (True = visible) or added to the scores.
+
+        ``causal``: rows judge only blocks before their own.
+        """
         mask = mask[(None,) * (4 - mask.dim())].expand(-1, -1, -1, kv_len)
         mask = mask.unflatten(1, (1 if mask.shape[1] == 1 else kv_heads, -1))
         height = block_size if mask.shape[3] > 1 else 1
         counts, sees, shown = _count(mask, height, block_size)
         wanted = as_blocks(sees, height).sum(-1)[..., None] * as_blocks(shown, block_size).sum(-1)[:, :, None]
         whole, seen = counts == mask.shape[2] * wanted, counts > 0
+        judged = whole & seen
+        judged = judged.tril(-1) if causal and mask.shape[3] > 1 else judged
         to_both = F.pad(whole[..., :-1], (1, 0))
-        reads_before = (whole & seen & to_both).any(2)
-        judged = whole & seen & (to_both | ~reads_before[:, :, None])
+        reads_before = (judged & to_both).any(2)
+        judged = judged & (to_both | ~reads_before[:, :, None])
         sees = sees.expand(-1, -1, q_len)
         itself = () if q_len != kv_len or mask.shape[2:4] == (1, 1) else _of_itself(mask, whole, sees, block_size)
         return cls(judged, seen, sees, shown, reads_before, *itself)
@@ -92,7 +97,7 @@ def _count(mask: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tenso
     copies; rows that see something, and keys that someone sees, in some copy."""
     counts, sees = [], []
     shown = torch.zeros_like(mask[:, :, 0, 0], dtype=torch.bool)
-    step = height * max(1, _AT_ONCE // max(1, height * mask[:, :, :, 0].numel()))
+    step = height * max(1, _AT_ONCE.get(mask.device.type, 2**26) // max(1, height * mask[:, :, :, 0].numel()))
     for part in mask.split(step, 3):
         visible = is_visible(part)
         of_rows = as_blocks(visible, width).sum((2, 5)).transpose(2, 3)

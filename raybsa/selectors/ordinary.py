@@ -7,23 +7,24 @@ from torch import Tensor
 
 
 def why_not_ordinary(*tensors: Tensor) -> str | None:
-    """What is wrong with the tensors for work that looks at their numbers and keeps what it made; None: nothing.
+    """Why work that looks at the tensors' numbers, and keeps some of what it makes, cannot run; None: it can.
 
-    Tensors of a transform, of a tracer or of no memory would leave themselves, or nothing, in layouts that are kept.
+    Under a transform or a tracer, what is kept would be a part of it, or the blocks of one input would serve all.
     """
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return (
-            "torch.func's transforms (vmap, grad, jvp, ...) have none; samples go into the batch, gradients by backward"
+            "within torch.func's transforms (vmap, grad, jvp, ...) there are none; put samples into the batch, and "
+            "take gradients by backward"
         )
     if torch.jit.is_tracing():
-        return "torch.jit.trace would keep the blocks of this one input for all others"
+        return "torch.jit.trace would keep the blocks of this one input for every other"
+    modes = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
+    if any(torch._C._get_dispatch_mode(mode) is not None for mode in modes):
+        return "under FakeTensorMode, make_fx or torch.export there are none"
     for tensor in tensors:
         kind = type(tensor)
         if kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
-            return f"got a {kind.__module__}.{kind.__name__}; a DTensor has its own in to_local(), others in their data"
+            return f"got a {kind.__name__}, which is no plain tensor (of a DTensor give to_local())"
         if tensor.is_meta:
             return "got a tensor on the meta device, which has none"
-    modes = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
-    if any(torch._C._get_dispatch_mode(mode) is not None for mode in modes):
-        return "FakeTensorMode and make_fx (torch.export) run without any"
     return None

@@ -27,8 +27,7 @@ def best_columns(u: Tensor, w: Tensor, shape: Shape, visible: Visibility | None 
         visible: what the rows may look at; None: all.
     """
     best = torch.empty(*u.shape[:3], shape.widest, dtype=torch.int64, device=u.device)
-    for place, scores in score_tiles(u, w, visible):
-        hidden = None if visible is None else visible.tile(place)[1]
+    for place, scores, hidden in score_tiles(u, w, visible):
         best[:, :, place] = top_columns(shape.rules.preferences(scores, shape.rows[place], hidden), shape.widest)
     return best
 
@@ -44,7 +43,7 @@ def kept_columns(u: Tensor, w: Tensor, shape: Shape, visible: Visibility | None 
     if shape.columns > MAX_COLUMNS:
         return shape.columns_of(best_columns(u, w, shape))
     out = torch.empty(u.shape[0] * u.shape[1], len(shape.row), dtype=torch.int32, device=u.device)
-    for place, scores in score_tiles(u.float(), w.float()):
+    for place, scores, _ in score_tiles(u.float(), w.float()):
         choose(scores.flatten(0, 1), shape, place.start, out)
     return out
 
@@ -65,9 +64,8 @@ def within_share(
     others. The probabilities are the softmax of the scores over ``temperature``.
     """
     wanted = torch.empty_like(best, dtype=torch.bool)
-    for place, scores in score_tiles(u, w, visible):
+    for place, scores, hidden in score_tiles(u, w, visible):
         chosen, settled = best[:, :, place], settled_blocks(shape.rules, shape.rows[place], w.shape[2])
-        hidden = None if visible is None else visible.tile(place)[1]
         settled = settled if hidden is None else settled | hidden
         odds = (scores.float() / temperature).masked_fill(settled, float("-inf")).softmax(-1).nan_to_num(0.0)
         chances = odds.gather(-1, chosen)
@@ -93,23 +91,26 @@ def mean_columns(u: Tensor, w: Tensor, shape: Shape, temperature: float) -> Tens
 @torch.no_grad()
 def mean_probabilities(u: Tensor, w: Tensor, shape: Shape, temperature: float) -> Iterator[tuple[slice, Tensor]]:
     """Places of rows and (1, Hkv, R, columns): the free blocks' probabilities, mean over samples."""
-    for place, scores in score_tiles(u, w):
+    for place, scores, _ in score_tiles(u, w):
         settled = settled_blocks(shape.rules, shape.rows[place], w.shape[2])
         odds = (scores.float() / temperature).masked_fill(settled, float("-inf")).softmax(-1).nan_to_num(0.0)
         yield place, odds.mean(0, keepdim=True)
 
 
-def score_tiles(u: Tensor, w: Tensor, visible: Visibility | None = None) -> Iterator[tuple[slice, Tensor]]:
-    """Places of rows and their scores (B, Hkv, R, columns), a tile at a time, in the type of ``u`` whatever autocast
-    says: rounded scores would tie."""
+def score_tiles(
+    u: Tensor, w: Tensor, visible: Visibility | None = None
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Places of rows, their scores (B, Hkv, R, columns) and the hidden pairs among them, bool, None without masks: a
+    tile at a time, in the type of ``u`` whatever autocast says, as rounded scores would tie."""
     step = max(1, TILE_SCORES.get(u.device.type, 2**24) // (u.shape[0] * u.shape[1] * w.shape[2]))
     for begin in range(0, u.shape[2], step):
         place = slice(begin, min(begin + step, u.shape[2]))
         with torch.autocast(u.device.type, enabled=False):
             scores = u[:, :, place] @ w.transpose(-1, -2)
+            hidden = None
             if visible is not None:
-                scores = visible.scores(scores, u[:, :, place], w, place)
-        yield place, scores
+                scores, hidden = visible.scores(scores, u[:, :, place], w, place)
+        yield place, scores, hidden
 
 
 def settled_blocks(rules: Rules, rows: Tensor, columns: int) -> Tensor:

@@ -71,7 +71,8 @@ class Visibility:
         if segment_ids is not None:
             found = found._with_segments(rules, *(ids.long().contiguous() for ids in segment_ids))
         if attn_mask is not None:
-            masks = MaskBlocks.of(attn_mask, q.shape[2], k.shape[2], k.shape[1], rules.block_size)
+            sizes = (q.shape[2], k.shape[2], k.shape[1], rules.block_size)
+            masks = MaskBlocks.of(attn_mask, *sizes, rules.causal)
             found = found._with_masks(masks, q.shape[2] == k.shape[2])
         return found
 
@@ -139,10 +140,11 @@ class Visibility:
         found += [] if self.masks is None else [self.masks.at(sample, head, place, column)]
         return _of_all(found)
 
-    def scores(self, scores: Tensor, u: Tensor, w: Tensor, place: slice | Tensor) -> Tensor:
+    def scores(self, scores: Tensor, u: Tensor, w: Tensor, place: slice | Tensor) -> tuple[Tensor, Tensor]:
         """(B, Hkv, r, C): ``scores`` of the rows u (B, Hkv, r, d) at ``place`` where they are judged, else of their
-        positions alone."""
-        return torch.where(self.tile(place)[0], scores, self.of_place(u) @ self.of_place(w).transpose(-1, -2))
+        positions alone; and (b, g, r, C) bool hidden pairs."""
+        judged, hidden = self.tile(place)
+        return torch.where(judged, scores, self.of_place(u) @ self.of_place(w).transpose(-1, -2)), hidden
 
     def of_place(self, x: Tensor) -> Tensor:
         """The part of u or w that tells of positions."""
@@ -169,6 +171,11 @@ class Visibility:
 def check_masks(q: Tensor, k: Tensor, attn_mask: Tensor | None, segment_ids: tuple[Tensor, Tensor] | None) -> None:
     """Raises ValueError or TypeError where the masks of a call do not fit q (B, H, Sq, D) and k (B, Hkv, Skv, D)."""
     full = (*q.shape[:3], k.shape[2])
+    for name, masks in (("attn_mask", (attn_mask,)), ("segment_ids", segment_ids or ())):
+        if any(mask is not None and mask.device != q.device for mask in masks):
+            raise ValueError(
+                f"{name} must be on q's device, {q.device}, got {[str(x.device) for x in masks if x is not None]}"
+            )
     if attn_mask is not None:
         sizes = zip(attn_mask.shape[::-1], full[::-1], strict=False)
         if attn_mask.dim() > 4 or not all(have in (1, want) for have, want in sizes):

@@ -39,7 +39,8 @@ class BlockSelector(nn.Module):
 
     All rows keep the same number of blocks, as far as they have candidates (``even``), with the density exact in total:
     the diagonal, sinks and a local window first, then the best by the gate. A causal row chooses by the tokens before
-    its own block and its first token, so no output depends on a later token. Samples do not influence each other.
+    its own block and its first token, so no output depends on a later token. Samples do not influence each other, nor
+    do tokens that masks hide from one another: ``Visibility`` says what a row may look at then.
 
     What trains the gate is ``method``:
 
@@ -151,7 +152,6 @@ class BlockSelector(nn.Module):
             ValueError, TypeError: tensors or masks that do not fit.
             NotImplementedError: tensors without numbers to choose by, or a copy that ``nn.DataParallel`` trains.
         """
-        self._refuse(q, k)
         q, k = self._seen("q", q, self.num_heads), self._seen("k", k, self.num_kv_heads)
         visible = Visibility.of(self.content, self.rules, q, k, attn_mask, segment_ids)
         u, w = compare_whole(self.gate, q, k, self.rules, visible)
@@ -161,7 +161,6 @@ class BlockSelector(nn.Module):
     def query_stats(self, q: Tensor, taken: Tensor | None = None) -> Tensor:
         """(B, H, n, 3, D) what the gate sees of q, of the tokens ``taken`` as in ``block_stats``; without a gradient
         where the method gives it none."""
-        self._refuse(q)
         return block_stats(self._seen("q", q, self.num_heads), self.rules.block_size, taken)
 
     def key_stats(self, k: Tensor, taken: Tensor | None = None) -> Tensor:
@@ -263,6 +262,14 @@ class BlockSelector(nn.Module):
 
     def _seen(self, name: str, x: Tensor, heads: int) -> Tensor:
         """``x``, checked; without a gradient where the method gives it none."""
+        problem = why_not_ordinary(x)
+        if problem is not None:
+            raise NotImplementedError(f"a learned selection needs tensors whose numbers it can choose by: {problem}")
+        if self.training and self.method == "distill" and getattr(self, "_is_replica", False):
+            raise NotImplementedError(
+                "torch.nn.DataParallel trains copies of this module, whose selector_loss is lost: use "
+                "DistributedDataParallel, or the method 'bias' or 'compressed'"
+            )
         if x.shape[1] != heads or x.shape[3] != self.head_dim:
             raise ValueError(f"the selector is for {name} (B, {heads}, S, {self.head_dim}), got {tuple(x.shape)}")
         return x.detach() if self.method == "distill" else x
@@ -271,17 +278,6 @@ class BlockSelector(nn.Module):
     def content(self) -> int:
         """How many numbers of u and w, the first ones, tell of what is in the blocks."""
         return self.head_dim if self.gate is None else self.gate.key.shape[-1]
-
-    def _refuse(self, *tensors: Tensor) -> None:
-        """Raises NotImplementedError where a choice, or its loss, would go wrong without a word."""
-        problem = why_not_ordinary(*tensors)
-        if problem is not None:
-            raise NotImplementedError(f"a learned selection needs tensors whose numbers it can choose by: {problem}")
-        if self.training and self.method == "distill" and getattr(self, "_is_replica", False):
-            raise NotImplementedError(
-                "torch.nn.DataParallel trains copies of this module, whose selector_loss is lost: use "
-                "DistributedDataParallel, or the method 'bias' or 'compressed'"
-            )
 
     def _compare(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """u (B, Hkv, num_q_blocks, d) and w (B, Hkv, num_kv_blocks, d)."""
