@@ -167,11 +167,12 @@ def test_segments_of_a_dilated_pattern_bound_the_choice_beside_the_masks(method)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("as_mask", [False, True], ids=["segments", "mask"])
-def test_a_document_of_whole_blocks_chooses_as_it_would_alone(method, causal, as_mask):
+@pytest.mark.parametrize("top_p", [None, 0.6])
+def test_a_document_of_whole_blocks_chooses_as_it_would_alone(method, causal, as_mask, top_p):
     cuts, tokens = [0, 48, 128, 160], 160
     ids = documents(tuple(cuts[1:-1]), tokens).expand(2, -1)
     masks = (same(ids), None) if as_mask else (None, (ids, ids))
-    model = make(method, causal=causal, density=1.0, max_blocks=3, sinks=0)
+    model = make(method, causal=causal, density=1.0, max_blocks=4, top_p=top_p)
     q, k, _ = inputs(tokens, tokens)
     together = model.source.select(q, k, *masks).layout.to_dense()
     for begin, end in pairwise(cuts):
@@ -254,6 +255,20 @@ def test_the_loss_under_a_mask_is_finite_and_trains_the_gate(name, causal, optio
     assert model.source.gate.waves.grad.abs().max() > 0
     for parameter in (model.source.gate.query, model.source.gate.key):
         assert bool(parameter.grad.any()) == (name not in NO_PAIR_IS_WHOLE)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("max_blocks", [None, 1000], ids=["dense", "chosen"])
+@pytest.mark.parametrize("as_mask", [False, True], ids=["segments", "mask"])
+def test_the_loss_of_a_document_packed_twice_is_that_of_the_document(causal, max_blocks, as_mask):
+    model = make("distill", causal=causal, density=1.0, max_blocks=max_blocks, sample_rows=1000).double()
+    alone = [x.detach().double() for x in inputs(80, 80)]
+    ids = documents((80,), 160).expand(2, -1)
+    model(*alone)
+    wanted = model.selector_loss()
+    masks = {"attn_mask": same(ids)} if as_mask else {"segment_ids": (ids, ids)}
+    model(*(torch.cat([x, x], 2) for x in alone), **masks)
+    torch.testing.assert_close(model.selector_loss(), wanted)
 
 
 # ---- the drop-in ----------------------------------------------------------------------------------------------------
