@@ -39,20 +39,35 @@ def _somebody_looks_on() -> bool:
     return bool(_active() or _modes() or _tracing() or forward_ad._current_level >= 0 or _included(_PRE_DISPATCH))
 
 
-def check_ordinary(what: str, *tensors: Tensor | None) -> None:
-    """Raises NotImplementedError unless the tensors are ordinary, as those of ``is_ordinary``.
+def why_no_numbers(*tensors: Tensor) -> str | None:
+    """Why work that looks at the tensors' numbers, and keeps some of what it makes, cannot run; None: it can.
 
-    Args:
-        what: asks for it, for the message.
+    Under a transform or a tracer, what is kept would be a part of it, or the choice of one input would serve all.
     """
-    kinds = [type(x).__name__ for x in tensors if x is not None and type(x) not in _ORDINARY]
-    meta = any(x is not None and x.is_meta for x in tensors)
-    if kinds or meta or _somebody_looks_on():
-        came = kinds[0] if kinds else "a tensor on the meta device" if meta else "one of those at work"
-        raise NotImplementedError(
-            f"{what} takes ordinary tensors, outside of torch.func, forward-mode derivatives, traces and dispatch "
-            f"modes: got {came}"
+    if _active() or forward_ad._current_level >= 0:
+        return (
+            "within torch.func's transforms (vmap, grad, jvp, ...) there are none; put samples into the batch, and "
+            "take gradients by backward"
         )
+    if _tracing():
+        return "torch.jit.trace would keep what follows from this one input for every other"
+    keys = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
+    if any(torch._C._get_dispatch_mode(key) is not None for key in keys):
+        return "under FakeTensorMode, make_fx or torch.export there are none"
+    for tensor in tensors:
+        kind = type(tensor)
+        if kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
+            return f"got a {kind.__name__}, which is no plain tensor (of a DTensor give to_local())"
+        if tensor.is_meta:
+            return "got a tensor on the meta device, which has none"
+    return None
+
+
+def check_numbers_at_hand(what: str, *tensors: Tensor) -> None:
+    """Raises NotImplementedError, in ``what``'s name, where ``why_no_numbers`` has a reason."""
+    problem = why_no_numbers(*tensors)
+    if problem is not None:
+        raise NotImplementedError(f"{what} needs tensors whose numbers are at hand: {problem}")
 
 
 def forward_mode() -> bool:

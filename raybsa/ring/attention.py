@@ -30,7 +30,7 @@ from raybsa.kernels.backward import attention_backward
 from raybsa.kernels.call import AttentionCall, cast_inputs, compute_dtype
 from raybsa.kernels.delta import fast_delta
 from raybsa.kernels.merge import merge_rows
-from raybsa.kernels.ordinary import check_ordinary
+from raybsa.kernels.ordinary import check_numbers_at_hand
 from raybsa.kernels.seed import seed_for
 from raybsa.kernels.widths import one_width
 from raybsa.ring.agreement import problem_with, signature
@@ -83,7 +83,7 @@ def ring_attention(
         ValueError, TypeError: arguments that do not fit together, on every rank where ranks disagree.
     """
     q, k, v = cast_inputs(q, k, v)
-    check_ordinary("a ring", q, k, v, segment_ids, block_bias)
+    check_numbers_at_hand("a ring", q, k, v)
     scale, width = 1.0 / math.sqrt(q.shape[-1] or 1) if scale is None else float(scale), v.shape[-1]
     q, k, v = one_width(q, k, v)
     codec = gradient_codec or build("none")

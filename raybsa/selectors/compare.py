@@ -8,13 +8,19 @@ from torch import Tensor
 from raybsa.selectors.gate import Gate, position_waves
 from raybsa.selectors.pooling import block_stats, blocks_before, key_features, query_features, runs_kernels
 from raybsa.selectors.rules import Rules
+from raybsa.selectors.visibility import Visibility
 
 
-def compare_whole(gate: Gate | None, q: Tensor, k: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
+def compare_whole(
+    gate: Gate | None, q: Tensor, k: Tensor, rules: Rules, visible: Visibility | None = None
+) -> tuple[Tensor, Tensor]:
     """u (B, Hkv, num_q_blocks, d) and w (B, Hkv, num_kv_blocks, d) of q (B, H, Sq, D) and k (B, Hkv, Skv, D).
 
-    On a GPU, where no gradient is wanted, by kernels of our own.
+    On a GPU, where no gradient is wanted and there are no masks, by kernels of our own.
     """
+    if visible is not None:
+        own, keys = (block_stats(q, rules.block_size, visible.queries), block_stats(k, rules.block_size, visible.keys))
+        return compare(gate, own, blocks_before(own) if rules.causal else None, keys, rules, None, visible)
     if gate is not None and gate.dtype == torch.float32 and runs_kernels(q) and not torch.is_grad_enabled():
         from raybsa.selectors.triton_gate import gated
 
@@ -25,7 +31,13 @@ def compare_whole(gate: Gate | None, q: Tensor, k: Tensor, rules: Rules) -> tupl
 
 
 def compare(
-    gate: Gate | None, own: Tensor, before: Tensor | None, keys: Tensor, rules: Rules, rows: Tensor | None = None
+    gate: Gate | None,
+    own: Tensor,
+    before: Tensor | None,
+    keys: Tensor,
+    rules: Rules,
+    rows: Tensor | None = None,
+    visible: Visibility | None = None,
 ) -> tuple[Tensor, Tensor]:
     """u (B, Hkv, rows, d) and w (B, Hkv, num_kv_blocks, d) of the blocks' statistics.
 
@@ -34,7 +46,10 @@ def compare(
         own, before: (B, H, rows, 3, D) as ``query_features`` takes them.
         keys: (B, Hkv, num_kv_blocks, 3, D) of all of k.
         rows: (rows,) int64 numbers of the query blocks; None: the first ones.
+        visible: what these rows may look at; None: all.
     """
+    if visible is not None:
+        own, before = visible.readable(own, before)
     if gate is None:
         mean = own[:, :, :, 0] if before is None else before[:, :, :, 0] + own[:, :, :, 2] / rules.block_size
         return mean.unflatten(1, (keys.shape[1], -1)).mean(2), keys[:, :, :, 0]
@@ -42,4 +57,5 @@ def compare(
         waves = position_waves(max(own.shape[2], keys.shape[2]), keys.device)
         features = query_features(own, before, keys.shape[1])
         u = gate.queries(features, waves[: own.shape[2]] if rows is None else waves[rows])
-        return u, gate.keys(key_features(keys), waves[: keys.shape[2]])
+        features = key_features(keys, None if visible is None else visible.keys_before)
+        return u, gate.keys(features, waves[: keys.shape[2]])

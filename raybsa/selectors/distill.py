@@ -18,6 +18,7 @@ from raybsa.selectors.gate import cooled
 from raybsa.selectors.row_mass import row_mass
 from raybsa.selectors.rules import Rules
 from raybsa.selectors.selection import settled_blocks
+from raybsa.selectors.visibility import Visibility
 
 
 def divergence(scores: Tensor, mass: Tensor, settled: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,6 +66,7 @@ def rows_divergence(
     temperature: float,
     attn_mask: Tensor | None = None,
     segment_ids: tuple[Tensor, Tensor] | None = None,
+    visible: Visibility | None = None,
 ) -> Tensor:
     """() nats: the mean divergence of a few rows over all their candidates.
 
@@ -72,11 +74,17 @@ def rows_divergence(
         u, w: (B, Hkv, num_q_blocks, d) and (B, Hkv, columns, d); block scores are ``u @ w.T``.
         q, k, scale, rules, rows, attn_mask, segment_ids: as ``row_mass`` takes them.
         temperature: of the scores.
+        visible: what the rows of the masks may look at; None: all.
     """
-    mass = row_mass(q, k, scale, rules, rows, attn_mask, segment_ids)
+    mass = row_mass(q, k, scale, rules, rows, attn_mask, segment_ids, None if visible is None else visible.counted)
+    settled = settled_blocks(rules, rows, w.shape[2])
     with torch.autocast(u.device.type, enabled=False):
-        scores = cooled(u.index_select(2, rows) @ w.transpose(-1, -2), temperature)
-    found, weight = divergence(scores, mass, settled_blocks(rules, rows, w.shape[2]))
+        u = u.index_select(2, rows)
+        scores = u @ w.transpose(-1, -2)
+        if visible is not None:
+            scores, hidden = visible.scores(scores, u, w, rows)
+            settled = settled | hidden
+    found, weight = divergence(cooled(scores, temperature), mass, settled)
     return found / weight
 
 

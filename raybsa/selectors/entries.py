@@ -33,10 +33,26 @@ class Entries:
     def of(cls, layout: BlockLayout) -> Entries:
         known = kept_with_rows(layout)
         if ("entries",) not in known:
-            group, row, _ = layout.coordinates()
-            number = row if layout.q_block_ids is None else layout.q_block_ids[row]
-            known["entries",] = group * layout.num_q_blocks + row, number, group * layout.num_kv_blocks
+            with torch.inference_mode(False):  # a later training step must be able to use it
+                group, row, _ = layout.coordinates()
+                number = row if layout.q_block_ids is None else layout.q_block_ids[row]
+                known["entries",] = group * layout.num_q_blocks + row, number, group * layout.num_kv_blocks
         return cls(layout, *known["entries",])
+
+    @property
+    def group(self) -> Tensor:
+        """(nnz,) int64 flat KV head."""
+        return self.first // self.layout.num_kv_blocks
+
+    @property
+    def place(self) -> Tensor:
+        """(nnz,) int64 place of the row among the layout's."""
+        return self.row % self.layout.num_q_blocks
+
+    @property
+    def columns(self) -> Tensor:
+        """(nnz,) int64 KV block."""
+        return self.layout.col_indices.long()
 
     def scores(self, u: Tensor, w: Tensor) -> Tensor:
         """(nnz,) products of u (B, Hkv, rows, d) and w (B, Hkv, columns, d); differentiable."""
@@ -49,7 +65,8 @@ class Entries:
             return values
         known = kept_with_rows(self.layout)
         if ("source", copies) not in known:
-            known["source", copies] = self._source(copies)
+            with torch.inference_mode(False):
+                known["source", copies] = self._source(copies)
         return values.index_select(0, known["source", copies])
 
     def _source(self, copies: int) -> Tensor:
@@ -86,8 +103,19 @@ class Table:
         """``width``: of the widest row at least."""
         known = kept_with_rows(layout)
         if ("table", width) not in known:
-            known["table", width] = _table(layout, width)
+            with torch.inference_mode(False):
+                known["table", width] = _table(layout, width)
         return cls(layout, *known["table", width])
+
+    @property
+    def group(self) -> Tensor:
+        """(G, 1, 1) int64."""
+        return torch.arange(self.layout.num_groups, device=self.layout.device)[:, None, None]
+
+    @property
+    def row(self) -> Tensor:
+        """(rows, 1) int64 place of the row among the layout's."""
+        return torch.arange(self.layout.num_q_blocks, device=self.layout.device)[:, None]
 
     def take(self, values: Tensor) -> Tensor:
         """(G, rows, width) of ``values`` (nnz,)."""

@@ -7,6 +7,7 @@ pooled over the block *before* it, and of its own block only the first token is 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from raybsa.kernels.triton_setup import why_not_here
@@ -18,11 +19,17 @@ def runs_kernels(x: Tensor) -> bool:
     return x.is_cuda and not torch.compiler.is_compiling() and why_not_here(x.device) is None
 
 
-def block_stats(x: Tensor, block_size: int) -> Tensor:
+def block_stats(x: Tensor, block_size: int, taken: Tensor | None = None) -> Tensor:
     """(B, H, n, 3, D) in at least float32: mean, maximum and first token of each block of ``x`` (B, H, S, D).
 
     A ragged last block is pooled over its own tokens. On a GPU, where no gradient is wanted, in one pass.
+
+    Args:
+        taken: (b, g, S) bool, b being B or 1 and g the heads, their groups or 1: tokens to pool over, 0 where a block
+            has none, and for the first token where it is none of them; None: all.
     """
+    if taken is not None:
+        return _some_stats(x, block_size, taken)
     if runs_kernels(x) and not (x.requires_grad and torch.is_grad_enabled()):
         from raybsa.selectors.triton_pool import pooled
 
@@ -40,11 +47,35 @@ def _stats(blocks: Tensor) -> Tensor:
     return torch.stack([blocks.mean(3, dtype=wide), blocks.amax(3).to(wide), blocks[:, :, :, 0].to(wide)], 3)
 
 
-def key_features(stats: Tensor) -> Tensor:
-    """(B, Hkv, n, 4 D): mean and maximum of each block and of the block before it, 0 where there is none: what a query
-    asks for often lies right after what it resembles."""
+def _some_stats(x: Tensor, block_size: int, taken: Tensor) -> Tensor:
+    """Of the tokens ``taken`` (b, g, S). What is not taken gets no gradient either."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    blocks, taken = taken_blocks(x, block_size, taken)
+    counts, held = taken.sum(3), torch.where(taken, blocks, 0.0)
+    top = torch.where(taken, blocks, float("-inf")).amax(3).to(wide).masked_fill(counts == 0, 0.0)
+    return torch.stack([held.sum(3, dtype=wide) / counts.clamp(min=1), top, held[:, :, :, 0].to(wide)], 3)
+
+
+def taken_blocks(x: Tensor, block_size: int, taken: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, H, n, block_size, D) and bool (b, H or 1, n, block_size, 1) of x (B, H, S, D) and ``taken`` (b, g, S)."""
+    blocks = F.pad(x, (0, 0, 0, -x.shape[2] % block_size)).unflatten(2, (-1, block_size))
+    taken = F.pad(per_head(taken, x.shape[1]), (0, -x.shape[2] % block_size))
+    return blocks, taken.unflatten(2, (-1, block_size))[..., None]
+
+
+def per_head(x: Tensor, heads: int) -> Tensor:
+    """(b, heads or 1, ...) of ``x`` (b, g, ...), g being 1 or groups of as many heads each."""
+    return x if x.shape[1] in (1, heads) else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def key_features(stats: Tensor, reads_before: Tensor | None = None) -> Tensor:
+    """(B, Hkv, n, 4 D): mean and maximum of each block and of the block before it, 0 where there is none or
+    ``reads_before`` (b, g, n) is False: what a query asks for often lies right after what it resembles."""
     own = stats[:, :, :, :2]
-    return torch.cat([own, blocks_before(own)], 3).flatten(3)
+    before = blocks_before(own)
+    if reads_before is not None:
+        before = torch.where(reads_before[..., None, None], before, 0.0)
+    return torch.cat([own, before], 3).flatten(3)
 
 
 def query_features(stats: Tensor, before: Tensor | None, kv_heads: int) -> Tensor:
@@ -64,4 +95,4 @@ def query_features(stats: Tensor, before: Tensor | None, kv_heads: int) -> Tenso
 
 def blocks_before(stats: Tensor) -> Tensor:
     """(B, H, n, 3, D): the statistics one block on, 0 in the first place."""
-    return torch.nn.functional.pad(stats[:, :, :-1], (0, 0, 0, 0, 1, 0))
+    return F.pad(stats[:, :, :-1], (0, 0, 0, 0, 1, 0))

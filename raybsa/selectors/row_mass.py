@@ -23,6 +23,7 @@ def row_mass(
     rows: Tensor,
     attn_mask: Tensor | None = None,
     segment_ids: tuple[Tensor, Tensor] | None = None,
+    counted: Tensor | None = None,
 ) -> Tensor:
     """(B, Hkv, R, columns) in the compute dtype: the attention that each block holds of all the candidates of a row,
     summed over the row's queries, mean over the query heads of a KV head.
@@ -33,6 +34,7 @@ def row_mass(
         rules: the candidates.
         rows: (R,) int64 numbers of query blocks, ascending, where q is.
         attn_mask, segment_ids: as ``block_sparse_attention`` takes them.
+        counted: (b, g, Sq) bool, b being B or 1 and g Hkv or 1: the queries whose attention counts; None: all.
     """
     size, kv_len = rules.block_size, k.shape[2]
     tokens = torch.add(torch.arange(size, device=q.device), rows[:, None], alpha=size).flatten()
@@ -47,6 +49,8 @@ def row_mass(
             weights = scores.softmax(-1)
             if attn_mask is not None or segment_ids is not None:
                 weights = weights.nan_to_num_(0.0)  # of queries that see nothing
+            if counted is not None:
+                weights *= counted[:, :, None, at, None]
             if q.shape[2] % size:
                 weights *= (tokens[part] < q.shape[2])[:, None]
             blocks = F.pad(weights, (0, -kv_len % size)) if kv_len % size else weights

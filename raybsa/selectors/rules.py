@@ -16,6 +16,7 @@ from raybsa.patterns.pattern import check_density
 
 MAX_FORCED = 2048  # sinks and window: so many ranks are told apart in float32 below the largest number
 _FORCED = 3.0e38
+_HIDDEN = -3.0e38  # above what may not be kept, below any score
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,17 @@ class Rules:
         near = col > diagonal - self.window if self.causal else (col - diagonal).abs() < self.window
         return near | (col < self.sinks) if self.sinks else near
 
-    def preferences(self, scores: Tensor, rows: Tensor) -> Tensor:
-        """Scores (..., R, columns) with what must be kept above all and what may not be at -inf."""
+    def preferences(self, scores: Tensor, rows: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """Scores (..., R, columns) with what must be kept above all and what may not be at -inf.
+
+        ``hidden`` (bool, broadcasts to the same) comes last of what may be kept, forced or not.
+        """
         columns = scores.shape[-1]
         rank = self.forced_rank(rows[:, None], torch.arange(columns, device=rows.device), columns)
         urgent = _FORCED * (1.0 - rank.float() / (2 * MAX_FORCED))
         wanted = torch.where(rank >= 0, urgent, scores.float())
+        if hidden is not None:
+            wanted = wanted.masked_fill(hidden, _HIDDEN)
         return wanted.masked_fill(~self.candidates(rows, columns), float("-inf"))
 
     def allowed(self, rows: Tensor, columns: int) -> Tensor:

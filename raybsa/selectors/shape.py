@@ -7,11 +7,12 @@ nothing is counted, and on a GPU nothing is read back.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
+from raybsa.aside import aside
 from raybsa.layout import BlockLayout
 from raybsa.selectors.rules import Rules
 
@@ -123,11 +124,11 @@ class Shape:
     def dense(self) -> BlockLayout:
         """The attention of ``everything``, for all rows and heads alike; in blocks of at least 128 tokens where no
         segment needs finer ones: the same tokens in fewer pieces."""
-        if self.rules.segments is not None or not self.is_whole:
-            return self.everything()
-        rules = Rules(max(self.rules.block_size, _DENSE_BLOCK), self.rules.causal, sinks=0)
-        coarse = Shape.make(rules, self.q_len, self.kv_len, _LITTLE, self.rows.device)
-        return coarse.everything()
+        with torch.inference_mode(False):  # a later training step must be able to use it
+            if self.rules.segments is not None or not self.is_whole:
+                return self.everything()
+            size = max(self.rules.block_size, _DENSE_BLOCK)
+            return dense_layout(self.q_len, self.kv_len, self.rules.causal, self.rows.device, size)
 
     def nearest(self) -> BlockLayout:
         """One group of as many blocks a row as a selection has, those nearest to the diagonal: what is known of its
@@ -145,3 +146,12 @@ class Shape:
         size, ids = self.rules.block_size, None if self.is_whole else self.rows
         sizes = (self.q_len, self.kv_len, size, size, self.rules.causal)
         return BlockLayout(crow, col.to(torch.int32), *sizes, ids, transient=transient).trusted()
+
+
+@lru_cache(maxsize=16)
+def dense_layout(
+    q_len: int, kv_len: int, causal: bool, device: torch.device, block_size: int = _DENSE_BLOCK
+) -> BlockLayout:
+    """One group that keeps every block that causality allows."""
+    with aside():
+        return Shape.make(Rules(block_size, causal, sinks=0), q_len, kv_len, _LITTLE, device).everything()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -64,12 +65,27 @@ def measure_beside_dense(
         both = [forward_backward_call(stack, inputs) for stack in (own_stack, dense_stack)]
         trains = _has_backward(both[0])
     with lock.exclusive():
-        forward_times = measure_in_turn(forwards, device, repeats=repeats, budget_s=budget_s)
+        with _evaluating(own_stack):
+            forward_times = measure_in_turn(forwards, device, repeats=repeats, budget_s=budget_s)
         both_times = measure_in_turn(both, device, repeats=repeats, budget_s=budget_s) if trains else [None, None]
     with lock.shared():
         peaks = [peak_bytes(call, device) for call in (both if trains else forwards)]
     own, dense = (Speed(*found) for found in zip(forward_times, both_times, peaks, strict=True))
     return own, dense
+
+
+@contextmanager
+def _evaluating(stack: object) -> Iterator[None]:
+    """A module is in evaluation meanwhile: in training a learned pattern computes its loss in every forward."""
+    if not isinstance(stack, nn.Module):
+        yield
+        return
+    training = stack.training
+    stack.eval()
+    try:
+        yield
+    finally:
+        stack.train(training)
 
 
 def _has_backward(call: Callable[[], object]) -> bool:

@@ -34,7 +34,7 @@ def attend(
         v,
         selection.layout,
         scale=scale,
-        attn_mask=attn_mask,
+        attn_mask=attn_mask if selection.attn_mask is None else selection.attn_mask,
         segment_ids=segment_ids,
         block_bias=selection.block_bias,
         dropout_p=dropout_p,

@@ -17,7 +17,7 @@ from raybsa.gradients.catalog import build
 from raybsa.gradients.state import State
 from raybsa.kernels.call import cast_inputs
 from raybsa.kernels.eager import eagerly
-from raybsa.kernels.ordinary import check_ordinary
+from raybsa.kernels.ordinary import check_numbers_at_hand
 from raybsa.layout import BlockLayout
 from raybsa.ring.agreement import check_shards
 from raybsa.ring.attention import ring_attention
@@ -193,8 +193,8 @@ class BlockSparseDistributed(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor | None) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         q, k, v = cast_inputs(q, k, v)
-        check_ordinary("a ring", q, k, v, segment_ids)
-        plan, selection = self._choose(q, k)
+        check_numbers_at_hand("a ring", q, k, v)
+        plan, selection = self._choose(q, k, segment_ids)
         out, lse = ring_attention(
             q,
             k,
@@ -216,7 +216,8 @@ class BlockSparseDistributed(nn.Module):
             with torch.autocast(q.device.type, enabled=False):
                 found = (q.detach(), k.detach(), lse.detach(), plan, self.communicator)
                 mass = ring_block_mass(*found, scale=scale, segment_ids=segment_ids)
-                self.source.take_loss_of_shard(selection, mass, partial(self.communicator.all_reduce, "selector_loss"))
+                total = partial(self.communicator.all_reduce, "selector_loss")
+                out = self.source.complete_shard(selection, out, mass, total)
         return out
 
     def plan(self, q: Tensor, k: Tensor) -> RingPlan:
@@ -226,14 +227,14 @@ class BlockSparseDistributed(nn.Module):
         layout = self._layout(partition.seq_len, q.shape[1], q.device)
         return plan_for(layout, partition, queries_per_kv=max(1, q.shape[1] // max(1, k.shape[1])))
 
-    def _choose(self, q: Tensor, k: Tensor) -> tuple[RingPlan, Selection]:
+    def _choose(self, q: Tensor, k: Tensor, segment_ids: Tensor | None) -> tuple[RingPlan, Selection]:
         """The plan of this call, and the bias and choice of this rank's blocks."""
         partition = self._partition_of(q.shape[2])
         if isinstance(self.source, FixedPattern):
             selection = Selection(self._layout(partition.seq_len, q.shape[1], q.device))
         else:
             check_shards(q, k, partition, self.communicator)  # before ranks wait for each other's choices
-            selection = select_shard(self.source, q, k, partition, self.communicator)
+            selection = select_shard(self.source, q, k, partition, self.communicator, segment_ids)
         queries_per_kv = max(1, q.shape[1] // max(1, k.shape[1]))
         return plan_for(selection.layout, partition, queries_per_kv=queries_per_kv), selection
 

@@ -217,7 +217,7 @@ class BlockSparseMultihead(nn.MultiheadAttention):
             k,
             v,
             selection.layout,
-            attn_mask=attn_mask,
+            attn_mask=attn_mask if selection.attn_mask is None else selection.attn_mask,
             segment_ids=segment_ids,
             block_bias=selection.block_bias,
             dropout_p=self.dropout if self.training else 0.0,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from raybsa.cache import LayoutCache
 from raybsa.kernels.call import AttentionCall
 from raybsa.kernels.mass import block_mass
+from raybsa.kernels.ordinary import check_numbers_at_hand
 from raybsa.layout import BlockLayout
 from raybsa.patterns.blocks import save_blocks
 from raybsa.patterns.parameters import integer
@@ -20,11 +20,14 @@ from raybsa.selectors.coarse import coarse_attention
 from raybsa.selectors.compare import compare, compare_whole
 from raybsa.selectors.distill import rows_divergence, sampled_rows
 from raybsa.selectors.gate import Gate
-from raybsa.selectors.pooling import block_stats
+from raybsa.selectors.mask_blocks import with_infinity
+from raybsa.selectors.pooling import block_stats, per_head
+from raybsa.selectors.recompute import Passes
 from raybsa.selectors.rules import Rules, segment_pairs
 from raybsa.selectors.schedule import Schedule
 from raybsa.selectors.selection import mean_columns
 from raybsa.selectors.shape import Shape
+from raybsa.selectors.visibility import Visibility
 from raybsa.spec import PatternSpec
 from raybsa.variants.selection import Selection
 
@@ -36,7 +39,8 @@ class BlockSelector(nn.Module):
 
     All rows keep the same number of blocks, as far as they have candidates (``even``), with the density exact in total:
     the diagonal, sinks and a local window first, then the best by the gate. A causal row chooses by the tokens before
-    its own block and its first token, so no output depends on a later token. Samples do not influence each other.
+    its own block and its first token, so no output depends on a later token. Samples do not influence each other, nor
+    do tokens that masks hide from one another: ``Visibility`` says what a row may look at then.
 
     What trains the gate is ``method``:
 
@@ -117,9 +121,8 @@ class BlockSelector(nn.Module):
         learns = method != "mean-pool"
         self.gate = Gate(kv_heads, num_heads // kv_heads, head_dim, min(gate_dim, head_dim)) if learns else None
         self.share = nn.Parameter(torch.full((num_heads,), -2.0)) if method == "compressed" else None
-        self.calls = 0
+        self.passes = Passes()
         self._cache: LayoutCache[Shape] = LayoutCache()
-        self._loss: Tensor | None = None
 
     # ---- a LayoutSource ---------------------------------------------------------------------------------------------
 
@@ -131,7 +134,7 @@ class BlockSelector(nn.Module):
     @property
     def wants_lse(self) -> bool:
         """Whether ``complete`` will need the attention's lse: to distill it."""
-        return self.method == "distill" and self.training and torch.is_grad_enabled()
+        return self.method == "distill" and self.training and not torch.is_inference_mode_enabled()
 
     def select(
         self,
@@ -141,41 +144,57 @@ class BlockSelector(nn.Module):
         segment_ids: tuple[Tensor, Tensor] | None = None,
     ) -> Selection:
         """The layout for q (B, H, Sq, D) and k (B, Hkv, Skv, D), a group for each sample and head (one in all where
-        everything is kept), and the bias (nnz,) of the method ``"bias"``."""
-        u, w = self._compare(q, k)
-        return self._keep(u, w, self._shape(q.shape[2], k.shape[2], self.density.value, q.device))
+        everything is kept), the bias (nnz,) of the method ``"bias"``, and ``attn_mask`` with -inf for what it hides.
 
-    def query_stats(self, q: Tensor) -> Tensor:
-        """(B, H, n, 3, D) what the gate sees of q; without a gradient where the method gives it none."""
-        return block_stats(self._seen("q", q, self.num_heads), self.rules.block_size)
+        Nothing that the masks hide from a token decides on what its row keeps (``Visibility``).
 
-    def key_stats(self, k: Tensor) -> Tensor:
+        Raises:
+            ValueError, TypeError: tensors or masks that do not fit.
+            NotImplementedError: tensors without numbers to choose by, or a copy that ``nn.DataParallel`` trains.
+        """
+        q, k = self._seen("q", q, self.num_heads), self._seen("k", k, self.num_kv_heads)
+        visible = Visibility.of(self.content, self.rules, q, k, attn_mask, segment_ids)
+        u, w = compare_whole(self.gate, q, k, self.rules, visible)
+        found = self._keep(u, w, self._shape(q.shape[2], k.shape[2], self.density.value, q.device), visible)
+        return found._replace(attn_mask=with_infinity(attn_mask))
+
+    def query_stats(self, q: Tensor, taken: Tensor | None = None) -> Tensor:
+        """(B, H, n, 3, D) what the gate sees of q, of the tokens ``taken`` as in ``block_stats``; without a gradient
+        where the method gives it none."""
+        return block_stats(self._seen("q", q, self.num_heads), self.rules.block_size, taken)
+
+    def key_stats(self, k: Tensor, taken: Tensor | None = None) -> Tensor:
         """(B, Hkv, n, 3, D) the same of k."""
-        return block_stats(self._seen("k", k, self.num_kv_heads), self.rules.block_size)
+        return block_stats(self._seen("k", k, self.num_kv_heads), self.rules.block_size, taken)
 
-    def choose(self, own: Tensor, before: Tensor | None, keys: Tensor, shape: Shape) -> Selection:
+    def choose(
+        self, own: Tensor, before: Tensor | None, keys: Tensor, shape: Shape, visible: Visibility | None = None
+    ) -> Selection:
         """The layout and bias of the shape's rows, which may be a part of the sequence's.
 
         Args:
             own, before: of these rows' blocks and of those before them, as in ``query_features``.
             keys: ``key_stats`` of all of k.
+            visible: what these rows may look at; None: all.
         """
         rows = None if shape.is_whole else shape.rows
-        return self._keep(*compare(self.gate, own, before, keys, self.rules, rows), shape)
+        return self._keep(*compare(self.gate, own, before, keys, self.rules, rows, visible), shape, visible)
 
     def complete(self, selection: Selection, call: AttentionCall, out: Tensor, lse: Tensor | None) -> Tensor:
         """The output after what the method does to it. Told of the attention (``lse`` (B, H, Sq) where ``wants_lse``),
-        it keeps the loss of the choice."""
+        it keeps the loss of the choice, and ties the output to the gate that the loss trains (``Passes``)."""
         choice: Choice = selection.choice
         if self.share is not None:
             u, size = choice.u / self.temperature.value, self.rules.block_size
-            coarse = coarse_attention(u, choice.w, call.v, size, call.q.shape[2], self.rules.causal)
+            coarse = coarse_attention(u, choice.w, call.v, size, call.q.shape[2], self.rules.causal, choice.visible)
             share = torch.sigmoid(self.share)[:, None, None]
             return out + (share * coarse.repeat_interleave(call.queries_per_kv, 1)).to(out.dtype)
-        if self.wants_lse and lse is not None:
-            with torch.autocast(out.device.type, enabled=False):
-                self._loss = self._distill(choice, call, lse.detach())
-        return out
+        if not self.wants_lse or lse is None:
+            return out
+        this = self.passes.begin()
+        with torch.autocast(out.device.type, enabled=False):
+            loss = self._distill(choice, call, lse.detach(), this.number)
+        return self.passes.end(this, out, loss, self.parameters())
 
     def layout(self, q_len: int, kv_len: int, num_heads: int, device: torch.device) -> BlockLayout:
         """A layout with the work of any choice: as many blocks in every row, the nearest ones."""
@@ -184,19 +203,27 @@ class BlockSelector(nn.Module):
     # ---- training ---------------------------------------------------------------------------------------------------
 
     def selector_loss(self) -> Tensor:
-        """() what to add to the loss of the last forward: nats of KL under ``"distill"`` in training, else 0."""
-        if self._loss is not None:
-            return self._loss
+        """() what to add to the loss of the last forward: nats of KL under ``"distill"`` in training, else 0.
+
+        Of a forward without gradients it is the value alone, unless a reentrant checkpoint computes that forward anew.
+        """
+        loss = self.passes.loss()
+        if loss is not None:
+            return loss
         return torch.zeros((), device="cpu" if self.gate is None else self.gate.key.device)
 
-    def take_loss_of_shard(self, selection: Selection, mass: Tensor, total: Callable[[Tensor], Tensor]) -> None:
-        """Keeps this rank's part of the loss over ranks, from the mass (nnz,) of the selected blocks.
+    def complete_shard(
+        self, selection: Selection, out: Tensor, mass: Tensor, total: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """As ``complete`` where it ``wants_lse``, over ranks: keeps this rank's part of the loss.
 
         Args:
+            mass: (nnz,) of the selected blocks of this rank's rows.
             total: () of this rank -> () the sum over all ranks.
         """
+        this = self.passes.begin()
         part, weight = selection.choice.divergence(mass, self.temperature.value)
-        self._loss = part / total(weight)
+        return self.passes.end(this, out, part / total(weight), self.parameters())
 
     def divergence(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
         """() nats of KL between the whole attention of a few sampled rows and the gate: to train the gate alone.
@@ -207,7 +234,8 @@ class BlockSelector(nn.Module):
         """
         q, k = q.detach(), k.detach()
         u, w = self._compare(q, k)
-        return rows_divergence(u, w, q, k, scale, self.rules, self._draw_rows(u), self.temperature.value)
+        rows = self._draw_rows(u, self.passes.number())
+        return rows_divergence(u, w, q, k, scale, self.rules, rows, self.temperature.value)
 
     def step(self) -> None:
         """Tells the schedules that a step of training was applied."""
@@ -234,9 +262,20 @@ class BlockSelector(nn.Module):
 
     def _seen(self, name: str, x: Tensor, heads: int) -> Tensor:
         """``x``, checked; without a gradient where the method gives it none."""
+        check_numbers_at_hand("a learned selection", x)
+        if self.training and self.method == "distill" and getattr(self, "_is_replica", False):
+            raise NotImplementedError(
+                "torch.nn.DataParallel trains copies of this module, whose selector_loss is lost: use "
+                "DistributedDataParallel, or the method 'bias' or 'compressed'"
+            )
         if x.shape[1] != heads or x.shape[3] != self.head_dim:
             raise ValueError(f"the selector is for {name} (B, {heads}, S, {self.head_dim}), got {tuple(x.shape)}")
         return x.detach() if self.method == "distill" else x
+
+    @property
+    def content(self) -> int:
+        """How many numbers of u and w, the first ones, tell of what is in the blocks."""
+        return self.head_dim if self.gate is None else self.gate.key.shape[-1]
 
     def _compare(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """u (B, Hkv, num_q_blocks, d) and w (B, Hkv, num_kv_blocks, d)."""
@@ -247,33 +286,30 @@ class BlockSelector(nn.Module):
         key = (q_len, kv_len, density, device)
         return self._cache.get(key, lambda: Shape.make(self.rules, q_len, kv_len, density, device))
 
-    def _keep(self, u: Tensor, w: Tensor, shape: Shape) -> Selection:
+    def _keep(self, u: Tensor, w: Tensor, shape: Shape, visible: Visibility | None = None) -> Selection:
+        self.passes.forget()
         copies, temperature = self.num_heads // self.num_kv_heads, self.temperature.value
         if self.density.value == 1.0 and self.rules.max_blocks is None:
-            choice = Choice.of_all(u, w, shape, copies, apart=self.method == "bias" or not shape.is_whole)
+            choice = Choice.of_all(u, w, shape, copies, visible, apart=self.method == "bias" or not shape.is_whole)
         else:
-            choice = Choice.of_best(u, w, shape, copies, self.top_p, temperature)
-        self._loss = None
+            choice = Choice.of_best(u, w, shape, copies, self.top_p, temperature, visible)
         return Selection(choice.layout, choice.bias(temperature) if self.method == "bias" else None, choice)
 
-    def _distill(self, choice: Choice, call: AttentionCall, lse: Tensor) -> Tensor:
+    def _distill(self, choice: Choice, call: AttentionCall, lse: Tensor, number: int) -> Tensor:
         """() nats: of sampled rows, and where some blocks are left out half and half with all rows' kept blocks."""
         u, w, temperature = choice.u, choice.w, self.temperature.value
-        found = (u, w, call.q, call.k, call.scale, self.rules, self._draw_rows(u), temperature)
-        loss = rows_divergence(*found, call.attn_mask, call.segment_ids)
+        found = (u, w, call.q, call.k, call.scale, self.rules, self._draw_rows(u, number), temperature)
+        loss = rows_divergence(*found, call.attn_mask, call.segment_ids, choice.visible)
         if choice.dense:
             return loss
+        if choice.visible is not None and choice.visible.counted is not None:
+            lse = lse.masked_fill(~per_head(choice.visible.counted, lse.shape[1]), float("-inf"))
         kept, weight = choice.divergence(block_mass(call, lse), temperature)
         return (loss + kept / weight) / 2
 
-    def _draw_rows(self, u: Tensor) -> Tensor:
-        """Rows of blocks, others in each call."""
-        self.calls += 1
-        return sampled_rows(u.shape[2], self.sample_rows, self.seed + self.calls - 1, u.device)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy or a pickle forgets the last forward."""
-        return {**self.__dict__, "_loss": None}
+    def _draw_rows(self, u: Tensor, number: int) -> Tensor:
+        """Rows of blocks, others in each forward."""
+        return sampled_rows(u.shape[2], self.sample_rows, self.seed + number, u.device)
 
     def extra_repr(self) -> str:
         heads = f"{self.num_heads}" if self.num_heads == self.num_kv_heads else f"{self.num_heads}/{self.num_kv_heads}"

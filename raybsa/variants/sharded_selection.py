@@ -12,13 +12,20 @@ from raybsa.comm import Communicator
 from raybsa.ring.partition import Partition
 from raybsa.ring.runtime import gather_layout
 from raybsa.selectors.pooling import blocks_before
+from raybsa.selectors.segment_blocks import BlockSegments
 from raybsa.selectors.shape import Shape
+from raybsa.selectors.visibility import Visibility
 from raybsa.variants.selection import Selection
 from raybsa.variants.selector import BlockSelector
 
 
 def select_shard(
-    selector: BlockSelector, q: Tensor, k: Tensor, partition: Partition, communicator: Communicator
+    selector: BlockSelector,
+    q: Tensor,
+    k: Tensor,
+    partition: Partition,
+    communicator: Communicator,
+    segment_ids: Tensor | None = None,
 ) -> Selection:
     """The whole layout, the same on every rank, and the bias and choice of this rank's blocks.
 
@@ -26,17 +33,52 @@ def select_shard(
 
     Args:
         q, k: (B, H, S, D) and (B, Hkv, S, D) this rank's tokens.
+        segment_ids: (B, S) int, this rank's tokens'.
+
+    Raises:
+        ValueError: segment_ids that do not fit, or that some ranks have and some have not; every rank raises.
     """
     size, length = selector.rules.block_size, partition.seq_len
     rows = partition.blocks(communicator.rank, size)
-    own, keys = selector.query_stats(q), selector.key_stats(k)
+    visible = _visible(selector, q, segment_ids, rows, partition, communicator)
+    taken = None if visible is None else visible.keys
+    own, keys = selector.query_stats(q, taken), selector.key_stats(k, taken)
     keys = gather_blocks(keys, partition, communicator, size)
     before = None
     if selector.rules.causal:
         before = blocks_before(gather_blocks(own, partition, communicator, size))[:, :, rows]
     shape = Shape.make(selector.rules, length, length, selector.density.value, q.device, rows)
-    found = selector.choose(own, before, keys, shape)
+    found = selector.choose(own, before, keys, shape, visible)
     return found._replace(layout=gather_layout(found.layout, partition, communicator))
+
+
+def _visible(
+    selector: BlockSelector,
+    q: Tensor,
+    segment_ids: Tensor | None,
+    rows: Tensor,
+    partition: Partition,
+    communicator: Communicator,
+) -> Visibility | None:
+    """What this rank's rows may look at. Three numbers a block travel: its segment, the least and the largest."""
+    problem = None
+    if segment_ids is not None and (segment_ids.shape != q.shape[::2] or segment_ids.is_floating_point()):
+        problem = (
+            f"segment_ids of rank {communicator.rank} must be int {tuple(q.shape[::2])}, one a token, got "
+            f"{segment_ids.dtype} {tuple(segment_ids.shape)}"
+        )
+    communicator.agree("segments of a selection", problem or f"segments {segment_ids is not None}")
+    if problem is not None:
+        raise ValueError(problem)
+    if segment_ids is None:
+        return None
+    size, ids = selector.rules.block_size, segment_ids.long()
+    every = torch.ones_like(ids, dtype=torch.bool)
+    here = BlockSegments.of(ids, every, every, size, last=selector.rules.causal)
+    numbers = torch.stack([here.segment, here.low, here.high], 2)[:, None]
+    segment, low, high = gather_blocks(numbers, partition, communicator, size)[:, 0].unbind(2)
+    whole = BlockSegments(segment, torch.ones_like(segment, dtype=torch.bool), low, high)
+    return Visibility.of_shard(selector.content, size, ids, here, whole, rows.to(ids.device))
 
 
 def gather_blocks(own: Tensor, partition: Partition, communicator: Communicator, block_size: int) -> Tensor:

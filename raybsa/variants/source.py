@@ -38,7 +38,8 @@ class LayoutSource(Protocol):
     ) -> Selection:
         """The layout for q (B, H, Sq, D) and k (B, Hkv, Skv, D), on q's device, and (nnz,) ``block_bias`` or None.
 
-        ``attn_mask`` and ``segment_ids`` are the call's: what they hide from a token may not decide on its blocks.
+        ``attn_mask`` and ``segment_ids`` are the call's: what they hide from a token may not decide on its blocks. The
+        call attends by the selection's own ``attn_mask`` where it has one.
         """
         ...
 

@@ -110,7 +110,7 @@ def serve_all(model: nn.Module, choose: Callable[[str], Choose | None], undo: Ex
 def own(module: nn.Module, source: BlockSelector, undo: ExitStack) -> None:
     """Makes a learned source a part of the module that it serves, until ``undo`` is closed."""
     name = _child_name(module)
-    module.add_module(name, source)
+    module.add_module(name, source.train(module.training))
     undo.callback(module._modules.pop, name, None)
 
 

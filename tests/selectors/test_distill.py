@@ -93,7 +93,7 @@ def test_the_loss_takes_few_operations_and_waits_for_no_number():
     q, k, v = (torch.randn(1, 2, 64, 8) for _ in range(3))
     model(q, k, v)  # what is kept with the geometry is made
     found = []
-    layout, _, choice = model.source.select(q, k)
+    layout, _, choice, _ = model.source.select(q, k)
     mass = torch.rand(layout.nnz_blocks)
     with _Operations() as counted:
         found.append(choice.divergence(mass, 1.0)[0])

@@ -16,6 +16,7 @@ from raybsa.selectors.pooling import block_stats, blocks_before, key_features, q
 from raybsa.selectors.rules import Rules
 from raybsa.selectors.selection import best_columns
 from raybsa.selectors.shape import Shape
+from raybsa.selectors.topk import top_columns
 
 pytest.importorskip("triton")
 from raybsa.selectors.triton_gate import gated
@@ -49,6 +50,19 @@ def test_it_chooses_what_a_stable_sort_chooses(device, causal, q_len, kv_len, si
     scores = (u @ w.transpose(-1, -2)).flatten(0, 1)
     for first, some in ((0, scores[:, :3]), (3, scores[:, 3:])):
         choose(some.contiguous(), shape, first, found)
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_lowest_finite_scores_come_last_from_the_lowest_column_on(device, causal):
+    shape = Shape.make(Rules(16, causal), 250, 250, 0.6, device)
+    scores = torch.randn(3, len(shape.rows), shape.columns, device=device)
+    scores[0, :, 1::2], scores[1, :, 3:] = -3.0e38, torch.finfo(torch.float32).min
+    scores[2] = -3.0e38
+    best = top_columns(shape.rules.preferences(scores[None], shape.rows), shape.widest)
+    wanted = shape.columns_of(best)
+    found = torch.full_like(wanted, -1)
+    choose(scores, shape, 0, found)
     assert torch.equal(found, wanted)
 
 

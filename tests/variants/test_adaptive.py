@@ -79,7 +79,7 @@ def test_candidates_are_bounded_by_segments_and_rates():
 def test_without_a_bias_the_output_is_the_attention_over_the_chosen_blocks():
     model = make()
     q, k, v = inputs()
-    layout, bias, _ = model.source.select(q, k)
+    layout, bias, *_ = model.source.select(q, k)
     assert bias is None
     torch.testing.assert_close(model(q, k, v), block_sparse_attention(q, k, v, layout, backend="reference"))
 
@@ -119,7 +119,7 @@ def test_the_tasks_gradient_is_exact_for_the_blocks_chosen(method, monkeypatch):
     model = make(method, density=0.4)
     q, k, v = (x[:, :, :40].requires_grad_() for x in inputs(48, 1))
     frozen = selection.kept_columns(*model.source._compare(q, k), model.source._shape(40, 40, 0.4, q.device))
-    monkeypatch.setattr("raybsa.selectors.choice.kept_columns", lambda u, w, shape: frozen)
+    monkeypatch.setattr("raybsa.selectors.choice.kept_columns", lambda *_: frozen)
     parameters = list(model.parameters())
 
     def loss(q: Tensor, k: Tensor, v: Tensor, *given: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ def test_without_training_there_is_no_selector_loss():
     model = make()
     model.eval()(*inputs())
     assert model.selector_loss().item() == 0.0
-    with torch.no_grad():
+    with torch.inference_mode():
         model.train()(*inputs())
     assert model.selector_loss().item() == 0.0
     assert make("bias").selector_loss().item() == 0.0

@@ -53,6 +53,24 @@ def test_the_choice_is_the_cpus(method, causal):
     assert (kept != wanted).sum() <= 1e-3 * wanted.sum(), "only near ties may fall otherwise"
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("as_mask", [False, True], ids=["segments", "mask"])
+def test_under_masks_the_choice_is_the_cpus_and_nothing_hidden_comes_through(method, causal, as_mask):
+    _, tensors = make(method, 2000, torch.float32)
+    model = BlockSparseAdaptive(None, None, 8, 64, num_kv_heads=4, density=0.1, causal=causal, method=method).eval()
+    ids = (torch.arange(2000) >= 777).int().expand(2, -1)
+    same = (ids[:, :, None] == ids[:, None])[:, None]
+    on_cpu = model.source.select(*tensors[:2], *((same, None) if as_mask else (None, (ids, ids)))).layout.to_dense()
+    model, tensors, ids, same = model.cuda(), [x.cuda() for x in tensors], ids.cuda(), same.cuda()
+    masks = {"attn_mask": same} if as_mask else {"segment_ids": (ids, ids)}
+    kept = model.source.select(*tensors[:2], **masks).layout.to("cpu").to_dense()
+    assert (kept != on_cpu).sum() <= 1e-3 * on_cpu.sum(), "only near ties may fall otherwise"
+    others = [x + 100 * torch.randn_like(x) * (ids == 0)[:, None, :, None] for x in tensors]
+    with torch.no_grad():
+        assert torch.equal(model(*tensors, **masks)[:, :, 777:], model(*others, **masks)[:, :, 777:])
+
+
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "mean-pool"])
 @pytest.mark.parametrize("density", [0.1, 1.0])
 def test_gradients_are_the_cpus(method, density):
@@ -62,7 +80,7 @@ def test_gradients_are_the_cpus(method, density):
     for device in ("cpu", "cuda"):
         model.zero_grad()
         model.to(device)
-        model.source.calls = 0
+        model.source.passes.count = 0
         (model(*(x.to(device) for x in inputs)).square().mean() + model.selector_loss()).backward()
         grads[device] = [p.grad.cpu().clone() for p in model.parameters()]
     for got, want in zip(grads["cuda"], grads["cpu"], strict=True):

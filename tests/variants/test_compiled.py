@@ -131,9 +131,9 @@ def test_a_learned_pattern_ends_the_graph_and_is_not_compiled_again(method: str)
     module, inputs = BlockSparseAdaptive(None, None, 4, 16, method=method, causal=True, **OPTIONS), heads()
     found = compiled(module)
     for _ in range(3):
-        module.source.calls = 0  # which rows are distilled
+        module.source.passes.count = 0  # which rows are distilled
         wanted = outcome(module, *inputs), module.selector_loss().detach()
-        module.source.calls = 0
+        module.source.passes.count = 0
         torch.testing.assert_close((outcome(found, *inputs), module.selector_loss().detach()), wanted)
     assert counters["stats"]["unique_graphs"] == 0
 

@@ -42,7 +42,7 @@ class OwnPattern(Pattern):
 
 def test_a_second_call_of_any_batch_size_builds_nothing_and_returns_the_same_layout(built):
     source = FixedPattern("random", density=0.5, block_size=8)
-    first, bias, _ = source.select(*qk(64))
+    first, bias, *_ = source.select(*qk(64))
     assert bias is None
     assert source.select(*qk(64, batch=3))[0] is first
     assert built == [(64, 64, 2, "cpu")]
