@@ -85,6 +85,7 @@ def block_sparse_attention(
         ValueError, TypeError: arguments that do not fit together.
         NotImplementedError: the named backend cannot serve this call; the message says why.
     """
+    q, k, v = cast_inputs(q, k, v)
     rest = (scale, attn_mask, segment_ids, block_bias, dropout_p, seed, deterministic, return_lse)
     call = make_call(q, k, v, layout, *rest)
     out, lse = run_call(call, backend)
@@ -105,8 +106,8 @@ def make_call(
     deterministic: bool | None = None,
     return_lse: bool = False,
 ) -> AttentionCall:
-    """The call that ``block_sparse_attention`` runs for these arguments, with what they leave open decided."""
-    q, k, v = cast_inputs(q, k, v)
+    """The call that ``block_sparse_attention`` runs for these arguments, with what they leave open decided; q, k and v
+    as ``cast_inputs`` gives them."""
     if scale is not None or dropout_p or segment_ids is not None:
         check_numbers(scale, dropout_p, segment_ids)
     return AttentionCall(

@@ -88,7 +88,7 @@ def under_transforms() -> bool:
 
 def has_numbers(x: Tensor) -> bool:
     """Whether a tensor has numbers that can be read: it is neither fake nor on the meta device."""
-    if x.device.type == "meta":
+    if x.is_meta:
         return False
     if type(x) in _ORDINARY and not _modes():
         return True

@@ -24,20 +24,12 @@ def attend(
 ) -> Tensor:
     """(B, H, Sq, D) in q's dtype; arguments as in ``block_sparse_attention``, over the blocks that ``source`` keeps."""
     q, k, v = cast_inputs(q, k, v)
-    nothing = nothing_to_attend(q, k, v)
-    if nothing is not None:
-        return nothing[0]
+    if not (q.numel() and k.numel()):
+        nothing = nothing_to_attend(q, k, v)
+        if nothing is not None:
+            return nothing[0]
     selection = source.select(q, k, attn_mask, segment_ids)
-    call = make_call(
-        q,
-        k,
-        v,
-        selection.layout,
-        scale=scale,
-        attn_mask=attn_mask if selection.attn_mask is None else selection.attn_mask,
-        segment_ids=segment_ids,
-        block_bias=selection.block_bias,
-        dropout_p=dropout_p,
-        return_lse=source.wants_lse,
-    )
+    mask = attn_mask if selection.attn_mask is None else selection.attn_mask
+    rest = (scale, mask, segment_ids, selection.block_bias, dropout_p, None, None, source.wants_lse)
+    call = make_call(q, k, v, selection.layout, *rest)
     return source.complete(selection, call, *run_call(call, backend))

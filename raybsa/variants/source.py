@@ -106,9 +106,9 @@ class FixedPattern:
         """
         if torch.compiler.is_compiling() and not has_one_layout(q, k):
             return Selection(cast("BlockLayout", self.written))
+        shape = shape_of(q)
         device = q.device if has_numbers(q) else torch.device("cpu")
-        (_, heads, queries, _), keys = shape_of(q), shape_of(k)[2]
-        return Selection(self.layout(queries, keys, heads, device))
+        return Selection(self.written.layout(shape[2], shape_of(k)[2], shape[1], device))
 
     @property
     def wants_lse(self) -> bool:
