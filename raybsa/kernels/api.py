@@ -142,6 +142,11 @@ def _run_otherwise(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
     if not torch.compiler.is_compiling():
         return _run_aside(call, backend)
     late = under_transforms() or forward_mode() or is_distributed(call) or not _is_ours(call, backend)
+    if late and torch.compiler.is_exporting():
+        raise NotImplementedError(
+            f"an exported program holds attention by 'auto', {', '.join(map(repr, BACKWARDS))} alone, of plain tensors "
+            f"outside of torch.func, got backend {backend!r} and {type(call.q).__name__}"
+        )
     return eagerly(_run_late, call, backend) if late else operator.run(call, backend)
 
 
