@@ -4,6 +4,7 @@
     python tests/fuzz.py --seconds 60 --device cuda  # the same on a GPU, with its backends
     python tests/fuzz.py --case 7:123                # one of them again
     python tests/fuzz.py --exactly '{"causal": true}'  # a case by its fields, as a fault's report prints it
+    python -m pdb tests/fuzz.py --here --case 7:123
 
 Ends with 1 where a fault was found. What is refused in words counts as right where ``tests/fuzzing/refusals.py`` knows
 the words and the case.
@@ -25,19 +26,19 @@ if __name__ == "__main__":  # the project in the place of tests/, whose selector
 from tests.fuzzing import report
 from tests.fuzzing.case import Case
 from tests.fuzzing.draw import draw
-from tests.fuzzing.runner import Runner
+from tests.fuzzing.runner import Here, Runner
 
 
 def main(arguments: list[str] | None = None) -> int:
     asked = _parse(arguments)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with Runner(asked.timeout) as runner:
+    with Here() if asked.here else Runner(asked.timeout) as runner:
         if asked.case or asked.exactly:
             return _one(asked, runner)
         return _many(asked, runner)
 
 
-def _one(asked: argparse.Namespace, runner: Runner) -> int:
+def _one(asked: argparse.Namespace, runner: Here | Runner) -> int:
     if asked.exactly:
         case = Case.of(json.loads(asked.exactly))
     else:
@@ -48,7 +49,7 @@ def _one(asked: argparse.Namespace, runner: Runner) -> int:
     return kind == "wrong"
 
 
-def _many(asked: argparse.Namespace, runner: Runner) -> int:
+def _many(asked: argparse.Namespace, runner: Here | Runner) -> int:
     options = f"--device {asked.device}" + (f" --backend {asked.backend}" if asked.backend else "")
     end, index, faults = time.monotonic() + asked.seconds, 0, report.Faults(asked.seed, options, runner)
     counted: dict[str, int] = {}
@@ -78,6 +79,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--case", metavar="SEED:INDEX", help="run this one alone")
     parser.add_argument("--exactly", metavar="JSON", help="run the case of these fields alone")
     parser.add_argument("--faults", type=int, default=10, help="stop after so many")
+    parser.add_argument("--here", action="store_true", help="run cases in this process, for a debugger")
     parser.add_argument("--timeout", type=float, default=180.0, help="seconds that a case may take")
     return parser.parse_args(arguments)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 
 import pytest
+import torch
 
 from tests import fuzz
 from tests.fuzzing.case import Case
@@ -13,14 +15,22 @@ from tests.fuzzing.check import run
 from tests.fuzzing.draw import draw
 
 SLOW = ("compile", "export", "jit_trace", "make_fx_grad")
+LASTING = ("dtensor",)  # leaves a process group behind
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's tracers and compilers
 def test_a_slice_of_the_cases_is_right():
-    cases = [case for case in (draw(1, index) for index in range(60)) if case.transform not in SLOW]
+    cases = [case for case in (draw(1, index) for index in range(40)) if case.transform not in SLOW + LASTING]
     found = [(case, run(case)) for case in cases if case.backend != "flex"]
     assert [(str(case), outcome) for case, outcome in found if outcome.kind == "wrong"] == []
-    assert sum(outcome.kind == "right" for _, outcome in found) > 30
+    assert sum(outcome.kind == "right" for _, outcome in found) > 20
 
 
 def test_a_case_is_the_same_wherever_it_is_drawn_and_survives_json():
@@ -30,8 +40,8 @@ def test_a_case_is_the_same_wherever_it_is_drawn_and_survives_json():
 
 
 def test_a_planted_fault_is_found_shrunk_and_repeated(capsys):
-    plant = ["--backend", "tests.fuzzing.planted:Ragged"]
-    assert fuzz.main([*plant, "--seed", "6", "--cases", "20", "--faults", "1"]) == 1
+    plant = ["--here", "--backend", "tests.fuzzing.planted:Ragged"]
+    assert fuzz.main([*plant, "--seed", "28", "--cases", "5", "--faults", "1"]) == 1
     told = capsys.readouterr().out
     assert "out is off by" in told
     small = json.loads(re.search("--exactly '(.*)'", told)[1])

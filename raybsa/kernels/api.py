@@ -220,10 +220,10 @@ def _chosen(call: AttentionCall, backend: str) -> Callable[[AttentionCall], tupl
     """What runs a checked call; checks and choice hold for all calls of the same signature and layout."""
 
     def choose() -> Callable[[AttentionCall], tuple[Tensor, Tensor]]:
-        if call.q.is_meta:
-            return partial(_run_aside, backend=backend)
         if not is_for_kernels(call):
             return partial(in_sizes_of_kernels, run=partial(run_call, backend=backend))
+        if call.q.is_meta:
+            return partial(_run_aside, backend=backend)
         check_call(call)
         chosen = BACKENDS[choose_backend(call)] if backend == "auto" else _named(backend, call)
         run: Callable[[AttentionCall], tuple[Tensor, Tensor]] = chosen.run

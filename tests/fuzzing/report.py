@@ -6,7 +6,7 @@ import json
 import re
 
 from tests.fuzzing.case import Case
-from tests.fuzzing.runner import Runner
+from tests.fuzzing.runner import Here, Runner
 
 COMMAND = "python tests/fuzz.py"
 PATIENCE = 80  # runs that a case may take to shrink
@@ -21,7 +21,7 @@ class Faults:
         runner: runs what is shrunk.
     """
 
-    def __init__(self, seed: int, options: str, runner: Runner) -> None:
+    def __init__(self, seed: int, options: str, runner: Here | Runner) -> None:
         self.seed, self.options, self.runner = seed, options, runner
         self.kinds: dict[str, int] = {}
 
@@ -48,7 +48,7 @@ def kind_of(words: str) -> str:
     return re.sub(r"[\d.e+-]+", "#", words.partition(";")[0])[:80]
 
 
-def shrink(runner: Runner, case: Case, kind: str) -> Case:
+def shrink(runner: Here | Runner, case: Case, kind: str) -> Case:
     """The plainest case found that fails in the same words: many fields at once are made plain, then fewer, then sizes
     are halved."""
     tries = Tries(runner, kind)
@@ -67,7 +67,7 @@ def shrink(runner: Runner, case: Case, kind: str) -> Case:
 class Tries:
     """Runs cases until one fails in the words of ``kind``, ``PATIENCE`` in all and none twice."""
 
-    def __init__(self, runner: Runner, kind: str) -> None:
+    def __init__(self, runner: Here | Runner, kind: str) -> None:
         self.runner, self.kind = runner, kind
         self.tried: set[Case] = set()
 
