@@ -20,6 +20,7 @@ from dashboards.sections.quality import quality_section
 from dashboards.sections.recovery import recovery_section
 from dashboards.sections.ring import ring_section
 from dashboards.sections.speed import speed_section
+from raybsa.printable import printable
 
 
 def write_report(results: str, out: str, *, own_patterns: bool = False) -> str:
@@ -70,6 +71,7 @@ def _page(folder: str, own_patterns: bool) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    printable(sys.stdout)
     parser = argparse.ArgumentParser(
         prog="python -m dashboards.report", description="Draw measured results as one page."
     )

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from raybsa.printable import printable
+
 BAD_INPUT, FAILED = 2, 1  # exit codes; 2 is argparse's own
 
 
@@ -30,14 +32,16 @@ def git_commit(folder: Path) -> str:
     """The commit that ``folder`` is checked out at; empty without git or in an uploaded copy."""
     command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, check=True).stdout.strip().decode("ascii")
     except (OSError, subprocess.CalledProcessError):
         return ""
 
 
 @contextmanager
 def ending(code: int, *errors: type[Exception]) -> Iterator[None]:
-    """One of ``errors`` inside ends the job with ``code`` and its words on stderr, without a traceback."""
+    """One of ``errors`` inside ends the job with ``code`` and its words on stderr, without a traceback. Words that the
+    output's encoding does not have are no error."""
+    printable(sys.stdout)
     try:
         yield
     except errors as error:

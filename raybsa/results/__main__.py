@@ -10,11 +10,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from raybsa.printable import printable
 from raybsa.results.export import write_csv, write_tensorboard
 from raybsa.results.store import Store
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    printable(sys.stdout)
     parser = argparse.ArgumentParser(prog="python -m raybsa.results", description="Look after a results folder.")
     commands = parser.add_subparsers(dest="command", required=True)
     compact = commands.add_parser("compact", help="join one file a trial into one file, once no job writes there")
