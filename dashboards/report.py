@@ -7,6 +7,7 @@ import os
 import sys
 import uuid
 from collections.abc import Sequence
+from os.path import expanduser
 
 from dashboards.frames import load
 from dashboards.markup import element, join
@@ -76,7 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m dashboards.report", description="Draw measured results as one page."
     )
     parser.add_argument("results", metavar="RESULTS", help="folder or pyarrow.fs URI that a job wrote")
-    parser.add_argument("--out", default="report.html", help="the page to write (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=expanduser, default="report.html", help="the page to write (default: %(default)s)"
+    )
     parser.add_argument("--own-patterns", action="store_true", help="import and draw patterns named as module:Class")
     options = parser.parse_args(arguments)
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from os.path import expanduser
 
 from raybsa.printable import printable
 from raybsa.results.export import write_csv, write_tensorboard
@@ -23,8 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compact.add_argument("results", metavar="RESULTS", help="folder or pyarrow.fs URI that a job wrote")
     export = commands.add_parser("export", help="write the records as CSV, or with their curves for TensorBoard")
     export.add_argument("results", metavar="RESULTS", help="folder or pyarrow.fs URI that a job wrote")
-    export.add_argument("--csv", metavar="FILE", help="one row a trial")
-    export.add_argument("--tensorboard", metavar="FOLDER", help="one run a trial")
+    export.add_argument("--csv", type=expanduser, metavar="FILE", help="one row a trial")
+    export.add_argument("--tensorboard", type=expanduser, metavar="FOLDER", help="one run a trial")
     options = parser.parse_args(arguments)
     try:
         told = _compact(options.results) if options.command == "compact" else _export(options)
