@@ -19,6 +19,7 @@ FLOORS = {
     "raybsa.csr": 0,
     "raybsa.layout": 0,
     "raybsa.picture": 0,
+    "raybsa.printable": 0,
     "raybsa.spec": 0,
     "raybsa.counter": 0,
     "raybsa.own": 0,

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from raybsa.results.reach import filesystem_of
 from raybsa.results.record import Record, SeriesPoint
 
 _ARROW = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
@@ -53,19 +54,25 @@ class StoreError(OSError):
 
 
 class Store:
-    """One folder of results. Making a Store touches nothing; ``create`` makes the folder and proves it writable.
+    """One folder of results. Making a Store changes nothing, but a cloud must answer within seconds; ``create`` makes
+    the folder and proves it writable.
 
     Args:
         root: a local path, or a URI of ``pyarrow.fs`` (``s3://bucket/results``, ``gs://…``, ``file:///…``).
         filesystem: an open ``pyarrow.fs.FileSystem`` on which ``root`` is a path; None finds it from ``root``.
+
+    Raises:
+        StoreError: ``root`` is neither, or its filesystem does not answer.
     """
 
     def __init__(self, root: str | os.PathLike[str], *, filesystem: fs.FileSystem | None = None) -> None:
-        self.root = os.fspath(root)
+        self.root = os.path.expanduser(os.fspath(root))
         try:
-            self._fs, self._path = (filesystem, self.root) if filesystem else _resolve(self.root)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            self._fs, self._path = (filesystem, self.root) if filesystem else filesystem_of(self.root)
+        except (ValueError, pa.ArrowNotImplementedError) as error:
             raise StoreError(f"results must be a local path or a pyarrow.fs URI, got {self.root!r}: {error}") from error
+        except OSError as error:
+            raise StoreError(f"results cannot be reached at {self.root!r}: {error}") from error
         self._local = isinstance(self._fs, fs.LocalFileSystem)
 
     @classmethod
@@ -82,7 +89,7 @@ class Store:
                 probe = f"{store._path}/{kind}/.probe-{uuid.uuid4().hex}"
                 store._put(probe, b"probe")
                 store._fs.delete_file(probe)
-        except OSError as error:
+        except (OSError, pa.ArrowException) as error:
             raise StoreError(f"results must go to a folder that can be written, got {store.root!r}: {error}") from error
         return store
 
@@ -218,12 +225,6 @@ class Store:
                 trials.update(held)
             return trials, paths
         raise StoreError(f"files vanish from {self.root!r} faster than they can be read ({_READ_ATTEMPTS} attempts)")
-
-
-def _resolve(root: str) -> tuple[fs.FileSystem, str]:
-    if "://" not in root:
-        return fs.LocalFileSystem(), os.path.abspath(root)
-    return fs.FileSystem.from_uri(root)
 
 
 def _write_and_rename(path: str, data: bytes) -> None:
