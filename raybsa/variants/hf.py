@@ -128,9 +128,8 @@ class HFAttention:
             attn_mask=mask,
             block_bias=selection.block_bias,
             dropout_p=dropout,
-            return_lse=source.wants_lse,
         )
-        out = source.complete(selection, call, *run_call(call, self.backend))
+        out = source.complete(selection, call, run_call(call, self.backend)[0])
         return out[:, :, before:].transpose(1, 2).contiguous(), None
 
     def _source(self, module: nn.Module) -> LayoutSource:
