@@ -16,8 +16,8 @@ from raybsa.kernels.ordinary import has_numbers
 from raybsa.kernels.reference import dropout_factor
 
 
-def attend(call: AttentionCall, extra: tuple[Tensor, Tensor] | None, backend: str) -> tuple[Tensor, Tensor | None]:
-    """out (B, H, Sq, D) and lse (B, H, Sq), only where the call asks for it, over the kept blocks and the extra keys.
+def attend(call: AttentionCall, extra: tuple[Tensor, Tensor] | None, backend: str) -> Tensor:
+    """out (B, H, Sq, D) over the kept blocks and the extra keys.
 
     Args:
         call: the arguments, with ``return_lse`` where there are extra keys.
@@ -25,7 +25,7 @@ def attend(call: AttentionCall, extra: tuple[Tensor, Tensor] | None, backend: st
         backend: as in ``block_sparse_attention``.
     """
     out, lse = run_call(call, backend)
-    return (out, lse) if extra is None else merge(out, lse, *_attend_extra(call, *extra, out.dtype))
+    return out if extra is None else merge(out, lse, *_attend_extra(call, *extra, out.dtype))[0]
 
 
 def _attend_extra(call: AttentionCall, keys: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
