@@ -32,7 +32,7 @@ def write_report(results: str, out: str, *, own_patterns: bool = False) -> str:
             that somebody sent you.
 
     Raises:
-        ValueError: nothing was measured there, or a record's spec is not a TrialSpec.
+        ValueError: nothing that can be read was measured there.
         OSError: the results cannot be read or the page cannot be written.
     """
     page = _page(results, own_patterns)

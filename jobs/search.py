@@ -28,7 +28,7 @@ from raybsa.cluster.ring_coordinator import coordinator_of
 from raybsa.experiments.advantage import advantage
 from raybsa.experiments.algorithms import ALGORITHMS
 from raybsa.experiments.dry_run import dry_run
-from raybsa.experiments.front import read_best, write_front
+from raybsa.experiments.front import left_out, read_best, write_front
 from raybsa.experiments.history import history
 from raybsa.experiments.launch import NoCluster, cluster, worker_share
 from raybsa.experiments.options import at_least, not_negative, positive
@@ -74,7 +74,7 @@ def main() -> int:
         store = Store(out) if arguments.dry_run else Store.create(out)
     if arguments.dry_run:
         return _dry_run(arguments, preset, plan, store)
-    done = len(history(preset.space, store.read_records())) if plan.resume else 0
+    done = len(history(preset.space, store.read_records(), pass_over=store.pass_over)) if plan.resume else 0
     torch.set_num_threads(1)  # the driver only looks at layouts
 
     with cluster(arguments.address, verbose=arguments.verbose):
@@ -102,6 +102,8 @@ def _conclude(arguments: argparse.Namespace, store: Store, plan: Plan, found: Fo
     early = f"; the search ended early: {found.ended}" if found.ended else ""
     print(f"{len(found.all)} of {plan.trials} trials measured{stopped}{early}")
     print(f"{len(front)} on the Pareto front of {goals}")
+    for line in left_out(found.all, plan.objectives):
+        print(line)
     if not found.rejected.startswith("0 "):
         print(f"questions: {found.rejected}")
     for line in advantage(found.all):
@@ -116,7 +118,7 @@ def _conclude(arguments: argparse.Namespace, store: Store, plan: Plan, found: Fo
 
 
 def _dry_run(arguments: argparse.Namespace, preset: Preset, plan: Plan, store: Store) -> int:
-    records = store.read_records()
+    records = store.read_asked()
     earlier = history(preset.space, records) if plan.resume else []
     torch.set_num_threads(1)
     workers = arguments.workers or os.cpu_count() or 1

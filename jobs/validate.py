@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import signal
 import sys
 from pathlib import Path
@@ -55,7 +56,7 @@ def main() -> int:
     judged = verdicts(points, found, objectives)
     for verdict in judged:
         print(_line(verdict, objectives))
-    content = json.dumps([_data(verdict, objectives) for verdict in judged], indent=2)
+    content = json.dumps([_data(verdict, objectives) for verdict in judged], indent=2, allow_nan=False)
     held = sum(verdict.why_not is None for verdict in judged)
     print(f"{held} of {len(judged)} points hold: {store.write_file('validation.json', content.encode())}")
     return 0
@@ -64,7 +65,7 @@ def main() -> int:
 def _front(arguments: argparse.Namespace) -> tuple[list[Record], list[Objective]]:
     """The points to measure again and what they were measured by."""
     store = Store(absolute("RESULTS", arguments.results))
-    records = store.read_records()
+    records = store.read_asked()
     goal = next((record.quality_goal for record in records if record.quality_goal), None)
     texts = arguments.objectives.split(",") if arguments.objectives else front_objectives(store)
     objectives = named_objectives(texts, "max" if goal == "max" else "min" if goal else None)
@@ -97,8 +98,13 @@ def _data(verdict: Verdict, objectives: list[Objective]) -> dict[str, object]:
         "spec": json.loads(verdict.record.spec),
         "holds": verdict.why_not is None,
         "why_not": verdict.why_not,
-        **{key: dict(zip(names, values, strict=True)) for key, values in numbers.items()},
+        **{key: dict(zip(names, map(_finite, values), strict=True)) for key, values in numbers.items()},
     }
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no word for a number that is none."""
+    return value if math.isfinite(value) else None
 
 
 def _arguments() -> argparse.Namespace:

@@ -17,6 +17,7 @@ FLOORS = {
     "raybsa.axis": 0,
     "raybsa.cache": 0,
     "raybsa.csr": 0,
+    "raybsa.holder": 0,
     "raybsa.layout": 0,
     "raybsa.picture": 0,
     "raybsa.spec": 0,

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from raybsa.results.pareto import Objective, pareto_front
-from raybsa.results.record import Measured, Record
+from raybsa.results.record import Measured, Record, finite, not_finite, spec_of
 from raybsa.results.store import Store
 from raybsa.spec import TrialSpec
 
@@ -25,8 +25,20 @@ def write_front(store: Store, records: Sequence[Record], objectives: Sequence[Ob
     paths = []
     for name, record in zip(names, front, strict=True):
         content = best(record, objectives, f"{store.root.rstrip('/')}/{name}")
-        paths.append(store.write_file(name, json.dumps(content, indent=2).encode()))
+        paths.append(store.write_file(name, json.dumps(content, indent=2, allow_nan=False).encode()))
     return paths
+
+
+def left_out(records: Sequence[Record], objectives: Sequence[Objective]) -> list[str]:
+    """A line for each finished trial that is on no front because an objective of it is infinite or not a number."""
+    columns = {objective.column for objective in objectives}
+    found = ((record, not_finite(record)) for record in records if record.status == "ok")
+    odd = ((record, {name: value for name, value in values.items() if name in columns}) for record, values in found)
+    return [
+        f"on no front: {record.trial_id} ({record.pattern}), {', '.join(f'{n} is {v}' for n, v in values.items())}"
+        for record, values in odd
+        if values
+    ]
 
 
 def best(record: Record, objectives: Sequence[Objective], path: str) -> dict[str, Any]:
@@ -35,7 +47,7 @@ def best(record: Record, objectives: Sequence[Objective], path: str) -> dict[str
     ``attention`` holds the arguments of ``create_block_sparse_attention``, where layers differ a list of them, one a
     layer; ``layers`` is always such a list.
     """
-    spec = TrialSpec.from_dict(json.loads(record.spec))
+    spec, measured = spec_of(record), asdict(finite(record))
     layers = [spec.factory_arguments(index) for index in range(spec.num_layers)]
     command = ["python", "jobs/search.py", "--again", path, "--out", "results/again"]
     return {
@@ -44,7 +56,7 @@ def best(record: Record, objectives: Sequence[Objective], path: str) -> dict[str
         "spec": spec.to_dict(),
         "spec_hash": record.spec_hash,
         "objectives": {str(objective): objective.value(record) for objective in objectives},
-        "metrics": {name: getattr(record, name) for name in asdict(Measured()) if getattr(record, name) is not None},
+        "metrics": {name: measured[name] for name in asdict(Measured()) if measured[name] is not None},
         "trial_id": record.trial_id,
         "git_commit": record.git_commit,
         "command": shlex.join(command),

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from raybsa.experiments.previews import PREVIEW, previewed
 from raybsa.experiments.space import Config, SearchSpace
 from raybsa.results.pareto import Objective
-from raybsa.results.record import Measured, Record
+from raybsa.results.record import Measured, Record, spec_of
 from raybsa.spec import TrialSpec
 
 
@@ -22,17 +21,27 @@ class Answered(NamedTuple):
     record: Record
 
 
-def history(space: SearchSpace, records: Iterable[Record], previews: bool = False) -> list[Answered]:
+def history(
+    space: SearchSpace,
+    records: Iterable[Record],
+    previews: bool = False,
+    pass_over: Callable[[str, str], None] = lambda trial_id, reason: None,
+) -> list[Answered]:
     """The records that answer a question of ``space``, each question once (the last answer), in order.
 
     Args:
         previews: their previews too, whose configurations name the weights.
+        pass_over: told the trial and the reason where a row's question cannot be read.
     """
     found: dict[str, Answered] = {}
     for record in records:
         if record.task != space.base.task or record.seq_len != space.base.seq_len:
             continue
-        spec = TrialSpec.from_dict(json.loads(record.spec))
+        try:
+            spec = spec_of(record)
+        except ValueError as error:
+            pass_over(record.trial_id, str(error))
+            continue
         if spec.weights is not None and not previews:
             continue
         config = space.config(previewed(spec))

@@ -34,7 +34,7 @@ from raybsa.experiments.screen import Screen
 from raybsa.experiments.space import Config, SearchSpace
 from raybsa.experiments.strata import QUALITY, STEPS, StratifiedHalving
 from raybsa.results.pareto import Objective
-from raybsa.results.record import Outcome, Record
+from raybsa.results.record import Outcome, Record, finite
 from raybsa.results.store import Store
 from raybsa.spec import DENSE, UNTRAINED, TrialSpec
 from raybsa.tasks.goals import QUALITIES
@@ -146,7 +146,7 @@ def search(
     """
     await_resources(pool.share, max(pool.num_workers or 1, *space.world_sizes), pool.wait_s, say)
     os.environ.update(_TUNE_SETTINGS)
-    earlier = history(space, store.read_records(), plan.previews > 0) if plan.resume else []
+    earlier = history(space, store.read_records(), plan.previews > 0, store.pass_over) if plan.resume else []
     screen = Screen(plan.objectives)
     weights = _weights(space, store) if plan.previews else None
     questions = make_questions(space, plan, earlier, screen, weights)
@@ -291,6 +291,7 @@ class _TrialActor(tune.Trainable):
         found: dict[str, float | int] = dict(
             zip([o.name for o in objectives], values_of(measured, objectives), strict=True)
         )
+        measured = measured and finite(measured)
         if measured and measured.quality is not None and measured.trained_steps is not None:
             found |= {QUALITY: measured.quality, STEPS: measured.trained_steps}
         return found
