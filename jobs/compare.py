@@ -17,7 +17,7 @@ import torch
 
 from raybsa import patterns
 from raybsa.experiments.compare import answer, questions, summary, training_of
-from raybsa.experiments.options import at_least, json_object, name_or_json, share
+from raybsa.experiments.options import add_adopt, at_least, json_object, name_or_json, share
 from raybsa.experiments.place import FAILED, absolute, ending, exit_on_sigterm, git_commit, refusing
 from raybsa.experiments.recording import Run
 from raybsa.results.store import Store
@@ -31,7 +31,7 @@ def main() -> int:
     with refusing(NotImplementedError):
         specs = _specs(arguments)
         training_of(specs[0], arguments.device)
-        store = Store.create(absolute("--out", arguments.out))
+        store = Store.create(absolute("--out", arguments.out), adopt=arguments.adopt)
     exit_on_sigterm()
     records = []
     for record in answer(specs, arguments.device, Run.start("compare", arguments.git_commit), store):
@@ -92,6 +92,7 @@ def _arguments() -> argparse.Namespace:
         description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--out", required=True, help="results folder or pyarrow.fs URI; absolute in a submitted job")
+    add_adopt(parser)
     parser.add_argument("--task", default="byte_lm", help="byte_lm, recall or your own module:function")
     parser.add_argument(
         "--task-params", type=json_object, default='{"train_batch": 1, "eval_windows": 32}', help="JSON; text, batches"

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from raybsa.experiments.compared import HEAD, compare, line_of
-from raybsa.experiments.options import at_least, regex
+from raybsa.experiments.options import add_adopt, at_least, regex
 from raybsa.experiments.place import FAILED, absolute, ending, git_commit, refusing
 from raybsa.experiments.recording import Run, record_of, write
 from raybsa.experiments.suites import COMPRESSION, compression
@@ -33,7 +33,7 @@ def main() -> int:
     with refusing():
         specs = _specs(arguments)
         out = absolute("--out", arguments.out)
-        store = Store.create(out)
+        store = Store.create(out, adopt=arguments.adopt)
     run = Run.start("compression", git_commit(Path(__file__).parent))
     done = {record.spec_hash for record in store.read_records() if record.status == "ok"}
     asked = [spec for spec in specs if spec.digest not in done]
@@ -81,6 +81,7 @@ def _codec(spec: TrialSpec) -> str:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="results/compression", help="results folder or pyarrow.fs URI")
+    add_adopt(parser)
     parser.add_argument("--steps", type=int, default=COMPRESSION.train_steps)
     parser.add_argument("--seeds", type=at_least(1), default=3, help="trainings of each codec")
     parser.add_argument("--world-size", type=at_least(1), default=2, help="ranks, which share the 4 windows of a step")

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from raybsa.cluster.head import local_head
-from raybsa.experiments.options import at_least
+from raybsa.experiments.options import add_adopt, at_least
 from raybsa.experiments.place import FAILED, ending, exit_on_sigterm, git_commit, refusing
 from raybsa.results.store import Store
 
@@ -29,7 +29,7 @@ def main() -> int:
     arguments = _arguments()
     out = arguments.out.resolve()
     with refusing():
-        Store.create(out)
+        Store.create(out, adopt=arguments.adopt)
     started = time.monotonic()
     exit_on_sigterm()
     print(f"Starting a Ray head with {arguments.num_cpus} CPUs ...", flush=True)
@@ -51,6 +51,7 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for records and the report")
+    add_adopt(parser)
     parser.add_argument(
         "--num-cpus", type=at_least(1), default=os.cpu_count(), help="CPU shares of the head (default: all)"
     )

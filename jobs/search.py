@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from dashboards.report import write_report
+from dashboards.report import write_own_report
 from raybsa.cluster.coordinator import WorkerNotMade
 from raybsa.cluster.resources import Share, TooFewResources
 from raybsa.cluster.ring_coordinator import coordinator_of
@@ -31,7 +31,7 @@ from raybsa.experiments.dry_run import dry_run
 from raybsa.experiments.front import left_out, read_best, write_front
 from raybsa.experiments.history import history
 from raybsa.experiments.launch import NoCluster, cluster, worker_share
-from raybsa.experiments.options import at_least, not_negative, positive
+from raybsa.experiments.options import add_adopt, at_least, not_negative, positive
 from raybsa.experiments.place import BAD_INPUT, FAILED, absolute, ending, git_commit, refusing
 from raybsa.experiments.presets import PRESETS, Preset
 from raybsa.experiments.progress import Progress, summary
@@ -71,7 +71,7 @@ def main() -> int:
         out = absolute("--out", arguments.out)
         preset = _preset(arguments)
         plan = _plan(arguments, preset)
-        store = Store(out) if arguments.dry_run else Store.create(out)
+        store = Store(out) if arguments.dry_run else Store.create(out, adopt=arguments.adopt)
     if arguments.dry_run:
         return _dry_run(arguments, preset, plan, store)
     done = len(history(preset.space, store.read_records(), pass_over=store.pass_over)) if plan.resume else 0
@@ -111,7 +111,7 @@ def _conclude(arguments: argparse.Namespace, store: Store, plan: Plan, found: Fo
     print(f"results: {store.root}")
     print(f"front:   {', '.join(front[:1])}{' ...' if len(front) > 1 else ''}")
     if "://" not in store.root:
-        print(f"report:  {write_report(store.root, os.path.join(store.root, 'report.html'), own_patterns=True)}")
+        print(f"report:  {write_own_report(store.root)}")
     else:
         print(f"report:  python -m dashboards.report {shlex.quote(store.root)} --out report.html")
     return code if front else 1
@@ -132,7 +132,7 @@ def _again(arguments: argparse.Namespace) -> int:
     with refusing():
         Share(arguments.cpus_per_worker, arguments.gpus_per_worker or 0)
         spec, before = read_best(arguments.again)
-        store = Store.create(absolute("--out", arguments.out))
+        store = Store.create(absolute("--out", arguments.out), adopt=arguments.adopt)
     with cluster(arguments.address, verbose=arguments.verbose):
         share = worker_share(arguments.cpus_per_worker, arguments.gpus_per_worker)
         limits = {"wait_s": arguments.wait, "trial_s": arguments.limit}
@@ -147,6 +147,7 @@ def _again(arguments: argparse.Namespace) -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="results folder or pyarrow.fs URI; absolute in a submitted job")
+    add_adopt(parser)
     parser.add_argument("--preset", choices=PRESETS, default="demo")
     parser.add_argument("--space", help=f"{', '.join(SPACES)}, or a YAML file (the preset's)")
     parser.add_argument("--per-layer", action="store_true", help="also ask questions whose layers differ")

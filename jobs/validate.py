@@ -22,7 +22,7 @@ from raybsa.cluster.ring_coordinator import coordinator_of
 from raybsa.experiments.front import front_objectives
 from raybsa.experiments.keeping import keep
 from raybsa.experiments.launch import NoCluster, cluster, room_for, worker_share
-from raybsa.experiments.options import at_least, not_negative, positive
+from raybsa.experiments.options import add_adopt, at_least, not_negative, positive
 from raybsa.experiments.place import BAD_INPUT, FAILED, absolute, ending, git_commit, refusing
 from raybsa.experiments.progress import Progress
 from raybsa.experiments.recording import Run
@@ -38,7 +38,7 @@ def main() -> int:
         Share(arguments.cpus_per_worker, arguments.gpus_per_worker or 0)
         points, objectives = _front(arguments)
         specs = questions(points, arguments.seeds, arguments.longer)
-        store = Store.create(absolute("--out", arguments.out))
+        store = Store.create(absolute("--out", arguments.out), adopt=arguments.adopt)
     run = Run.start("validate", arguments.git_commit)
     found: list[Record] = []
     with cluster(arguments.address, verbose=arguments.verbose):
@@ -58,7 +58,9 @@ def main() -> int:
         print(_line(verdict, objectives))
     content = json.dumps([_data(verdict, objectives) for verdict in judged], indent=2, allow_nan=False)
     held = sum(verdict.why_not is None for verdict in judged)
-    print(f"{held} of {len(judged)} points hold: {store.write_file('validation.json', content.encode())}")
+    print(
+        f"{held} of {len(judged)} points hold: {store.write_file(store.free_name('validation.json'), content.encode())}"
+    )
     return 0
 
 
@@ -111,6 +113,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", metavar="RESULTS", help="folder or pyarrow.fs URI of a search")
     parser.add_argument("--out", required=True, help="folder for the new trials; absolute in a submitted job")
+    add_adopt(parser)
     parser.add_argument("--objectives", help="instead of those of the search")
     parser.add_argument("--seeds", type=int, default=3, help="new trials a point (3)")
     parser.add_argument("--longer", type=float, default=2.0, help="times the training steps of the search (2)")

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raybsa.scratch import scratch
+
 _FLUSH_BYTES = 256 << 20
 _MIN_REPEATS = 5
 
@@ -208,7 +210,7 @@ def _timed_cuda(calls: Sequence[Callable[[], object]], repeats: int) -> list[lis
 
 def _peak_bytes_cpu(call: Callable[[], object]) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler else prints two lines at every use
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch("memory") as folder:
         with torch.autograd.profiler.profile(profile_memory=True) as profile:  # torch.profiler's imports inductor
             result = call()
         del result

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,14 +16,17 @@ from raybsa.results.store import Store
 from raybsa.spec import TrialSpec
 
 FOLDER = "front"
+_BEST = re.compile(rf"{FOLDER}(-\d+)?/\d+/best\.json")
 
 
 def write_front(store: Store, records: Sequence[Record], objectives: Sequence[Objective]) -> list[str]:
     """Writes ``front/<rank>/best.json`` for every point of the front (the best by the first objective is 01), in place
-    of those of an earlier front, and returns their paths."""
+    of those of an earlier front, and returns their paths. Where somebody else's files, or one that was changed, lie in
+    the way, the front goes to ``front-2``, and so on."""
     front = pareto_front(records, objectives)
-    names = [f"{FOLDER}/{rank:02d}/best.json" for rank in range(1, len(front) + 1)]
-    store.delete_folder(FOLDER)
+    for earlier in _best_files(store):
+        store.delete_made(earlier.rpartition("/")[0])
+    names = _names(store, len(front))
     paths = []
     for name, record in zip(names, front, strict=True):
         content = best(record, objectives, f"{store.root.rstrip('/')}/{name}")
@@ -39,6 +44,18 @@ def left_out(records: Sequence[Record], objectives: Sequence[Objective]) -> list
         for record, values in odd
         if values
     ]
+
+
+def _names(store: Store, count: int) -> list[str]:
+    """Where so many points may be written."""
+    folders = itertools.chain([FOLDER], (f"{FOLDER}-{number}" for number in itertools.count(2)))
+    choices = ([f"{folder}/{rank:02d}/best.json" for rank in range(1, count + 1)] for folder in folders)
+    return next(names for names in choices if all(map(store.is_free, names)))
+
+
+def _best_files(store: Store) -> list[str]:
+    """What was written of the present front, in order."""
+    return [name for name in store.made("") if _BEST.fullmatch(name)]
 
 
 def best(record: Record, objectives: Sequence[Objective], path: str) -> dict[str, Any]:
@@ -82,7 +99,7 @@ def front_objectives(store: Store) -> list[str]:
     Raises:
         ValueError: there is no front in it.
     """
-    name = f"{FOLDER}/01/best.json"
+    name = next(iter(_best_files(store)), f"{FOLDER}/01/best.json")
     try:
         return list(_parsed(store.read_file(name), name).objectives)
     except FileNotFoundError as error:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -36,6 +35,7 @@ from raybsa.experiments.strata import QUALITY, STEPS, StratifiedHalving
 from raybsa.results.pareto import Objective
 from raybsa.results.record import Outcome, Record, finite
 from raybsa.results.store import Store
+from raybsa.scratch import scratch
 from raybsa.spec import DENSE, UNTRAINED, TrialSpec
 from raybsa.tasks.goals import QUALITIES
 
@@ -158,7 +158,7 @@ def search(
     actor = tune.with_parameters(_TrialActor, space=space, pool=keeping, plan=plan, rungs=rungs, deadline=deadline)
     ranks = partial(ranks_of, space)
     patience, ended = Patience(pool.share, ranks, pool.wait_s, say), ""
-    with tempfile.TemporaryDirectory(prefix="raybsa-tune-") as scratch:
+    with scratch("tune") as folder:
         tuner = tune.Tuner(
             tune.with_resources(actor, partial(_bundles, pool.share, ranks)),
             tune_config=tune.TuneConfig(
@@ -170,7 +170,7 @@ def search(
             ),
             run_config=tune.RunConfig(
                 name=run.run_id,
-                storage_path=scratch,
+                storage_path=folder,
                 callbacks=[recorder, patience],
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 failure_config=tune.FailureConfig(max_failures=_LOST_ACTORS),

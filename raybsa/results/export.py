@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
@@ -10,14 +11,30 @@ import pyarrow as pa
 from pyarrow import csv
 
 from raybsa.results.record import Measured, Record, SeriesPoint
+from raybsa.results.whole import write_whole
 
 _HPARAMS = ("task", "variant", "pattern", "block_size", "seq_len", "train_len", "seed", "status")
 
 
 def write_csv(records: Sequence[Record], path: str) -> None:
-    """One row a record, one column a field; empty where nothing was measured."""
+    """One row a record, one column a field; empty where nothing was measured.
+
+    Raises:
+        FileExistsError: there is a file that is no such table.
+    """
+    if os.path.lexists(path) and not _is_ours(path):
+        raise FileExistsError(f"{path} is no table that raybsa exported, so it stays: name another file with --csv")
     columns = {field.name: [getattr(record, field.name) for record in records] for field in fields(Record)}
-    csv.write_csv(pa.table(columns), path)
+    buffer = io.BytesIO()
+    csv.write_csv(pa.table(columns), buffer)
+    write_whole(os.path.abspath(path), buffer.getvalue())
+
+
+def _is_ours(path: str) -> bool:
+    """Whether a file begins with the head that our tables have."""
+    head = ",".join(f'"{field.name}"' for field in fields(Record)).encode()
+    with open(path, "rb") as file:
+        return file.readline().rstrip(b"\r\n") == head
 
 
 def write_tensorboard(records: Sequence[Record], series: Iterable[SeriesPoint], folder: str) -> None:

@@ -1,12 +1,16 @@
 """Store: records and series as Parquet files in one folder, local or on any filesystem that pyarrow knows.
 
-``records/<trial_id>.parquet`` holds one Record, ``series/<trial_id>.parquet`` its curves. A file appears whole or not
+``records/<trial_id>.parquet`` holds one Record, ``series/<trial_id>.parquet`` its curves; ``.raybsa/`` marks the folder
+as one of results and keeps the digest of each other file that was written here, so that nothing of somebody else's is
+ever replaced or deleted. A file appears whole or not
 at all: locally it is written under a temporary name and renamed, elsewhere it is one PUT. ``compact`` joins finished
 trials into one file; readers take each trial once, whatever a crash in between leaves behind.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import os
 import re
 import sys
@@ -26,6 +30,7 @@ from raybsa.results.whole import tidy, write_whole
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _COMPACTED = "compacted-"
 _READ_ATTEMPTS = 5
+_MARK, _MADE = ".raybsa/results", ".raybsa/made"
 _told: set[str] = set()  # each problem once in a process, however many stores meet it
 
 
@@ -76,20 +81,35 @@ class Store:
         self.problems: list[str] = []
 
     @classmethod
-    def create(cls, root: str | os.PathLike[str], *, filesystem: fs.FileSystem | None = None) -> Store:
+    def create(
+        cls, root: str | os.PathLike[str], *, filesystem: fs.FileSystem | None = None, adopt: bool = True
+    ) -> Store:
         """A store that is proven writable, before anything is measured.
 
+        Args:
+            adopt: also in a folder that holds files of somebody else's, which stay as they are. Jobs ask their user.
+
         Raises:
-            StoreError: the folder cannot be made, or a probe file cannot be written and deleted in it.
+            StoreError: the folder cannot be made, or a probe file cannot be written and deleted in it; or it is none of
+                results, and holds something (hidden files do not count).
         """
         store = cls(root, filesystem=filesystem)
         try:
+            if not adopt and (others := store._others()):
+                raise StoreError(
+                    f"results must go to a folder of their own, got {store.root!r}, which holds "
+                    f"{', '.join(others[:3])}{' ...' if len(others) > 3 else ''}: name another folder, or say --adopt "
+                    f"to put them beside these, which stay as they are"
+                )
             for kind in ("records", "series"):
                 store._fs.create_dir(f"{store._path}/{kind}", recursive=True)
                 store._tidy(kind)
                 probe = f"{store._path}/{kind}/.probe-{uuid.uuid4().hex}"
                 store._put(probe, b"probe")
                 store._fs.delete_file(probe)
+            store._put_deep(_MARK, b"raybsa writes its results into this folder\n")
+        except StoreError:
+            raise
         except OSError as error:
             raise StoreError(f"results must go to a folder that can be written, got {store.root!r}: {error}") from error
         return store
@@ -115,17 +135,43 @@ class Store:
             return source.read()
 
     def write_file(self, name: str, data: bytes) -> str:
-        """Writes another file of this folder (``name`` may have folders), whole or not at all; returns its path."""
-        path = f"{self._path}/{name}"
-        self._fs.create_dir(path.rpartition("/")[0], recursive=True)
-        self._put(path, data)
-        return f"{self.root.rstrip('/')}/{name}"
+        """Writes another file of this folder (``name`` may have folders), whole or not at all, in place of one that it
+        wrote itself; returns its path.
 
-    def delete_folder(self, name: str) -> None:
-        """Deletes a folder of ``write_file``'s, if it is there."""
-        path = f"{self._path}/{name}"
-        if self._fs.get_file_info(path).type == fs.FileType.Directory:
-            self._fs.delete_dir(path)
+        Raises:
+            StoreError: there is something that it did not write, or that was changed since.
+        """
+        path = f"{self.root.rstrip('/')}/{name}"
+        if not self.is_free(name):
+            raise StoreError(f"a place for results was wanted, got {path!r}, which no job wrote: it stays as it is")
+        self._put_deep(name, data)
+        self._put_deep(f"{_MADE}/{name}", _digest(data))
+        return path
+
+    def is_free(self, name: str) -> bool:
+        """Whether ``write_file`` may write there: nothing is there, or what it wrote itself, unchanged."""
+        kind = self._fs.get_file_info(f"{self._path}/{name}").type
+        return kind == fs.FileType.NotFound or (kind == fs.FileType.File and self._is_made(name))
+
+    def free_name(self, name: str) -> str:
+        """``name``, or the first of ``name-2``, ``name-3``, … (before its ending) that is free."""
+        stem, ending = os.path.splitext(name)
+        others = (f"{stem}-{number}{ending}" for number in itertools.count(2))
+        return next(one for one in itertools.chain([name], others) if self.is_free(one))
+
+    def made(self, folder: str) -> list[str]:
+        """The names of the files under a folder that ``write_file`` wrote and nobody changed, ascending."""
+        selector = fs.FileSelector(f"{self._path}/{_MADE}/{folder}", allow_not_found=True, recursive=True)
+        marks = [info.path for info in self._fs.get_file_info(selector) if info.type == fs.FileType.File]
+        names = (path.partition(f"/{_MADE}/")[2] for path in marks)
+        return sorted(name for name in names if self._exists(name) and self._is_made(name))
+
+    def delete_made(self, folder: str) -> None:
+        """Deletes what ``made`` names, and the folders that this leaves empty."""
+        for name in self.made(folder):
+            self._fs.delete_file(f"{self._path}/{name}")
+            self._fs.delete_file(f"{self._path}/{_MADE}/{name}")
+            self._delete_if_empty(name.rpartition("/")[0])
 
     def compact(self) -> int:
         """Joins the trials at hand into one file of records and one of series; returns the number of records.
@@ -226,6 +272,35 @@ class Store:
             return False
         return True
 
+    def _others(self) -> list[str]:
+        """The names in a folder that is none of results, but for hidden ones."""
+        entries = self._fs.get_file_info(fs.FileSelector(self._path, allow_not_found=True))
+        names = sorted(entry.base_name for entry in entries if not entry.base_name.startswith("."))
+        return [] if self._exists(_MARK) or self._is_older() else [name for name in names if name != "lost+found"]
+
+    def _is_older(self) -> bool:
+        """Whether a version before the mark wrote here: there are rows of trials."""
+        with suppress(StoreError):
+            return any("spec_hash" in self.table(file.path).column_names for file in self.files("records")[:1])
+        return False
+
+    def _is_made(self, name: str) -> bool:
+        try:
+            return self.read_file(f"{_MADE}/{name}") == _digest(self.read_file(name))
+        except FileNotFoundError:
+            return False
+
+    def _put_deep(self, name: str, data: bytes) -> None:
+        path = f"{self._path}/{name}"
+        self._fs.create_dir(path.rpartition("/")[0], recursive=True)
+        self._put(path, data)
+
+    def _delete_if_empty(self, name: str) -> None:
+        """Nothing that comes meanwhile is lost: where a folder is no file's name prefix, the system refuses."""
+        if self._local and name:
+            with suppress(OSError):
+                os.removedirs(f"{self._path}/{name}")
+
     def _exists(self, name: str) -> bool:
         return self._fs.get_file_info(f"{self._path}/{name}").type == fs.FileType.File
 
@@ -296,6 +371,10 @@ def _resolve(root: str) -> tuple[fs.FileSystem, str]:
     if "://" not in root:
         return fs.LocalFileSystem(), os.path.abspath(root)
     return fs.FileSystem.from_uri(root)
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).hexdigest().encode()
 
 
 def _line(error: Exception) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 from dashboards.frames import load
 from dashboards.markup import Column, data_island, element, html, table
-from dashboards.report import main, write_report
+from dashboards.report import main, write_own_report, write_report
 from raybsa.results.record import Record
 from raybsa.results.store import Store
 from raybsa.spec import TrialSpec
@@ -136,6 +136,21 @@ def test_a_page_that_cannot_be_written_is_an_error_of_one_line(
     (tmp_path / "file").write_text("")
     assert main([str(tmp_path / "results"), "--out", str(tmp_path / "file" / "page.html")]) == 1
     assert "file" in capsys.readouterr().err
+
+
+def test_a_page_replaces_a_page_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Store.create(tmp_path / "results").write_record(lm_record("d", DENSE, 2.2, 40.0))
+    results, out = str(tmp_path / "results"), tmp_path / "page.html"
+    for _ in range(2):
+        assert main([results, "--out", str(out)]) == 0
+    for own in (out.read_text("utf-8") + "<!-- my notes -->", "<h1>my page</h1>"):
+        out.write_text(own, "utf-8")
+        assert main([results, "--out", str(out)]) == 1
+        assert "is no page that raybsa wrote, so it stays" in capsys.readouterr().err
+        assert out.read_text("utf-8") == own
+    (tmp_path / "results" / "report.html").write_text("<h1>my page</h1>")
+    for _ in range(2):
+        assert write_own_report(results) == str(tmp_path / "results" / "report-2.html")
 
 
 def test_one_bad_row_one_bad_file_and_one_diverged_value_hide_nothing_else_and_are_named(

@@ -17,7 +17,7 @@ from raybsa.experiments.algorithms import ALGORITHMS
 from raybsa.experiments.costs import ENOUGH, CostModel
 from raybsa.experiments.dry_run import dry_run
 from raybsa.experiments.forecast import sizes_of
-from raybsa.experiments.front import left_out, read_best, write_front
+from raybsa.experiments.front import front_objectives, left_out, read_best, write_front
 from raybsa.experiments.history import history
 from raybsa.experiments.questions import Questions
 from raybsa.experiments.recording import Run, record_of
@@ -406,6 +406,21 @@ def test_the_dense_baseline_on_the_front_loads_too(tmp_path):
     (path,) = write_front(Store.create(tmp_path), [answer(BASE, 0)], GOALS)
     best = json.loads(Path(path).read_text())
     assert "pattern=Dense()" in repr(create_block_sparse_attention(**best["attention"]))
+
+
+def test_a_front_takes_nothing_away_that_no_search_wrote(tmp_path):
+    store, record = Store.create(tmp_path), answer(SPACE.spec(SPACE.first_points()[0]), 0)
+    page = tmp_path / "front" / "index.html"
+    page.parent.mkdir()
+    page.write_text("my web page")
+    (path,) = write_front(store, [record], GOALS)
+    assert path == f"{tmp_path}/front/01/best.json", "beside it"
+    Path(path).write_text("my notes")
+    (path,) = write_front(store, [record], GOALS)
+    assert path == f"{tmp_path}/front-2/01/best.json"
+    assert front_objectives(store) == ["quality", "latency"], "those of the newest front"
+    assert page.read_text() == "my web page"
+    assert (tmp_path / "front" / "01" / "best.json").read_text() == "my notes"
 
 
 def test_what_is_not_finite_is_on_no_front_and_in_no_best_file(tmp_path):

@@ -1,6 +1,7 @@
 """The store: what is written comes back, whole or not at all, on any filesystem."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -304,3 +305,42 @@ def test_series_of_two_trials_at_once_are_refused(tmp_path):
     points = [SeriesPoint(t, "loss", 0, 0, 0.0) for t in ("a", "b")]
     with pytest.raises(ValueError, match=r"one trial at a time, got points of \['a', 'b'\]"):
         Store.create(tmp_path).write_series(points)
+
+
+def test_a_folder_of_somebody_elses_is_no_place_for_results_unless_it_is_adopted(tmp_path, record):
+    (tmp_path / "front").mkdir()
+    (tmp_path / "front" / "index.html").write_text("my web page")
+    with pytest.raises(StoreError, match=r"a folder of their own, got .*which holds front: .*say --adopt"):
+        Store.create(tmp_path, adopt=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["front"], "nothing was made"
+    Store.create(tmp_path, adopt=True).write_record(record())
+    assert len(Store.create(tmp_path, adopt=False).read_records()) == 1, "once adopted it is a folder of results"
+    assert (tmp_path / "front" / "index.html").read_text() == "my web page"
+
+
+def test_results_of_a_version_without_the_mark_are_gone_on_with(tmp_path, record):
+    store = Store.create(tmp_path)
+    store.write_record(record())
+    shutil.rmtree(tmp_path / ".raybsa")
+    assert Store.create(tmp_path, adopt=False).read_records() == [record()]
+
+
+def test_only_what_was_written_here_and_not_changed_since_is_replaced_or_deleted(store):
+    for name in ("front/01/best.json", "front/02/best.json"):
+        store.write_file(name, b"ours")
+    store._put(f"{store._path}/front/02/best.json", b"changed by its user")
+    store._put(f"{store._path}/report.html", b"somebody else's")
+    store.write_file("front/01/best.json", b"ours, newer")
+    for taken in ("front/02/best.json", "report.html"):
+        with pytest.raises(StoreError, match="which no job wrote: it stays as it is"):
+            store.write_file(taken, b"ours")
+    assert store.made("front") == ["front/01/best.json"]
+    assert [store.free_name(name) for name in ("front/01/best.json", "report.html")] == [
+        "front/01/best.json", "report-2.html"
+    ]  # fmt: skip
+    store.delete_made("front")
+    assert store.made("front") == []
+    assert store.read_file("front/02/best.json") == b"changed by its user"
+    assert store.read_file("report.html") == b"somebody else's"
+    with pytest.raises(FileNotFoundError):
+        store.read_file("front/01/best.json")
