@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
-import re
 from pathlib import Path
 
+from raybsa.results.marked import is_marked, marked
 from raybsa.results.whole import write_whole
-
-_MARK = re.compile(rb"<!-- raybsa page ([0-9a-f]{64}) -->\n?\Z")
 
 
 def write_page(page: str, out: str) -> str:
@@ -24,8 +21,7 @@ def write_page(page: str, out: str) -> str:
     if not is_free(path):
         raise FileExistsError(f"{path} is no page that raybsa wrote, so it stays: name another file with --out")
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    content = page.encode()
-    write_whole(path, content + f"<!-- raybsa page {hashlib.sha256(content).hexdigest()} -->\n".encode())
+    write_whole(path, marked(page.encode()))
     return path
 
 
@@ -40,10 +36,4 @@ def is_free(path: str) -> bool:
     """Whether a page may be written there: nothing is there, or a page of ours, unchanged."""
     if not os.path.lexists(path):
         return True
-    return os.path.isfile(path) and is_page(Path(path).read_bytes())
-
-
-def is_page(content: bytes) -> bool:
-    """Whether a file's content is a page as it was written."""
-    mark = _MARK.search(content)
-    return mark is not None and mark[1].decode() == hashlib.sha256(content[: mark.start()]).hexdigest()
+    return os.path.isfile(path) and is_marked(Path(path).read_bytes())

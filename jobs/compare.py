@@ -22,6 +22,7 @@ from raybsa.experiments.place import FAILED, absolute, ending, exit_on_sigterm, 
 from raybsa.experiments.recording import Run
 from raybsa.results.store import Store
 from raybsa.spec import ADAPTIVE, DENSE, AttentionSpec, PatternSpec, TrialSpec
+from raybsa.tasks.byte_lm import about_its_text
 
 
 def main() -> int:
@@ -60,6 +61,8 @@ def _specs(arguments: argparse.Namespace) -> list[TrialSpec]:
         dtype=arguments.dtype,
         task_params=arguments.task_params,
     )
+    if base.task == "byte_lm":
+        base = about_its_text(base)
     asked = [_pattern(given, arguments) for given in arguments.pattern]
     return questions(base, asked, arguments.density, arguments.seeds, arguments.block_size)
 

@@ -29,7 +29,7 @@ from raybsa.experiments.advantage import advantage
 from raybsa.experiments.algorithms import ALGORITHMS
 from raybsa.experiments.dry_run import dry_run
 from raybsa.experiments.front import left_out, read_best, write_front
-from raybsa.experiments.history import history
+from raybsa.experiments.history import asked_otherwise, history
 from raybsa.experiments.launch import NoCluster, cluster, worker_share
 from raybsa.experiments.options import add_adopt, at_least, not_negative, positive
 from raybsa.experiments.place import BAD_INPUT, FAILED, absolute, ending, git_commit, refusing
@@ -42,7 +42,7 @@ from raybsa.experiments.trial import run_trial
 from raybsa.results.pareto import COSTS, named_objectives
 from raybsa.results.store import Store
 from raybsa.spec import TrialSpec
-from raybsa.tasks.byte_lm import ByteText
+from raybsa.tasks.byte_lm import about_its_text
 from raybsa.tasks.captured import question_of
 from raybsa.tasks.goals import QUALITIES
 from raybsa.tasks.module import question_of as question_of_module
@@ -74,7 +74,9 @@ def main() -> int:
         store = Store(out) if arguments.dry_run else Store.create(out, adopt=arguments.adopt)
     if arguments.dry_run:
         return _dry_run(arguments, preset, plan, store)
-    done = len(history(preset.space, store.read_records(), pass_over=store.pass_over)) if plan.resume else 0
+    records = store.read_records() if plan.resume else []
+    done = len(history(preset.space, records, pass_over=store.pass_over))
+    others = asked_otherwise(preset.space, records)
     torch.set_num_threads(1)  # the driver only looks at layouts
 
     with cluster(arguments.address, verbose=arguments.verbose):
@@ -83,6 +85,8 @@ def main() -> int:
         print(f"{plan.trials} trials; workers of {pool.share}, {workers} at once; results in {out}", flush=True)
         if plan.resume:
             print(f"{done} of them are done", flush=True)
+        if others:
+            print(f"{others} trials in {out} were asked with other text, data or code: other questions, left alone")
         progress = Progress(plan.trials, count=done)
         run = Run.start("search", arguments.git_commit)
         found = search(preset.space, store, run, pool, plan, tell=progress.tell)
@@ -212,7 +216,7 @@ def _preset(arguments: argparse.Namespace) -> Preset:
     base = replace(base, seed=arguments.seed, **sizes)
     trials = preset.trials if arguments.trials is None else arguments.trials
     if base.task == "byte_lm":
-        ByteText(base, torch.device("cpu"))
+        base = about_its_text(base)
     if base.task == "recall":
         recall_params(base)
     space = make_space(arguments.space, base) if arguments.space else replace(preset.space, base=base)

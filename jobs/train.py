@@ -14,7 +14,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from ray.exceptions import RayError
 
 from raybsa import patterns
@@ -32,7 +31,7 @@ from raybsa.experiments.trained import write_training
 from raybsa.gradients.catalog import build
 from raybsa.results.store import Store
 from raybsa.spec import ADAPTIVE, AttentionSpec, PatternSpec, TrialSpec
-from raybsa.tasks.byte_lm import ByteText
+from raybsa.tasks.byte_lm import about_its_text
 from raybsa.variants.distributed import DistributedConfig
 
 
@@ -41,7 +40,7 @@ def main() -> int:
     with refusing():
         Share(arguments.cpus, arguments.gpus or 0)
         spec, settings, out = _question(arguments)
-        ByteText(spec, torch.device("cpu"))
+        spec = about_its_text(spec)
         store = Store.create(out, adopt=arguments.adopt)
     run = Run.start("train", arguments.git_commit or git_commit(Path(__file__).parent))
     settings = replace(settings, labels=run.labels(0), checkpoints=_checkpoints(arguments, spec, settings, run))

@@ -25,6 +25,7 @@ from raybsa.cluster.ring_coordinator import coordinator_of
 from raybsa.experiments.algorithms import ALGORITHMS
 from raybsa.experiments.history import Answered, history, values_of
 from raybsa.experiments.keeping import keep
+from raybsa.experiments.lock_watch import LockWatch
 from raybsa.experiments.patience import Patience
 from raybsa.experiments.previews import LOOKED, PREVIEW, Previews, preview_of
 from raybsa.experiments.questions import LATE, Questions
@@ -171,7 +172,7 @@ def search(
             run_config=tune.RunConfig(
                 name=run.run_id,
                 storage_path=folder,
-                callbacks=[recorder, patience],
+                callbacks=[recorder, patience, LockWatch(say)],
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 failure_config=tune.FailureConfig(max_failures=_LOST_ACTORS),
                 verbose=0,

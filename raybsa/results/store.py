@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from raybsa.results.marked import MADE, MARK
 from raybsa.results.record import Record, SeriesPoint, spec_of
 from raybsa.results.rows import Row, rows_of, to_parquet, unknown_columns
 from raybsa.results.whole import tidy, write_whole
@@ -30,7 +31,6 @@ from raybsa.results.whole import tidy, write_whole
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _COMPACTED = "compacted-"
 _READ_ATTEMPTS = 5
-_MARK, _MADE = ".raybsa/results", ".raybsa/made"
 _told: set[str] = set()  # each problem once in a process, however many stores meet it
 
 
@@ -107,7 +107,7 @@ class Store:
                 probe = f"{store._path}/{kind}/.probe-{uuid.uuid4().hex}"
                 store._put(probe, b"probe")
                 store._fs.delete_file(probe)
-            store._put_deep(_MARK, b"raybsa writes its results into this folder\n")
+            store._put_deep(MARK, b"raybsa writes its results into this folder\n")
         except StoreError:
             raise
         except OSError as error:
@@ -145,7 +145,7 @@ class Store:
         if not self.is_free(name):
             raise StoreError(f"a place for results was wanted, got {path!r}, which no job wrote: it stays as it is")
         self._put_deep(name, data)
-        self._put_deep(f"{_MADE}/{name}", _digest(data))
+        self._put_deep(f"{MADE}/{name}", _digest(data))
         return path
 
     def is_free(self, name: str) -> bool:
@@ -161,16 +161,16 @@ class Store:
 
     def made(self, folder: str) -> list[str]:
         """The names of the files under a folder that ``write_file`` wrote and nobody changed, ascending."""
-        selector = fs.FileSelector(f"{self._path}/{_MADE}/{folder}", allow_not_found=True, recursive=True)
+        selector = fs.FileSelector(f"{self._path}/{MADE}/{folder}", allow_not_found=True, recursive=True)
         marks = [info.path for info in self._fs.get_file_info(selector) if info.type == fs.FileType.File]
-        names = (path.partition(f"/{_MADE}/")[2] for path in marks)
+        names = (path.partition(f"/{MADE}/")[2] for path in marks)
         return sorted(name for name in names if self._exists(name) and self._is_made(name))
 
     def delete_made(self, folder: str) -> None:
         """Deletes what ``made`` names, and the folders that this leaves empty."""
         for name in self.made(folder):
             self._fs.delete_file(f"{self._path}/{name}")
-            self._fs.delete_file(f"{self._path}/{_MADE}/{name}")
+            self._fs.delete_file(f"{self._path}/{MADE}/{name}")
             self._delete_if_empty(name.rpartition("/")[0])
 
     def compact(self) -> int:
@@ -276,7 +276,7 @@ class Store:
         """The names in a folder that is none of results, but for hidden ones."""
         entries = self._fs.get_file_info(fs.FileSelector(self._path, allow_not_found=True))
         names = sorted(entry.base_name for entry in entries if not entry.base_name.startswith("."))
-        return [] if self._exists(_MARK) or self._is_older() else [name for name in names if name != "lost+found"]
+        return [] if self._exists(MARK) or self._is_older() else [name for name in names if name != "lost+found"]
 
     def _is_older(self) -> bool:
         """Whether a version before the mark wrote here: there are rows of trials."""
@@ -286,7 +286,7 @@ class Store:
 
     def _is_made(self, name: str) -> bool:
         try:
-            return self.read_file(f"{_MADE}/{name}") == _digest(self.read_file(name))
+            return self.read_file(f"{MADE}/{name}") == _digest(self.read_file(name))
         except FileNotFoundError:
             return False
 
