@@ -30,7 +30,7 @@ from raybsa.experiments.drill import Drill, Survived, estimate_minutes, timed
 from raybsa.experiments.drill_plan import DEFAULT, Pair, groups, kinds_on, left_out_on, question, steps_for
 from raybsa.experiments.drill_ring import Ring
 from raybsa.experiments.launch import NoCluster, cluster
-from raybsa.experiments.options import at_least, seed
+from raybsa.experiments.options import add_adopt, at_least, seed
 from raybsa.experiments.place import BAD_INPUT, FAILED, absolute, ending, git_commit, refusing
 from raybsa.experiments.recording import Run
 from raybsa.experiments.soak import own_temporary_folder, soak
@@ -50,7 +50,7 @@ def main() -> int:
         ring = Ring(*shape, arguments.text, arguments.verbose, share)
         ByteText(question(1, ring.text), torch.device("cpu"))
         out = absolute("--out", arguments.out)
-        store = Store.create(out)
+        store = Store.create(out, adopt=arguments.adopt)
     num_cpus = ring.world_size + ring.spares + 2
     with own_temporary_folder(), cluster(arguments.address, num_cpus=num_cpus, deaths=arguments.verbose):
         try:
@@ -129,6 +129,7 @@ def _arguments() -> argparse.Namespace:
         description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--out", default="results/drill", help="results folder or URI")
+    add_adopt(parser)
     parser.add_argument("--address", help="Ray cluster; default: RAY_ADDRESS, else one of our own")
     parser.add_argument("--full", action="store_true", help="every kind at every place")
     parser.add_argument("--fault", nargs="+", type=_pair, help="KIND:PLACE ..., instead of the default plan")

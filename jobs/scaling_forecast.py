@@ -31,7 +31,7 @@ def main() -> int:
     parts: list[Part] = []
     if arguments.results:
         store = Store(arguments.results)
-        rows = ring_rows(store.read_records())
+        rows = ring_rows(store.read_asked())
         if not rows:
             raise ValueError(
                 f"rows of `jobs/benchmark.py --suite ring --out {arguments.results}` were wanted, found none there"

@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=PATH, help="the table to renew (default: the package's own)")
     options = parser.parse_args(arguments)
     try:
-        new = table_rows(Store(options.results).read_records(), cells())
+        new = table_rows(Store(options.results).read_asked(), cells())
         old = parse(options.out.read_text("utf-8")) if options.out.exists() else ()
         options.out.write_text(text_of(renewed(old, new)), "utf-8")
     except (ValueError, OSError) as error:

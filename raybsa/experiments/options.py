@@ -49,6 +49,13 @@ def share(text: str) -> float:
     return _number(text, "a share in 0 .. 1", lambda number: 0 <= number <= 1)
 
 
+def add_adopt(parser: argparse.ArgumentParser) -> None:
+    """The word that lets a job write into a folder that holds what no job wrote."""
+    parser.add_argument(
+        "--adopt", action="store_true", help="use --out though it holds files of yours, which stay as they are"
+    )
+
+
 def name_or_json(text: str) -> Any:
     """A name, or what a JSON object says: ``{"name": "powersgd", "params": {"rank": 4}}``."""
     return json_object(text) if text.lstrip().startswith("{") else text

@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--only", type=regex, default="", metavar="REGEX", help="cells whose name it finds")
     options = parser.parse_args()
     try:
-        rows = rows_of(Store(options.results).read_records(), cells())
+        rows = rows_of(Store(options.results).read_asked(), cells())
     except OSError as error:
         parser.error(str(error))
     found = [row for row in rows if options.only.search(row.name)]

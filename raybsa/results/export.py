@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import os
 import tempfile
-import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -13,15 +14,31 @@ from pyarrow import csv
 
 from raybsa.results.record import Measured, Record, SeriesPoint
 from raybsa.results.roots import one_name
+from raybsa.results.whole import write_whole
 
 _EVENTS = "events.out.tfevents.0.raybsa"  # TensorBoard draws every file of a run, so there is one
 _HPARAMS = ("task", "variant", "pattern", "block_size", "seq_len", "train_len", "seed", "status")
 
 
 def write_csv(records: Sequence[Record], path: str) -> None:
-    """One row a record, one column a field; empty where nothing was measured."""
+    """One row a record, one column a field; empty where nothing was measured.
+
+    Raises:
+        FileExistsError: there is a file that is no such table.
+    """
+    if os.path.lexists(path) and not _is_ours(path):
+        raise FileExistsError(f"{path} is no table that raybsa exported, so it stays: name another file with --csv")
     columns = {field.name: [getattr(record, field.name) for record in records] for field in fields(Record)}
-    csv.write_csv(pa.table(columns), path)
+    buffer = io.BytesIO()
+    csv.write_csv(pa.table(columns), buffer)
+    write_whole(os.path.abspath(path), buffer.getvalue())
+
+
+def _is_ours(path: str) -> bool:
+    """Whether a file begins with the head that our tables have."""
+    head = ",".join(f'"{field.name}"' for field in fields(Record)).encode()
+    with open(path, "rb") as file:
+        return file.readline().rstrip(b"\r\n") == head
 
 
 def write_tensorboard(records: Sequence[Record], series: Iterable[SeriesPoint], folder: str) -> None:
@@ -58,9 +75,4 @@ def _take_over(made: Path, run: Path) -> None:
     for file in made.rglob("events.*"):
         place = run / file.parent.relative_to(made)
         place.mkdir(parents=True, exist_ok=True)
-        temporary = place / f".{uuid.uuid4().hex}.tmp"
-        try:
-            temporary.write_bytes(file.read_bytes())
-            temporary.replace(place / _EVENTS)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(str(place / _EVENTS), file.read_bytes())

@@ -37,6 +37,16 @@ def test_a_csv_has_a_row_a_record_and_a_column_a_field(results, tmp_path, capsys
     assert rows[0]["train_seconds"] == ""
 
 
+def test_a_csv_replaces_an_export_and_no_other_file(results, tmp_path, capsys):
+    path = tmp_path / "trials.csv"
+    for _ in range(2):
+        assert main(["export", results, "--csv", str(path)]) == 0
+    path.write_text("my,own,table\n1,2,3\n")
+    assert main(["export", results, "--csv", str(path)]) == 1
+    assert "is no table that raybsa exported, so it stays" in capsys.readouterr().err
+    assert path.read_text() == "my,own,table\n1,2,3\n"
+
+
 def test_a_tensorboard_log_has_a_run_a_trial_with_its_curve_and_numbers(results, tmp_path):
     folder = tmp_path / "logs"
     assert main(["export", results, "--tensorboard", str(folder)]) == 0
