@@ -25,6 +25,7 @@ class Case:
             ``"11"`` (Sq, Skv); ``mask_strides``: ``contiguous``, ``expanded`` to its full shape or ``transposed``.
         grad_of: the inputs that ask for a gradient, of q, k, v, m (attn_mask) and b (block_bias).
         strides: how q, k and v lie in memory, a name of ``tests.fuzzing.inputs.LAID_OUT``.
+        seedless: dropout draws its own seed.
         loss: what a gradient is of, a name of ``tests.fuzzing.given.LOSSES``.
         shared: ``kv``: k is v; ``qkv``: all three are one tensor.
         misuse: what is wrong about the call, a name of ``tests.fuzzing.misuse.MISUSES``: it must be refused.
@@ -62,6 +63,7 @@ class Case:
     bias: bool = False
     bias_dtype: str = "same"
     dropout: float = 0.0
+    seedless: bool = False
     return_lse: bool = False
     grad_of: str = "qkv"
     loss: str = "weighted"

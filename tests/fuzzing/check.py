@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from tests.fuzzing import refusals, subjects
+from tests.fuzzing import refusals, seedless, subjects
 from tests.fuzzing.budgets import Compared, working_dtype
 from tests.fuzzing.case import Case
 from tests.fuzzing.given import Given, Results
@@ -51,6 +51,8 @@ def faults(problem: Problem) -> str:
         problem.warm()
     if case.misuse:
         return misuse_goes_through(given)
+    if case.seedless:
+        return seedless.fault(given)
     got = transform.run(given)
     wanted, rough = (transform.wanted(_by_oracle(problem, given, x)) for x in (torch.float64, working_dtype(case)))
     if list(got) != list(wanted):

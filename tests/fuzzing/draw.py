@@ -24,6 +24,7 @@ OF_MODULES = """
     backward backward plain inference checkpoint compile make_fx jit_trace export func_grad vmap jvp autocast fake
     functional_call deepcopy
 """
+DROPPED = "backward checkpoint checkpoint_reentrant compile func_grad autocast pickled deepcopy"
 OF_MULTIHEAD = """
     batch_first bias_kv zero_attn no_bias apart weights each_head unbatched padding float_padding kdim vdim hint mask_3d
 """
@@ -67,6 +68,11 @@ def _sizes(rng: Random, device: str) -> dict[str, Any]:
         "q_block": q_block,
         "kv_block": q_block if _chance(rng, 0.7) else rng.choice(BLOCKS),
     }
+    limit = 3e7 if device == "cuda" else 1e6
+    if sizes["batch"] * sizes["heads"] * sizes["q_len"] * sizes["kv_len"] > limit:  # a dense float64 oracle must fit
+        sizes |= {"batch": 1, "heads": 2, "kv_heads": 1}
+    if sizes["q_len"] * sizes["kv_len"] > 2e4 * sizes["q_block"] * sizes["kv_block"]:  # and its loop over blocks end
+        sizes |= {"q_block": 16, "kv_block": 32}
     if _chance(rng, 0.04):
         sizes[rng.choice(("batch", "q_len", "kv_len", "v_dim"))] = 0
     return sizes
@@ -132,8 +138,23 @@ def _of_subject(rng: Random, case: Case) -> dict[str, Any]:
     return {}
 
 
+def _seedless(case: Case) -> Case:
+    """The case with dropout that draws its own seed, and a gradient of v."""
+    sizes = {name: max(getattr(case, name), 1) for name in ("batch", "q_len", "kv_len", "v_dim")}
+    transform = case.transform if case.transform in DROPPED.split() else "backward"
+    how = {
+        "transform": transform,
+        "loss": "weighted",
+        "return_lse": False,
+        "grad_of": case.grad_of.replace("v", "") + "v",
+    }
+    return replace(case, dropout=0.4, seedless=True, **how, **sizes)
+
+
 def _odd(rng: Random, case: Case) -> Case:
     """Now and then one tensor in several places, or a call that is wrong."""
+    if case.seedless:
+        return case
     if _chance(rng, 0.06):
         sizes = {"v_dim": case.head_dim, "shared": "kv"}
         if _chance(rng, 0.5):
@@ -151,7 +172,7 @@ def _for_cpp(case: Case) -> Case:
     plain = {"dtype": "float32", "head_dim": width, "v_dim": width, "mask": "none", "segments": 0, "bias": False}
     extras = tuple(x for x in case.extras if x not in ("padding", "float_padding"))
     grads = case.grad_of.replace("m", "").replace("b", "")
-    return replace(case, **plain, dropout=0.0, grad_of=grads, extras=extras)
+    return replace(case, **plain, dropout=0.0, seedless=False, grad_of=grads, extras=extras)
 
 
 def _fitted(rng: Random, case: Case) -> Case:
@@ -160,16 +181,18 @@ def _fitted(rng: Random, case: Case) -> Case:
         mapped = "".join(x for x in "qkvmbs" if _chance(rng, 0.5)) or "q"
         case = replace(case, extras=(*case.extras, f"mapped={mapped}"))
     if case.subject == "function":
-        return _odd(rng, case)
+        return _odd(rng, _seedless(case)) if _chance(rng, 0.05) else _odd(rng, case)
     plain = {"return_lse": False, "deterministic": False, "bias": False, "dropout": 0.0, "kv_block": case.q_block}
-    case = replace(case, grad_of=case.grad_of.replace("b", ""))
     if case.subject == "parts":
-        masks = {"mask": "none", "transform": "backward", "return_lse": True, "bias": case.bias, "v_dim": case.head_dim}
-        return replace(
-            case, **{**plain, **masks}, kv_len=max(case.kv_len, 1), q_len=max(case.q_len, 1), batch=max(case.batch, 1)
-        )
+        masks = {"mask": "none", "transform": "backward", "return_lse": True, "v_dim": case.head_dim}
+        masks |= {"bias": case.bias, "dropout": case.dropout, "loss": "weighted"}
+        sizes = {name: max(getattr(case, name), 1) for name in ("batch", "q_len", "kv_len")}
+        return replace(case, **{**plain, **masks, **sizes})
+    case = replace(case, grad_of=case.grad_of.replace("b", ""))
     if case.pattern in ("random", "empty"):
         plain["pattern"] = "bigbird"
+    if case.subject == "base" and _chance(rng, 0.2):
+        return _seedless(replace(case, **plain))
     if case.subject == "multihead":
         plain |= {"kv_heads": case.heads, "v_dim": case.head_dim, "segments": 0, "scale": None, "grad_of": "qkv"}
         plain |= {"magnitude": min(case.magnitude, 1.0)}

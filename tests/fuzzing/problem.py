@@ -43,6 +43,7 @@ class Problem:
         if case.subject != "base":
             return None
         options = {"density": case.density, "block_size": case.q_block, "causal": case.causal, "scale": case.scale}
+        options |= {"dropout": case.dropout}
         module = BlockSparseBase(pattern=layouts.rule(case), backend=case.backend, **options)
         return copy.deepcopy(module) if case.transform == "deepcopy" else module
 
@@ -69,7 +70,7 @@ class Problem:
         return {
             "scale": case.scale,
             "dropout_p": case.dropout,
-            "seed": case.seed if case.dropout else None,
+            "seed": case.seed if case.dropout and not case.seedless else None,
             "deterministic": case.deterministic or None,
             "return_lse": case.return_lse,
             "backend": case.backend,
