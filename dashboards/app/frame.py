@@ -40,6 +40,7 @@ PAGES: dict[str, ModuleType] = {
 }
 LOOK_MS = 2000  # between two looks at the folder
 _KEPT = 8  # drawings
+_UNSEEN = "\u200b"
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data:"
 )
@@ -210,7 +211,7 @@ def _walked(address: Address, who: Any, value: Any) -> Address:
         return address
     if who["type"] == "front":
         return address.with_choice("trial", [str(value["points"][0]["customdata"])])
-    values = [value] if isinstance(value, str) else value
+    values = [_meant(one) for one in ([value] if isinstance(value, str) else value)]
     after = address.with_choice(who["name"], values)
     return after.without("trial") if who["name"] == "question" and after != address else after
 
@@ -263,11 +264,28 @@ def _choice(control: Control) -> Component:
     return _dropdown(control.name, control.label, control.options, control.value, multi=False)
 
 
+def _offer(option: Option) -> dict[str, str]:
+    """What a dropdown shows; a value that is longer than its label is there on demand."""
+    offer = {"value": _sent(option.value), "label": option.label}
+    return offer | {"title": option.value} if len(option.value) > len(option.label) else offer
+
+
+def _sent(value: str) -> str:
+    """A value as the browser gets it: no object of JavaScript can have a name ``__proto__``, and Dash's dropdown throws
+    over it."""
+    return f"{_UNSEEN}{value}" if value.lstrip(_UNSEEN) == "__proto__" else value
+
+
+def _meant(value: str) -> str:
+    """What ``_sent`` was given."""
+    return value[1:] if value.startswith(_UNSEEN) and _sent(value) != value else value
+
+
 def _dropdown(name: str, label: str, offered: list[Option], value: Any, *, multi: bool) -> Component:
     dropdown = dcc.Dropdown(
         id={"type": "choice", "name": name},
-        options=[{"value": option.value, "label": option.label} for option in offered],
-        value=value,
+        options=[_offer(option) for option in offered],
+        value=[_sent(one) for one in value] if multi else _sent(value),
         multi=multi,
         clearable=multi,
         placeholder="all",

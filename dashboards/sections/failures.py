@@ -18,4 +18,10 @@ def failures_section(results: Results) -> Markup:
 def _row(trial: Trial) -> list[Markup | str]:
     record = trial.record
     error = element("pre", record.error or f"status {record.status!r}, no error recorded")
-    return [trial.id, moment(record.created_at or "–"), record.task, trial.label, error]
+    return [
+        trial.id,
+        moment(record.created_at or "–"),
+        record.task,
+        element("span", trial.label, title=trial.whole_label),
+        error,
+    ]
