@@ -167,6 +167,8 @@ def test_names_of_any_length_are_cut_and_whole_on_demand(tmp_path: Path, page: s
     if page == "search":
         card, detail = Drawings(folder, own_patterns=False).chosen(page, "?trial=letters", folder.version, False)
         assert any(name in text for text in strings([card, detail], "title"))
+        beside = strings([card, detail], "children")
+        assert max(len(text) for text in beside if "create_block_sparse_attention" not in text) <= 330
         assert any("D" * 999 in text for text in strings(controls, "title"))
 
 
