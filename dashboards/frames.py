@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from operator import attrgetter
 
-from dashboards.wording import pattern_label, trial_label
+from dashboards.wording import pattern_label, trial_label, whole_label
 from raybsa.results.record import Record, SeriesPoint, finite, not_finite, spec_of
 from raybsa.results.store import Store
 from raybsa.spec import TrialSpec, canonical_json
@@ -53,7 +53,14 @@ class Trial:
 
     @cached_property
     def label(self) -> str:
+        """Its name for a line, cut where it is long."""
         return trial_label(self.spec)
+
+    @property
+    def whole_label(self) -> str | None:
+        """The name where ``label`` is cut, to be shown on demand; None where that is all of it."""
+        whole = whole_label(self.spec)
+        return None if whole == self.label else whole
 
     @property
     def asked_density(self) -> float | None:

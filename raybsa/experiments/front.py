@@ -103,7 +103,10 @@ def front_objectives(store: Store) -> list[str]:
     try:
         return list(_parsed(store.read_file(name), name).objectives)
     except FileNotFoundError as error:
-        raise ValueError(f"a search with a Pareto front was wanted, found none under {store.root!r}") from error
+        raise ValueError(
+            f"a search with a Pareto front was wanted, found none under {store.root!r}: one that was killed writes it "
+            "when it goes on (--resume); --objectives quality,latency takes its trials as they are"
+        ) from error
 
 
 def _parsed(text: bytes, path: str) -> Best:
