@@ -17,7 +17,7 @@ import torch
 
 from raybsa import patterns
 from raybsa.experiments.compare import answer, questions, summary, training_of
-from raybsa.experiments.options import add_adopt, at_least, json_object, name_or_json, share
+from raybsa.experiments.options import add_adopt, at_least, json_object, name_or_json, seed, share
 from raybsa.experiments.place import FAILED, absolute, ending, exit_on_sigterm, git_commit, refusing
 from raybsa.experiments.recording import Run
 from raybsa.results.store import Store
@@ -108,7 +108,7 @@ def _arguments() -> argparse.Namespace:
         help="names or JSON specs",
     )
     parser.add_argument("--density", nargs="+", type=float, default=[0.05, 0.1])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=seed, default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=2400)

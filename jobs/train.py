@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
+from os.path import expanduser
 from pathlib import Path
 
 from ray.exceptions import RayError
@@ -24,7 +25,15 @@ from raybsa.cluster.resources import Share, TooFewResources
 from raybsa.cluster.trace import Trace
 from raybsa.cluster.training import TrainingCoordinator, require_ring
 from raybsa.experiments.launch import NoCluster, cluster, worker_share
-from raybsa.experiments.options import add_adopt, at_least, backend, name_or_json, not_negative, positive
+from raybsa.experiments.options import (
+    add_adopt,
+    at_least,
+    backend,
+    name_or_json,
+    not_negative,
+    positive,
+    seed,
+)
 from raybsa.experiments.place import BAD_INPUT, FAILED, absolute, ending, git_commit, refusing
 from raybsa.experiments.recording import Run
 from raybsa.experiments.trained import write_training
@@ -167,8 +176,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--head-dim", type=int, default=32)
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16"))
-    parser.add_argument("--text", help="file or folder; default: the Python standard library's sources")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--text", type=expanduser, help="file or folder; default: the Python standard library's sources"
+    )
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--verbose", action="store_true", help="print each rank's events, a line of key=value each")
     parser.add_argument(
         "--profile",

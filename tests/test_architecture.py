@@ -20,6 +20,7 @@ FLOORS = {
     "raybsa.holder": 0,
     "raybsa.layout": 0,
     "raybsa.picture": 0,
+    "raybsa.printable": 0,
     "raybsa.scratch": 0,
     "raybsa.spec": 0,
     "raybsa.content": 0,

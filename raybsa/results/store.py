@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from raybsa.results.marked import MADE, MARK
+from raybsa.results.reach import filesystem_of
 from raybsa.results.record import Record, SeriesPoint, spec_of
 from raybsa.results.rows import Row, rows_of, to_parquet, unknown_columns
 from raybsa.results.shared import SharedFolder
@@ -65,19 +66,25 @@ class _Read(NamedTuple, Generic[Row]):
 
 
 class Store:
-    """One folder of results. Making a Store touches nothing; ``create`` makes the folder and proves it writable.
+    """One folder of results. Making a Store changes nothing, but a cloud must answer within seconds; ``create`` makes
+    the folder and proves it writable.
 
     Args:
         root: a local path, or a URI of ``pyarrow.fs`` (``s3://bucket/results``, ``gs://…``, ``file:///…``).
         filesystem: an open ``pyarrow.fs.FileSystem`` on which ``root`` is a path; None finds it from ``root``.
+
+    Raises:
+        StoreError: ``root`` is neither, or its filesystem does not answer.
     """
 
     def __init__(self, root: str | os.PathLike[str], *, filesystem: fs.FileSystem | None = None) -> None:
-        self.root = os.fspath(root)
+        self.root = os.path.expanduser(os.fspath(root))
         try:
-            self._fs, self._path = (filesystem, self.root) if filesystem else _resolve(self.root)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            self._fs, self._path = (filesystem, self.root) if filesystem else filesystem_of(self.root)
+        except (ValueError, pa.ArrowNotImplementedError) as error:
             raise StoreError(f"results must be a local path or a pyarrow.fs URI, got {self.root!r}: {error}") from error
+        except OSError as error:
+            raise StoreError(f"results cannot be reached at {self.root!r}: {error}") from error
         self._local = isinstance(self._fs, fs.LocalFileSystem)
         self.problems: list[str] = []
 
@@ -111,7 +118,7 @@ class Store:
             store._put_deep(MARK, b"raybsa writes its results into this folder\n")
         except StoreError:
             raise
-        except OSError as error:
+        except (OSError, pa.ArrowException) as error:
             raise StoreError(f"results must go to a folder that can be written, got {store.root!r}: {error}") from error
         return store
 
@@ -370,12 +377,6 @@ class Store:
             return rows_of(row_type, table)
         except (pa.ArrowException, ValueError) as error:
             raise StoreError(f"a results file must hold rows of trials, got {path!r}: {_line(error)}") from error
-
-
-def _resolve(root: str) -> tuple[fs.FileSystem, str]:
-    if "://" not in root:
-        return fs.LocalFileSystem(), os.path.abspath(root)
-    return fs.FileSystem.from_uri(root)
 
 
 def _digest(data: bytes) -> bytes:

@@ -159,8 +159,8 @@ def _ours(call: AttentionCall, by: Served) -> Tensor:
     selection = by.source.select(call.q, call.k, call.attn_mask, call.segment_ids)
     layout, bias = selection.layout, selection.block_bias
     mask = call.attn_mask if selection.attn_mask is None else selection.attn_mask
-    call = replace(call, layout=layout, attn_mask=mask, block_bias=bias, return_lse=by.source.wants_lse)
-    return by.source.complete(selection, call, *run_call(call, by.backend))
+    call = replace(call, layout=layout, attn_mask=mask, block_bias=bias)
+    return by.source.complete(selection, call, run_call(call, by.backend)[0])
 
 
 def _dense(call: AttentionCall, mask: Tensor | None, is_causal: bool) -> Tensor:
