@@ -45,6 +45,10 @@ class Claims:
         self._tidy()
         self._alone_at, self._had_company, self._beaten = self._searches.stamp(), False, time.monotonic()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: they are this process's. Tune writes down what its callbacks hold, and no one reads that again."""
+        return {}
+
     def know(self, digests: Iterable[str]) -> None:
         """Questions that count as answered before this search began."""
         self._known.update(digests)

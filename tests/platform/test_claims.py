@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import socket
 import subprocess
 from dataclasses import replace
@@ -76,6 +77,7 @@ def test_a_search_that_was_not_told_to_go_on_asks_all_its_questions(store: Store
     first, second = claims_of(store), claims_of(store, yields=False)
     assert [claims.take(SPECS[0]) for claims in (first, second)] == [True, True]
     assert second.elsewhere() == 0
+    assert vars(pickle.loads(pickle.dumps(second))) == {}, "Tune may write down what its callbacks hold"
 
 
 @pytest.mark.parametrize("host", [socket.gethostname(), "another-host"])
