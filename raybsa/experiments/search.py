@@ -13,6 +13,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -27,12 +28,13 @@ from raybsa.experiments.history import Answered, history, values_of
 from raybsa.experiments.keeping import keep
 from raybsa.experiments.lock_watch import LockWatch
 from raybsa.experiments.patience import Patience
-from raybsa.experiments.previews import LOOKED, PREVIEW, Previews, preview_of
+from raybsa.experiments.previews import LOOKED, PREVIEW, Previews, preview_of, previewed
 from raybsa.experiments.questions import LATE, Questions
 from raybsa.experiments.recording import Run
 from raybsa.experiments.screen import Screen
 from raybsa.experiments.space import Config, SearchSpace
 from raybsa.experiments.strata import QUALITY, STEPS, StratifiedHalving
+from raybsa.results.claims import Claims
 from raybsa.results.pareto import Objective
 from raybsa.results.record import Outcome, Record, finite
 from raybsa.results.store import Store
@@ -147,13 +149,29 @@ def search(
     """
     await_resources(pool.share, max(pool.num_workers or 1, *space.world_sizes), pool.wait_s, say)
     os.environ.update(_TUNE_SETTINGS)
+    claims = Claims(store, lambda spec: space.config(previewed(spec)) is not None, yields=plan.resume, say=say)
+    with closing(claims):
+        return _search(space, store, run, pool, plan, claims, tell, say)
+
+
+def _search(
+    space: SearchSpace,
+    store: Store,
+    run: Run,
+    pool: Pool,
+    plan: Plan,
+    claims: Claims,
+    tell: Callable[[Record], None],
+    say: Say,
+) -> Found:
     earlier = history(space, store.read_records(), plan.previews > 0, store.pass_over) if plan.resume else []
+    claims.know(answered.record.spec_hash for answered in earlier)
     screen = Screen(plan.objectives)
     weights = _weights(space, store) if plan.previews else None
-    questions = make_questions(space, plan, earlier, screen, weights)
+    questions = make_questions(space, plan, earlier, screen, weights, claims)
     keeping = replace(pool, keep={space.spec({"family": DENSE}).digest: weights}) if weights else pool
     halving = _halving(space, plan, earlier, store)
-    recorder = _Recorder(space, store, run, (screen.learn, tell))
+    recorder = _Recorder(space, store, run, (screen.learn, tell, lambda record: claims.release(record.spec_hash)))
     rungs = halving.rungs if halving else []
     deadline = time.time() + plan.time_budget_s
     actor = tune.with_parameters(_TrialActor, space=space, pool=keeping, plan=plan, rungs=rungs, deadline=deadline)
@@ -184,6 +202,9 @@ def search(
             if not recorder.records:
                 raise
             ended = str(error)
+    if plan.resume and claims.elsewhere():
+        own = {record.trial_id for record in recorder.records}
+        earlier = [a for a in history(space, store.read_records()) if a.record.trial_id not in own]
     return Found(
         recorder.records,
         [answered.record for answered in earlier if PREVIEW not in answered.config],
@@ -214,9 +235,15 @@ def _weights(space: SearchSpace, store: Store) -> str:
 
 
 def make_questions(
-    space: SearchSpace, plan: Plan, earlier: Sequence[Answered], screen: Screen, weights: str | None = None
+    space: SearchSpace,
+    plan: Plan,
+    earlier: Sequence[Answered],
+    screen: Screen,
+    weights: str | None = None,
+    claims: Claims | None = None,
 ) -> Questions:
-    """What the plan asks, after ``earlier`` trials, which ``screen`` learns too; previews borrow from ``weights``."""
+    """What the plan asks, after ``earlier`` trials, which ``screen`` learns too; previews borrow from ``weights``;
+    ``claims`` keep what other searches ask from being asked again."""
     for answered in earlier:
         screen.learn(answered.record)
     return Questions(
@@ -228,6 +255,8 @@ def make_questions(
         screen=screen if plan.screening else lambda spec: None,
         deadline=time.monotonic() + plan.time_budget_s,
         previews=Previews(space, plan.objectives, weights, plan.previews, lambda: screen.model) if weights else None,
+        claim=claims.take if claims else lambda spec: True,
+        elsewhere=claims.elsewhere if claims else lambda: 0,
     )
 
 
