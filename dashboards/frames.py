@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from operator import attrgetter
 
 from dashboards.wording import pattern_label, trial_label
-from raybsa.results.record import Record, SeriesPoint
+from raybsa.results.record import Record, SeriesPoint, finite, not_finite, spec_of
 from raybsa.results.store import Store
 from raybsa.spec import TrialSpec, canonical_json
 
@@ -23,10 +22,11 @@ _asked = attrgetter(*(f.name for f in fields(TrialSpec) if f.name not in ("atten
 
 @dataclass(frozen=True)
 class Trial:
-    """A record and the question it answers."""
+    """A record and the question it answers; what it measured as ``not_finite`` is not in the record."""
 
     record: Record
     spec: TrialSpec
+    not_finite: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     @property
     def id(self) -> str:
@@ -77,10 +77,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything a report shows: trials, and the curves of each that has any, by its id."""
+    """Everything a report shows: trials, and the curves of each that has any, by its id; ``problems``: what could not
+    be read, and why."""
 
     trials: tuple[Trial, ...]
     series: Mapping[str, Sequence[SeriesPoint]]
+    problems: Sequence[str] = ()
 
     def points(self, trials: Iterable[Trial]) -> list[SeriesPoint]:
         """The curves of some trials, one after the other."""
@@ -97,10 +99,7 @@ class Results:
         return _groups(
             trial
             for trial in self.trials
-            if not trial.failed
-            and trial.spec.task != COMPRESSION
-            and trial.record.quality is not None
-            and math.isfinite(trial.record.quality)
+            if not trial.failed and trial.spec.task != COMPRESSION and trial.record.quality is not None
         )
 
     @property
@@ -156,28 +155,35 @@ def load(results: str) -> Results:
     """Reads a results folder (a path or a ``pyarrow.fs`` URI).
 
     Raises:
-        ValueError: nothing was measured there, or a record's spec is not a TrialSpec.
-        StoreError: the folder or a file in it cannot be read.
+        ValueError: nothing that can be read was measured there.
+        OSError: the folder cannot be read.
     """
     store = Store(results)
-    records = store.read_records()
-    if not records:
+    trials = list(_trials(store))
+    if not trials:
         search, benchmark = search_command(results), benchmark_command(results)
         raise ValueError(
             f"a report needs measured trials, found none under {results!r}: run `{search}` or `{benchmark}`"
         )
     series: dict[str, list[SeriesPoint]] = defaultdict(list)
     for point in store.read_series():
-        series[point.trial_id].append(point)
-    return Results(tuple(map(trial_of, records)), dict(series))
+        if math.isfinite(point.value):
+            series[point.trial_id].append(point)
+    return Results(tuple(trials), dict(series), tuple(store.problems))
 
 
 def trial_of(record: Record) -> Trial:
     """A record with its spec parsed; raises ValueError naming the trial where that fails."""
-    try:
-        return Trial(record, TrialSpec.from_dict(json.loads(record.spec)))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"the spec of trial {record.trial_id} cannot be read: {error}") from error
+    odd = not_finite(record)
+    return Trial(finite(record) if odd else record, spec_of(record), odd)
+
+
+def _trials(store: Store) -> Iterator[Trial]:
+    for record in store.read_records():
+        try:
+            yield trial_of(record)
+        except ValueError as error:
+            store.pass_over(record.trial_id, str(error))
 
 
 def search_command(results: str) -> str:

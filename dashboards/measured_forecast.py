@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from dashboards.forecast import forecast_page
 from dashboards.scalings import Scaling, measured_scalings
+from dashboards.written import write_page
 from raybsa.experiments.forecast import Compared, RingRow
 from raybsa.ring.hardware import Hardware
 
@@ -21,6 +22,5 @@ def measured_part(rows: Sequence[RingRow], hardware: Hardware, most: int) -> Par
 
 
 def write_forecast(path: str, compared: Sequence[Compared], parts: Sequence[Part]) -> None:
-    """Writes the page."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(forecast_page(compared, parts))
+    """Writes the page. Raises OSError where it cannot be written: there is somebody else's file."""
+    write_page(forecast_page(compared, parts), path)

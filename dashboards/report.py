@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import uuid
 from collections.abc import Sequence
+from os.path import expanduser
 
 from dashboards.frames import load
 from dashboards.markup import element, join
@@ -20,10 +20,13 @@ from dashboards.sections.quality import quality_section
 from dashboards.sections.recovery import recovery_section
 from dashboards.sections.ring import ring_section
 from dashboards.sections.speed import speed_section
+from dashboards.written import free_path, write_page
+from raybsa.printable import printable
 
 
 def write_report(results: str, out: str, *, own_patterns: bool = False) -> str:
-    """Draws a results folder as one HTML file and returns the file's absolute path. A crash leaves no torn file.
+    """Draws a results folder as one HTML file and returns the file's absolute path. A crash leaves no torn file, and no
+    file is replaced that is not such a page.
 
     Args:
         results: a path or ``pyarrow.fs`` URI, as ``raybsa.results.store`` reads it.
@@ -32,21 +35,16 @@ def write_report(results: str, out: str, *, own_patterns: bool = False) -> str:
             that somebody sent you.
 
     Raises:
-        ValueError: nothing was measured there, or a record's spec is not a TrialSpec.
-        OSError: the results cannot be read or the page cannot be written.
+        ValueError: nothing that can be read was measured there.
+        OSError: the results cannot be read, or the page cannot be written: there is somebody else's file.
     """
-    page = _page(results, own_patterns)
-    path = os.path.abspath(out)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(page)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-    return path
+    return write_page(_page(results, own_patterns), out)
+
+
+def write_own_report(folder: str) -> str:
+    """Draws a job's results into their local folder and returns the file's path: ``report.html``, or ``report-2.html``
+    (and so on) where somebody else's file lies there."""
+    return write_report(folder, free_path(os.path.join(folder, "report.html")), own_patterns=True)
 
 
 def _page(folder: str, own_patterns: bool) -> str:
@@ -70,11 +68,14 @@ def _page(folder: str, own_patterns: bool) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    printable(sys.stdout)
     parser = argparse.ArgumentParser(
         prog="python -m dashboards.report", description="Draw measured results as one page."
     )
     parser.add_argument("results", metavar="RESULTS", help="folder or pyarrow.fs URI that a job wrote")
-    parser.add_argument("--out", default="report.html", help="the page to write (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=expanduser, default="report.html", help="the page to write (default: %(default)s)"
+    )
     parser.add_argument("--own-patterns", action="store_true", help="import and draw patterns named as module:Class")
     options = parser.parse_args(arguments)
     try:

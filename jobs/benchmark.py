@@ -31,7 +31,16 @@ import torch
 from raybsa import patterns
 from raybsa.events import show
 from raybsa.experiments import peer_table
-from raybsa.experiments.options import at_least, backend, name_or_json, not_negative, positive, regex
+from raybsa.experiments.options import (
+    add_adopt,
+    at_least,
+    backend,
+    name_or_json,
+    not_negative,
+    positive,
+    regex,
+    seed,
+)
 from raybsa.experiments.peer_cells import cells, parts_of
 from raybsa.experiments.peer_rows import rows_of
 from raybsa.experiments.peer_suite import PeerSuite
@@ -63,7 +72,7 @@ def main() -> int:
     with refusing():
         specs = _specs(arguments)
         out = absolute("--out", arguments.out)
-        store = Store.create(out)
+        store = Store.create(out, adopt=arguments.adopt)
     if arguments.verbose:
         show()
     run = Run.start("benchmark", arguments.git_commit)
@@ -159,7 +168,7 @@ def _gpu(arguments: argparse.Namespace) -> int:
             raise ValueError(f"--only {arguments.only.pattern!r} finds none of {among}")
         asked = [cell for cell in parts_of(whole, *arguments.part) if arguments.only.search(cell.name)]
         out = absolute("--out", arguments.out)
-        store, run = Store.create(out), Run.start("benchmark", arguments.git_commit)
+        store, run = Store.create(out, adopt=arguments.adopt), Run.start("benchmark", arguments.git_commit)
         suite = PeerSuite(asked, store, run, peers=arguments.peers, time_budget_s=arguments.time_budget, **timing)
     print(f"{len(asked)} cells, results in {out}", flush=True)
     ended = None
@@ -181,7 +190,7 @@ def _scaling(arguments: argparse.Namespace) -> int:
     """The ring on 1, 2, 4 and 8 ranks of this host beside torch's rings. Needs Ray for the recovery alone."""
     with refusing():
         out = absolute("--out", arguments.out)
-        store = Store.create(out)
+        store = Store.create(out, adopt=arguments.adopt)
     limit_s = arguments.time_budget or LIMIT_S
     timing = {"repeats": arguments.repeats, "budget_s": arguments.budget}
     scaled = measure_scaling(
@@ -199,10 +208,11 @@ def _draw_forecast(scaled: Scaled, out: str) -> None:
         return
     try:
         from dashboards.measured_forecast import measured_part, write_forecast
+        from dashboards.written import free_path
     except ImportError as error:
         print(f"forecast: not drawn ({error})")
         return
-    path = os.path.join(out, "forecast.html")
+    path = free_path(os.path.join(out, "forecast.html"))
     write_forecast(path, scaled.compared, [measured_part(scaled.ring_rows, scaled.hardware, FORECAST_RANKS)])
     print(f"forecast: {path}")
 
@@ -212,11 +222,11 @@ def _report(out: str) -> None:
     if "://" in out:
         return
     try:
-        from dashboards.report import write_report
+        from dashboards.report import write_own_report
     except ImportError as error:
         print(f"report:  not drawn ({error})")
         return
-    print(f"report:  {write_report(out, os.path.join(out, 'report.html'), own_patterns=True)}")
+    print(f"report:  {write_own_report(out)}")
 
 
 def _specs(arguments: argparse.Namespace) -> list[TrialSpec]:
@@ -267,6 +277,7 @@ def _part(text: str) -> tuple[int, int]:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="results folder or pyarrow.fs URI; absolute in a submitted job")
+    add_adopt(parser)
     parser.add_argument(
         "--suite", choices=[*SUITES, GPU, SCALING], help="a named set of measurements, instead of the options below"
     )
@@ -287,7 +298,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--error-len", type=at_least(0), default=1024, help="tokens at which errors are measured; 0: nowhere"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument(
         "--repeats", type=at_least(1), default=20, help="timed calls of each side (5 where they are slow)"
     )

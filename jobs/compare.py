@@ -17,11 +17,12 @@ import torch
 
 from raybsa import patterns
 from raybsa.experiments.compare import answer, questions, summary, training_of
-from raybsa.experiments.options import at_least, json_object, name_or_json, share
+from raybsa.experiments.options import add_adopt, at_least, json_object, name_or_json, seed, share
 from raybsa.experiments.place import FAILED, absolute, ending, exit_on_sigterm, git_commit, refusing
 from raybsa.experiments.recording import Run
 from raybsa.results.store import Store
 from raybsa.spec import ADAPTIVE, DENSE, AttentionSpec, PatternSpec, TrialSpec
+from raybsa.tasks.byte_lm import about_its_text
 
 
 def main() -> int:
@@ -31,7 +32,7 @@ def main() -> int:
     with refusing(NotImplementedError):
         specs = _specs(arguments)
         training_of(specs[0], arguments.device)
-        store = Store.create(absolute("--out", arguments.out))
+        store = Store.create(absolute("--out", arguments.out), adopt=arguments.adopt)
     exit_on_sigterm()
     records = []
     for record in answer(specs, arguments.device, Run.start("compare", arguments.git_commit), store):
@@ -60,6 +61,8 @@ def _specs(arguments: argparse.Namespace) -> list[TrialSpec]:
         dtype=arguments.dtype,
         task_params=arguments.task_params,
     )
+    if base.task == "byte_lm":
+        base = about_its_text(base)
     asked = [_pattern(given, arguments) for given in arguments.pattern]
     return questions(base, asked, arguments.density, arguments.seeds, arguments.block_size)
 
@@ -92,6 +95,7 @@ def _arguments() -> argparse.Namespace:
         description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--out", required=True, help="results folder or pyarrow.fs URI; absolute in a submitted job")
+    add_adopt(parser)
     parser.add_argument("--task", default="byte_lm", help="byte_lm, recall or your own module:function")
     parser.add_argument(
         "--task-params", type=json_object, default='{"train_batch": 1, "eval_windows": 32}', help="JSON; text, batches"
@@ -104,7 +108,7 @@ def _arguments() -> argparse.Namespace:
         help="names or JSON specs",
     )
     parser.add_argument("--density", nargs="+", type=float, default=[0.05, 0.1])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=seed, default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=2400)

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from raybsa.experiments.compared import HEAD, compare, line_of
-from raybsa.experiments.options import at_least, regex
+from raybsa.experiments.options import add_adopt, at_least, regex
 from raybsa.experiments.place import FAILED, absolute, ending, git_commit, refusing
 from raybsa.experiments.recording import Run, record_of, write
 from raybsa.experiments.suites import COMPRESSION, compression
@@ -26,6 +26,7 @@ from raybsa.results.store import Store
 from raybsa.spec import TrialSpec, canonical_json
 from raybsa.tasks.compression import compression_params
 from raybsa.tasks.compression_ranks import measure_compression
+from raybsa.tasks.text import load_corpus
 
 
 def main() -> int:
@@ -33,7 +34,7 @@ def main() -> int:
     with refusing():
         specs = _specs(arguments)
         out = absolute("--out", arguments.out)
-        store = Store.create(out)
+        store = Store.create(out, adopt=arguments.adopt)
     run = Run.start("compression", git_commit(Path(__file__).parent))
     done = {record.spec_hash for record in store.read_records() if record.status == "ok"}
     asked = [spec for spec in specs if spec.digest not in done]
@@ -63,7 +64,8 @@ def _measured(spec: TrialSpec) -> tuple[Measurement | None, str | None]:
 
 
 def _specs(arguments: argparse.Namespace) -> Sequence[TrialSpec]:
-    base = replace(COMPRESSION, train_steps=arguments.steps)
+    content = {"text": load_corpus(COMPRESSION.task_params.get("text")).digest}
+    base = replace(COMPRESSION, train_steps=arguments.steps, content=content)
     specs = compression(base, seeds=arguments.seeds, world_size=arguments.world_size)
     found = [spec for spec in specs if arguments.only.search(_codec(spec))]
     if not found:
@@ -81,6 +83,7 @@ def _codec(spec: TrialSpec) -> str:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="results/compression", help="results folder or pyarrow.fs URI")
+    add_adopt(parser)
     parser.add_argument("--steps", type=int, default=COMPRESSION.train_steps)
     parser.add_argument("--seeds", type=at_least(1), default=3, help="trainings of each codec")
     parser.add_argument("--world-size", type=at_least(1), default=2, help="ranks, which share the 4 windows of a step")

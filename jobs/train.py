@@ -12,26 +12,35 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
+from os.path import expanduser
 from pathlib import Path
 
-import torch
 from ray.exceptions import RayError
 
 from raybsa import patterns
+from raybsa.cluster.checkpoint import folder_for
 from raybsa.cluster.journal import TrainingFailed
-from raybsa.cluster.member import MemberSettings
+from raybsa.cluster.member import MemberSettings, checkpoint_question
 from raybsa.cluster.resources import Share, TooFewResources
 from raybsa.cluster.trace import Trace
 from raybsa.cluster.training import TrainingCoordinator, require_ring
 from raybsa.experiments.launch import NoCluster, cluster, worker_share
-from raybsa.experiments.options import at_least, backend, name_or_json, not_negative, positive
+from raybsa.experiments.options import (
+    add_adopt,
+    at_least,
+    backend,
+    name_or_json,
+    not_negative,
+    positive,
+    seed,
+)
 from raybsa.experiments.place import BAD_INPUT, FAILED, absolute, ending, git_commit, refusing
 from raybsa.experiments.recording import Run
 from raybsa.experiments.trained import write_training
 from raybsa.gradients.catalog import build
 from raybsa.results.store import Store
 from raybsa.spec import ADAPTIVE, AttentionSpec, PatternSpec, TrialSpec
-from raybsa.tasks.byte_lm import ByteText
+from raybsa.tasks.byte_lm import about_its_text
 from raybsa.variants.distributed import DistributedConfig
 
 
@@ -40,10 +49,10 @@ def main() -> int:
     with refusing():
         Share(arguments.cpus, arguments.gpus or 0)
         spec, settings, out = _question(arguments)
-        ByteText(spec, torch.device("cpu"))
-        store = Store.create(out)
+        spec = about_its_text(spec)
+        store = Store.create(out, adopt=arguments.adopt)
     run = Run.start("train", arguments.git_commit or git_commit(Path(__file__).parent))
-    settings = replace(settings, labels=run.labels(0))
+    settings = replace(settings, labels=run.labels(0), checkpoints=_checkpoints(arguments, spec, settings, run))
     with cluster(arguments.address, verbose=arguments.verbose):
         share = worker_share(arguments.cpus, arguments.gpus)
         print(f"{arguments.world_size} ranks and {arguments.spares} spares of {share}, results in {out}", flush=True)
@@ -111,6 +120,12 @@ def _question(arguments: argparse.Namespace) -> tuple[TrialSpec, MemberSettings,
     return spec, settings, out
 
 
+def _checkpoints(arguments: argparse.Namespace, spec: TrialSpec, settings: MemberSettings, run: Run) -> str:
+    """Where this training's go: never over those of another."""
+    root, question = settings.checkpoints or "", checkpoint_question(spec, settings)
+    return folder_for(root, question, run.run_id, resume=arguments.resume)
+
+
 def _trace(arguments: argparse.Namespace, out: str) -> Trace | None:
     if arguments.profile is None:
         return None
@@ -124,6 +139,7 @@ def _arguments() -> argparse.Namespace:
         description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--out", default="results/train", help="results folder or URI")
+    add_adopt(parser)
     parser.add_argument("--address", help="Ray cluster; default: RAY_ADDRESS, else one of our own")
     parser.add_argument("--world-size", type=int, default=2, help="ranks that share a sequence")
     parser.add_argument("--spares", type=int, default=0, help="warm workers that wait for a loss")
@@ -160,8 +176,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--head-dim", type=int, default=32)
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16"))
-    parser.add_argument("--text", help="file or folder; default: the Python standard library's sources")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--text", type=expanduser, help="file or folder; default: the Python standard library's sources"
+    )
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--verbose", action="store_true", help="print each rank's events, a line of key=value each")
     parser.add_argument(
         "--profile",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import signal
 import sys
 from pathlib import Path
@@ -21,13 +22,13 @@ from raybsa.cluster.ring_coordinator import coordinator_of
 from raybsa.experiments.front import front_objectives
 from raybsa.experiments.keeping import keep
 from raybsa.experiments.launch import NoCluster, cluster, room_for, worker_share
-from raybsa.experiments.options import at_least, not_negative, positive
+from raybsa.experiments.options import add_adopt, at_least, not_negative, positive
 from raybsa.experiments.place import BAD_INPUT, FAILED, absolute, ending, git_commit, refusing
 from raybsa.experiments.progress import Progress
 from raybsa.experiments.recording import Run
 from raybsa.experiments.validation import Verdict, questions, verdicts
 from raybsa.results.pareto import Objective, named_objectives, pareto_front
-from raybsa.results.record import Record
+from raybsa.results.record import Record, spec_of
 from raybsa.results.store import Store
 
 
@@ -37,7 +38,7 @@ def main() -> int:
         Share(arguments.cpus_per_worker, arguments.gpus_per_worker or 0)
         points, objectives = _front(arguments)
         specs = questions(points, arguments.seeds, arguments.longer)
-        store = Store.create(absolute("--out", arguments.out))
+        store = Store.create(absolute("--out", arguments.out), adopt=arguments.adopt)
     run = Run.start("validate", arguments.git_commit)
     found: list[Record] = []
     with cluster(arguments.address, verbose=arguments.verbose):
@@ -55,16 +56,18 @@ def main() -> int:
     judged = verdicts(points, found, objectives)
     for verdict in judged:
         print(_line(verdict, objectives))
-    content = json.dumps([_data(verdict, objectives) for verdict in judged], indent=2)
+    content = json.dumps([_data(verdict, objectives) for verdict in judged], indent=2, allow_nan=False)
     held = sum(verdict.why_not is None for verdict in judged)
-    print(f"{held} of {len(judged)} points hold: {store.write_file('validation.json', content.encode())}")
+    print(
+        f"{held} of {len(judged)} points hold: {store.write_file(store.free_name('validation.json'), content.encode())}"
+    )
     return 0
 
 
 def _front(arguments: argparse.Namespace) -> tuple[list[Record], list[Objective]]:
     """The points to measure again and what they were measured by."""
     store = Store(absolute("RESULTS", arguments.results))
-    records = store.read_records()
+    records = _of_the_newest_content(store.read_asked())
     goal = next((record.quality_goal for record in records if record.quality_goal), None)
     texts = arguments.objectives.split(",") if arguments.objectives else front_objectives(store)
     objectives = named_objectives(texts, "max" if goal == "max" else "min" if goal else None)
@@ -74,6 +77,13 @@ def _front(arguments: argparse.Namespace) -> tuple[list[Record], list[Objective]
     if len({(record.task, record.seq_len, record.train_len, record.device_name) for record in front}) > 1:
         raise ValueError(f"the results of one search were wanted, got several questions under {arguments.results!r}")
     return front, objectives
+
+
+def _of_the_newest_content(records: list[Record]) -> list[Record]:
+    """The trials that were asked about the text, data and code of the last one that measured a quality."""
+    contents = [spec_of(record).content for record in records]
+    judged = [content for record, content in zip(records, contents, strict=True) if record.quality_goal]
+    return [r for r, content in zip(records, contents, strict=True) if not judged or content == judged[-1]]
 
 
 def _line(verdict: Verdict, objectives: list[Objective]) -> str:
@@ -97,17 +107,23 @@ def _data(verdict: Verdict, objectives: list[Objective]) -> dict[str, object]:
         "spec": json.loads(verdict.record.spec),
         "holds": verdict.why_not is None,
         "why_not": verdict.why_not,
-        **{key: dict(zip(names, values, strict=True)) for key, values in numbers.items()},
+        **{key: dict(zip(names, map(_finite, values), strict=True)) for key, values in numbers.items()},
     }
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no word for a number that is none."""
+    return value if math.isfinite(value) else None
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", metavar="RESULTS", help="folder or pyarrow.fs URI of a search")
     parser.add_argument("--out", required=True, help="folder for the new trials; absolute in a submitted job")
+    add_adopt(parser)
     parser.add_argument("--objectives", help="instead of those of the search")
-    parser.add_argument("--seeds", type=int, default=3, help="new trials a point (3)")
-    parser.add_argument("--longer", type=float, default=2.0, help="times the training steps of the search (2)")
+    parser.add_argument("--seeds", type=at_least(1), default=3, help="new trials a point (3)")
+    parser.add_argument("--longer", type=positive, default=2.0, help="times the training steps of the search (2)")
     parser.add_argument("--address", help="a running Ray cluster (RAY_ADDRESS, else one of our own)")
     parser.add_argument("--workers", type=at_least(1), help="trials at once")
     parser.add_argument("--cpus-per-worker", type=positive, default=1, help="whole ones, or a fraction of one (1)")

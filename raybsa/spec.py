@@ -72,6 +72,8 @@ class AttentionSpec:
         density: share of the allowed blocks to keep, in (0, 1]; None keeps what the rule gives by itself.
         block_size: tokens of a block, a power of two.
         backend: as in ``block_sparse_attention``.
+        content: digest of what the pattern only names, a user's own code or a file (content.py); empty where it names
+            nothing, or nobody looked.
 
     Raises:
         ValueError: a dense baseline with a pattern or density, another variant without a pattern, a density outside
@@ -83,6 +85,7 @@ class AttentionSpec:
     density: float | None = None
     block_size: int = 64
     backend: str = "auto"
+    content: str = ""
 
     def __post_init__(self) -> None:
         if self.variant == DENSE and (self.pattern is not None or self.density is not None):
@@ -100,7 +103,7 @@ class AttentionSpec:
     def to_dict(self) -> dict[str, Any]:
         data = asdict(self)
         data["pattern"] = None if self.pattern is None else self.pattern.to_dict()
-        return data
+        return data if self.content else _without(data, "content")
 
     @property
     def rule(self) -> PatternSpec:
@@ -114,7 +117,7 @@ class AttentionSpec:
         arguments = {key: value for key, value in attention.to_dict().items() if value is not None}
         if arguments["backend"] == "auto":
             del arguments["backend"]
-        return arguments | {"causal": causal}
+        return _without(arguments, "content") | {"causal": causal}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> AttentionSpec:
@@ -182,6 +185,8 @@ class TrialSpec:
         task_params: what only this task knows (``text``, ``distance``, …), JSON values. With ``weights``, a file,
             nothing is trained or timed: the quality is that of these weights (tasks/preview.py). In a task of
             ``OVER_RANKS`` with the variant ``"distributed"``, the fields of ``Ranks`` make it a ring's.
+        content: digests of what the question only names, by kind (``text``, ``file``, ``code``, ``data``): where they
+            differ it is another question. Empty where nobody looked.
         density_meaning: of the attentions' densities: 1 where the question was asked when they were a share of every
             row, so that its row can be read, and its answer is none to the same question now.
 
@@ -206,6 +211,7 @@ class TrialSpec:
     dtype: str = "float32"
     seed: int = 0
     task_params: Mapping[str, Any] = field(default_factory=dict)
+    content: Mapping[str, str] = field(default_factory=dict)
     density_meaning: int = DENSITY_MEANING
 
     def __post_init__(self) -> None:
@@ -244,9 +250,9 @@ class TrialSpec:
     def to_dict(self) -> dict[str, Any]:
         data = asdict(self)
         data["attention"] = [spec.to_dict() for spec in self.attention]
-        if self.density_meaning == 1 or all(spec.density is None for spec in self.attention):
-            del data["density_meaning"]  # as it was written before there was more than one
-        return data
+        data = data if self.content else _without(data, "content")
+        old = self.density_meaning == 1 or all(spec.density is None for spec in self.attention)
+        return _without(data, "density_meaning") if old else data  # as it was written before there was another
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TrialSpec:
@@ -301,6 +307,10 @@ def require_positive(name: str, value: object) -> None:
     """Raises ValueError for what is no whole number from 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def _without(data: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if key != name}
 
 
 def _known(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:

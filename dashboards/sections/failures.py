@@ -1,4 +1,4 @@
-"""Every trial that did not finish, with its error as it was recorded."""
+"""Every trial that did not finish, with its error as it was recorded; numbers that are none; what cannot be read."""
 
 from __future__ import annotations
 
@@ -11,11 +11,22 @@ _HEAD = [Column("trial"), Column("when"), Column("task"), Column("pattern", "tex
 
 
 def failures_section(results: Results) -> Markup:
-    rows = [_row(trial) for trial in results.failures]
-    return section("failures", "Failed trials", table(_HEAD, rows) if rows else element("p", "None."))
+    failed = [_row(trial, _error(trial)) for trial in results.failures]
+    odd = [_row(trial, _not_finite(trial)) for trial in results.trials if trial.not_finite]
+    unread = [element("p", f"Not readable: {problem}") for problem in results.problems]
+    shown = table(_HEAD, failed + odd) if failed + odd else None if unread else element("p", "None.")
+    return section("failures", "Failed trials", shown, *unread)
 
 
-def _row(trial: Trial) -> list[Markup | str]:
+def _row(trial: Trial, words: str) -> list[Markup | str]:
     record = trial.record
-    error = element("pre", record.error or f"status {record.status!r}, no error recorded")
-    return [trial.id, moment(record.created_at or "–"), record.task, trial.label, error]
+    return [trial.id, moment(record.created_at or "–"), record.task, trial.label, element("pre", words)]
+
+
+def _error(trial: Trial) -> str:
+    return trial.record.error or f"status {trial.record.status!r}, no error recorded"
+
+
+def _not_finite(trial: Trial) -> str:
+    """What was measured and is in no figure and on no front."""
+    return ", ".join(f"{name} is {value}" for name, value in trial.not_finite.items())

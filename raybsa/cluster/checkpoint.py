@@ -42,6 +42,25 @@ class Checkpoint:
     run: str = ""
 
 
+def folder_for(root: str, question: str, run: str, *, resume: bool, say: Callable[[str], None] = print) -> str:
+    """Where a training writes its checkpoints, so that those of another stay: ``root`` where there is nothing yet, else
+    a folder of the run's own in it. One that resumes goes on in the folder that has the newest of its question.
+
+    Args:
+        run: the folder's name.
+    """
+    top = CheckpointFolder(root)
+    if resume:
+        found = {folder: CheckpointFolder(folder).latest(question, say) for folder in top.folders()}
+        steps = {folder: checkpoint.step for folder, checkpoint in found.items() if checkpoint}
+        if steps:
+            return max(steps, key=lambda folder: steps[folder])
+    if not top.exists:
+        return root
+    say(f"checkpoints go to {root}/{run}: those of another training in {root} stay as they are")
+    return f"{root}/{run}"
+
+
 class CheckpointFolder:
     """The checkpoints of one training; the last ``keep`` of them stay.
 
@@ -60,7 +79,7 @@ class CheckpointFolder:
             raise ValueError(
                 f"checkpoints must go to a local path or a pyarrow.fs URI, got {root!r}: {error}"
             ) from error
-        self._keep = keep
+        self._root, self._keep = root.rstrip("/"), keep
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Writes a checkpoint; of it and those of earlier steps, drops the oldest beyond ``keep``.
@@ -107,6 +126,16 @@ class CheckpointFolder:
             else:
                 return checkpoint
         return None
+
+    def folders(self) -> list[str]:
+        """This folder and those in it, as paths or URIs: each may hold the checkpoints of one training."""
+        entries = self._fs.get_file_info(fs.FileSelector(self._path, allow_not_found=True))
+        names = sorted(entry.base_name for entry in entries if entry.type == fs.FileType.Directory)
+        return [self._root, *(f"{self._root}/{name}" for name in names if not name.startswith("."))]
+
+    @property
+    def exists(self) -> bool:
+        return self._fs.get_file_info(self._path).type != fs.FileType.NotFound
 
     def _read(self, name: str) -> Checkpoint:
         with self._fs.open_input_file(name) as stream:

@@ -107,6 +107,11 @@ class Progress:
     overlap: Overlap = field(default_factory=Overlap)
 
 
+def checkpoint_question(spec: TrialSpec, settings: MemberSettings) -> str:
+    """What must agree for the same weights, up to rounding: not the number of ranks."""
+    return stable_hash([spec.to_dict(), dict(settings.codec), settings.warmup_steps])
+
+
 class Member:
     """One rank. ``status`` and ``cancel`` may be called from another thread while the others run.
 
@@ -260,8 +265,7 @@ class Member:
     @property
     def _question(self) -> str:
         """What must agree for the same weights, up to rounding: not the number of ranks."""
-        settings = self._settings
-        return stable_hash([self._training.spec.to_dict(), dict(settings.codec), settings.warmup_steps])
+        return checkpoint_question(self._training.spec, self._settings)
 
     def _progress(self) -> Progress:
         training = self._training

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from pathlib import Path
 import torch
 from pyarrow import fs
 from torch.profiler import ProfilerActivity, profile
+
+from raybsa.scratch import scratch
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Trace:
         local = "://" not in self.folder
         filesystem, path = fs.FileSystem.from_uri(os.path.abspath(self.folder) if local else self.folder)
         filesystem.create_dir(path, recursive=True)
-        with tempfile.TemporaryDirectory(prefix="raybsa-trace-") as scratch:
-            made = Path(scratch) / name
+        with scratch("trace") as folder:
+            made = Path(folder) / name
             traced.export_chrome_trace(str(made))
             with filesystem.open_output_stream(f"{path}/{name}") as stream:
                 stream.write(made.read_bytes())

@@ -20,6 +20,7 @@ from raybsa.experiments.peer_cells import Cell, cells
 from raybsa.experiments.peer_rows import Row, rows_of
 from raybsa.kernels.auto import skews
 from raybsa.kernels.auto_table import OWN, PATH, PEERS, Measured, parse, text_of
+from raybsa.printable import printable
 from raybsa.results.record import Record
 from raybsa.results.store import Store
 from raybsa.spec import TrialSpec
@@ -87,6 +88,7 @@ def _skews(spec: TrialSpec) -> tuple[float, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    printable(sys.stdout)
     parser = argparse.ArgumentParser(
         prog="python -m raybsa.experiments.auto_table",
         description="Make the measured table behind backend='auto' from rows of the gpu suite.",
@@ -95,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=PATH, help="the table to renew (default: the package's own)")
     options = parser.parse_args(arguments)
     try:
-        new = table_rows(Store(options.results).read_records(), cells())
+        new = table_rows(Store(options.results).read_asked(), cells())
         old = parse(options.out.read_text("utf-8")) if options.out.exists() else ()
         options.out.write_text(text_of(renewed(old, new)), "utf-8")
     except (ValueError, OSError) as error:

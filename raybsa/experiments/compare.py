@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -11,7 +10,7 @@ from statistics import fmean
 import torch
 
 from raybsa.experiments.recording import Run, record_of, write
-from raybsa.results.record import Measurement, Outcome, Record
+from raybsa.results.record import Measurement, Outcome, Record, spec_of
 from raybsa.results.store import Store
 from raybsa.spec import ADAPTIVE, DENSE, AttentionSpec, PatternSpec, TrialSpec
 from raybsa.tasks.attention import layer_density
@@ -98,7 +97,7 @@ def summary(records: Sequence[Record]) -> list[str]:
 
 def _label(record: Record) -> str:
     """The pattern's name; of a learned one also its options."""
-    pattern = TrialSpec.from_dict(json.loads(record.spec)).layer(0).pattern
+    pattern = spec_of(record).layer(0).pattern
     if pattern is None or pattern.name != ADAPTIVE:
         return record.pattern
     return " ".join([ADAPTIVE, *(f"{name}={value}" for name, value in sorted(pattern.params.items()))])

@@ -8,7 +8,6 @@ A ring's step follows from its plans (``ring_costs.py``), over a link that is fi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,7 +17,7 @@ import numpy as np
 
 from raybsa.experiments.forecast import messages_of, sizes_of
 from raybsa.experiments.ring_costs import Seconds, memory_share, overhead, step_seconds, wire_bytes
-from raybsa.results.record import Measurement, Record, SeriesPoint
+from raybsa.results.record import Measurement, Record, SeriesPoint, finite, spec_of
 from raybsa.ring.cost import compute_seconds
 from raybsa.ring.fitting import Timed, fit
 from raybsa.ring.hardware import Hardware, Pass
@@ -53,13 +52,13 @@ class CostModel:
     def learned(cls, records: Iterable[Record], series: Iterable[SeriesPoint] = ()) -> CostModel | None:
         """From measured trials of one device (the last one's), and the messages in their rings' ``series``; None where
         there are too few."""
-        records = list(records)
+        records = list(map(finite, records))
         rows = [r for r in records if r.forward_ms_p50 and r.forward_backward_ms_p50 and r.variant == "base"]
         rows = [r for r in rows if (r.device_name, r.num_threads) == (rows[-1].device_name, rows[-1].num_threads)]
         rows = rows[-_MOST:]
         if len(rows) < ENOUGH:
             return None
-        asked = [TrialSpec.from_dict(json.loads(row.spec)) for row in rows]
+        asked = [spec_of(row) for row in rows]
         here = {record.trial_id: record for record in records if record.device_name == rows[-1].device_name}
         hardware = fit(
             rows[-1].device_name,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from raybsa.experiments.drill_ring import Ring
 from raybsa.experiments.recording import Run
 from raybsa.experiments.trained import write_training
 from raybsa.results.store import Store
+from raybsa.scratch import scratch
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Drill:
     def in_peace(self, steps: int) -> TrainingResult:
         """The undisturbed training, made once."""
         if steps not in self._peace:
-            with tempfile.TemporaryDirectory(prefix="raybsa-drill-") as folder:
+            with scratch("drill") as folder:
                 self._peace[steps] = self.train(steps, self._settings(folder))
         return self._peace[steps]
 
@@ -73,7 +73,7 @@ class Drill:
         """Injects the faults into one run; what became of each."""
         steps, plan = steps_for(pairs), plan_of(pairs, self._ring.world_size, self._random)
         wanted = self.in_peace(steps)
-        with tempfile.TemporaryDirectory(prefix="raybsa-drill-") as folder:
+        with scratch("drill") as folder:
             settings = self._settings(folder)
             if pairs[0][0] is FaultKind.DRIVER:
                 begun, result = kill_and_resume(self._ring, steps, settings, plan)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -13,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from raybsa import patterns
-from raybsa.results.record import Record, SeriesPoint
+from raybsa.results.record import Record, SeriesPoint, spec_of
 from raybsa.ring.cost import Prediction, Sizes, predict
 from raybsa.ring.estimate import estimate
 from raybsa.ring.fitting import Timed, fit
@@ -30,7 +29,7 @@ class RingRow:
 
     def __init__(self, record: Record) -> None:
         self.record = record
-        self.spec = TrialSpec.from_dict(json.loads(record.spec))
+        self.spec = spec_of(record)
 
     @property
     def attention(self) -> AttentionSpec:

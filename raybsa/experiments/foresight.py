@@ -10,7 +10,6 @@ taken away (a parabola over its logarithm), for it is the choice among equally d
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from raybsa.experiments.previews import previewed
-from raybsa.results.record import Record, SeriesPoint
+from raybsa.printable import printable
+from raybsa.results.record import Record, SeriesPoint, spec_of
 from raybsa.results.store import Store
 from raybsa.spec import TrialSpec
 
@@ -80,7 +80,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def _spec(record: Record) -> TrialSpec:
-    return TrialSpec.from_dict(json.loads(record.spec))
+    return spec_of(record)
 
 
 def _question(record: Record) -> str:
@@ -88,12 +88,13 @@ def _question(record: Record) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    printable(sys.stdout)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "results", metavar="RESULTS", nargs="+", help="folders or pyarrow.fs URIs of searches of one seed"
     )
     stores = [Store(folder) for folder in parser.parse_args(arguments).results]
-    records = [record for store in stores for record in store.read_records()]
+    records = [record for store in stores for record in store.read_asked()]
     series = [point for store in stores for point in store.read_series()]
     for line in table(records, series):
         print(line)

@@ -2,31 +2,60 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from raybsa.results.pareto import Objective, pareto_front
-from raybsa.results.record import Measured, Record
+from raybsa.results.record import Measured, Record, finite, not_finite, spec_of
 from raybsa.results.store import Store
 from raybsa.spec import TrialSpec
 
 FOLDER = "front"
+_BEST = re.compile(rf"{FOLDER}(-\d+)?/\d+/best\.json")
 
 
 def write_front(store: Store, records: Sequence[Record], objectives: Sequence[Objective]) -> list[str]:
     """Writes ``front/<rank>/best.json`` for every point of the front (the best by the first objective is 01), in place
-    of those of an earlier front, and returns their paths."""
+    of those of an earlier front, and returns their paths. Where somebody else's files, or one that was changed, lie in
+    the way, the front goes to ``front-2``, and so on."""
     front = pareto_front(records, objectives)
-    names = [f"{FOLDER}/{rank:02d}/best.json" for rank in range(1, len(front) + 1)]
-    store.delete_folder(FOLDER)
+    for earlier in _best_files(store):
+        store.delete_made(earlier.rpartition("/")[0])
+    names = _names(store, len(front))
     paths = []
     for name, record in zip(names, front, strict=True):
         content = best(record, objectives, f"{store.root.rstrip('/')}/{name}")
-        paths.append(store.write_file(name, json.dumps(content, indent=2).encode()))
+        paths.append(store.write_file(name, json.dumps(content, indent=2, allow_nan=False).encode()))
     return paths
+
+
+def left_out(records: Sequence[Record], objectives: Sequence[Objective]) -> list[str]:
+    """A line for each finished trial that is on no front because an objective of it is infinite or not a number."""
+    columns = {objective.column for objective in objectives}
+    found = ((record, not_finite(record)) for record in records if record.status == "ok")
+    odd = ((record, {name: value for name, value in values.items() if name in columns}) for record, values in found)
+    return [
+        f"on no front: {record.trial_id} ({record.pattern}), {', '.join(f'{n} is {v}' for n, v in values.items())}"
+        for record, values in odd
+        if values
+    ]
+
+
+def _names(store: Store, count: int) -> list[str]:
+    """Where so many points may be written."""
+    folders = itertools.chain([FOLDER], (f"{FOLDER}-{number}" for number in itertools.count(2)))
+    choices = ([f"{folder}/{rank:02d}/best.json" for rank in range(1, count + 1)] for folder in folders)
+    return next(names for names in choices if all(map(store.is_free, names)))
+
+
+def _best_files(store: Store) -> list[str]:
+    """What was written of the present front, in order."""
+    return [name for name in store.made("") if _BEST.fullmatch(name)]
 
 
 def best(record: Record, objectives: Sequence[Objective], path: str) -> dict[str, Any]:
@@ -35,7 +64,7 @@ def best(record: Record, objectives: Sequence[Objective], path: str) -> dict[str
     ``attention`` holds the arguments of ``create_block_sparse_attention``, where layers differ a list of them, one a
     layer; ``layers`` is always such a list.
     """
-    spec = TrialSpec.from_dict(json.loads(record.spec))
+    spec, measured = spec_of(record), asdict(finite(record))
     layers = [spec.factory_arguments(index) for index in range(spec.num_layers)]
     command = ["python", "jobs/search.py", "--again", path, "--out", "results/again"]
     return {
@@ -44,7 +73,7 @@ def best(record: Record, objectives: Sequence[Objective], path: str) -> dict[str
         "spec": spec.to_dict(),
         "spec_hash": record.spec_hash,
         "objectives": {str(objective): objective.value(record) for objective in objectives},
-        "metrics": {name: getattr(record, name) for name in asdict(Measured()) if getattr(record, name) is not None},
+        "metrics": {name: measured[name] for name in asdict(Measured()) if measured[name] is not None},
         "trial_id": record.trial_id,
         "git_commit": record.git_commit,
         "command": shlex.join(command),
@@ -70,7 +99,7 @@ def front_objectives(store: Store) -> list[str]:
     Raises:
         ValueError: there is no front in it.
     """
-    name = f"{FOLDER}/01/best.json"
+    name = next(iter(_best_files(store)), f"{FOLDER}/01/best.json")
     try:
         return list(_parsed(store.read_file(name), name).objectives)
     except FileNotFoundError as error:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
+from raybsa.content import asked_now
 from raybsa.experiments.previews import PREVIEW, previewed
 from raybsa.experiments.space import Config, SearchSpace
 from raybsa.results.pareto import Objective
-from raybsa.results.record import Measured, Record
-from raybsa.spec import TrialSpec
+from raybsa.results.record import Measured, Record, spec_of
+from raybsa.spec import AttentionSpec, TrialSpec
 
 
 class Answered(NamedTuple):
@@ -22,17 +23,27 @@ class Answered(NamedTuple):
     record: Record
 
 
-def history(space: SearchSpace, records: Iterable[Record], previews: bool = False) -> list[Answered]:
+def history(
+    space: SearchSpace,
+    records: Iterable[Record],
+    previews: bool = False,
+    pass_over: Callable[[str, str], None] = lambda trial_id, reason: None,
+) -> list[Answered]:
     """The records that answer a question of ``space``, each question once (the last answer), in order.
 
     Args:
         previews: their previews too, whose configurations name the weights.
+        pass_over: told the trial and the reason where a row's question cannot be read.
     """
     found: dict[str, Answered] = {}
     for record in records:
         if record.task != space.base.task or record.seq_len != space.base.seq_len:
             continue
-        spec = TrialSpec.from_dict(json.loads(record.spec))
+        try:
+            spec = spec_of(record)
+        except ValueError as error:
+            pass_over(record.trial_id, str(error))
+            continue
         if spec.weights is not None and not previews:
             continue
         config = space.config(previewed(spec))
@@ -40,6 +51,27 @@ def history(space: SearchSpace, records: Iterable[Record], previews: bool = Fals
             of = {} if spec.weights is None else {PREVIEW: spec.weights}
             found[record.spec_hash] = Answered(config | of, previewed(spec), record)
     return list(found.values())
+
+
+def asked_otherwise(space: SearchSpace, records: Iterable[Record]) -> int:
+    """How many records answer a question of this search but for its content: they were asked with another text, data or
+    own code, or before a question carried their digests."""
+    return sum(_is_other_content(space, record) for record in records)
+
+
+def _is_other_content(space: SearchSpace, record: Record) -> bool:
+    if record.task != space.base.task or record.seq_len != space.base.seq_len:
+        return False
+    try:
+        spec = previewed(spec_of(record))
+    except ValueError:
+        return False
+    now = replace(spec, content=space.base.content, attention=tuple(map(_now, spec.attention)))
+    return now != spec and space.config(now) is not None
+
+
+def _now(attention: AttentionSpec) -> AttentionSpec:
+    return asked_now(replace(attention, content=""))
 
 
 def values_of(measured: Measured | None, objectives: Sequence[Objective]) -> list[float]:

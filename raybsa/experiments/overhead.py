@@ -6,7 +6,6 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from raybsa.cluster.resources import Share
 from raybsa.cluster.training import TrainingCoordinator
+from raybsa.scratch import scratch
 from raybsa.spec import TrialSpec
 
 WARMUP = 3  # steps at the start that are not counted
@@ -70,7 +70,7 @@ def run_coordinated(spec: TrialSpec, world_size: int) -> Run:
 
 
 def run_plain(spec: TrialSpec, world_size: int) -> Run:
-    with tempfile.TemporaryDirectory(prefix="raybsa-overhead-") as folder:
+    with scratch("overhead") as folder:
         question, answer = Path(folder, "question.json"), Path(folder, "answer.json")
         question.write_text(json.dumps(spec.to_dict()))
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]

@@ -17,7 +17,7 @@ from raybsa.experiments.costs import CostModel
 from raybsa.experiments.space import Config, SearchSpace
 from raybsa.results.hypervolume import Point, hypervolume
 from raybsa.results.pareto import Objective
-from raybsa.results.record import Measured, Measurement
+from raybsa.results.record import Measured, Measurement, finite
 from raybsa.spec import ADAPTIVE, DENSE, WEIGHTS, TrialSpec
 
 PREVIEW = "preview"  # in a configuration: the file of weights
@@ -71,7 +71,7 @@ class Previews:
     def learn(self, config: Config, measured: Measured) -> list[float] | None:
         """Takes a finished preview, or the trained baseline, which is its own; returns the objectives' values that it
         stands for, None where one of them cannot be said yet."""
-        spec = self._space.spec(config)
+        spec, measured = self._space.spec(config), finite(measured)
         if measured.quality is None or measured.density is None:
             return None
         seen = _Seen(config, spec, measured.quality, measured.density, trained=config["family"] == DENSE)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from raybsa.cluster.member import MemberSettings
 from raybsa.comm import Communicator
 from raybsa.experiments.drill_plan import question
 from raybsa.experiments.drill_ring import Ring
+from raybsa.scratch import scratch
 from raybsa.spec import TrialSpec
 from raybsa.tasks.sharded import ShardedTraining
 
@@ -59,7 +59,7 @@ def rounds(world_size: int, count: int, text: str | None = None) -> Iterator[tup
 
 def under_coordinator(world_size: int, spares: int, text: str | None = None) -> Killed:
     fault = Fault(FaultKind.SIGKILL, FaultPlace.BEFORE_FORWARD, VICTIM, KILLED_AT)
-    with tempfile.TemporaryDirectory(prefix="raybsa-rival-") as folder:
+    with scratch("rival") as folder:
         settings = MemberSettings(checkpoints=f"{folder}/checkpoints", checkpoint_every=CHECKPOINT_EVERY, marks=folder)
         ring = Ring(world_size, spares, text=text)
         with ring.coordinator(STEPS, settings, [(fault,)]) as coordinator:
@@ -74,7 +74,7 @@ def under_ray_train(world_size: int, text: str | None = None) -> Killed:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    with tempfile.TemporaryDirectory(prefix="raybsa-rival-") as folder:
+    with scratch("rival") as folder:
         trainer = TorchTrainer(
             _loop,
             train_loop_config={"spec": question(STEPS, text).to_dict(), "folder": folder},
@@ -133,6 +133,6 @@ def _report(training: ShardedTraining, rank: int) -> None:
     if rank:
         train.report({"step": training.step})
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch("rival") as folder:
         torch.save((training.step, training.state()), Path(folder, "state.pt"))
         train.report({"step": training.step}, checkpoint=train.Checkpoint.from_directory(folder))

@@ -6,7 +6,6 @@ Python) is the median of what the search's own rings took beyond it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
@@ -17,7 +16,7 @@ import torch
 from raybsa.experiments.forecast import sizes_of
 from raybsa.gradients.catalog import build
 from raybsa.gradients.codec import wide
-from raybsa.results.record import Record
+from raybsa.results.record import Record, spec_of
 from raybsa.ring.attention import payload_like
 from raybsa.ring.cost import Prediction, predict
 from raybsa.ring.hardware import Hardware
@@ -38,7 +37,7 @@ def overhead(records: Iterable[Record], hardware: Hardware) -> Seconds:
     """What a step of these rings took beyond the formula, medians; nothing without rings."""
     beyond = []
     for record in records:
-        spec = TrialSpec.from_dict(json.loads(record.spec))
+        spec = spec_of(record)
         if spec.ranks.world_size > 1 and record.forward_ms_p50 and record.forward_backward_ms_p50:
             forward, both = step_seconds(spec, hardware)
             beyond.append((record.forward_ms_p50 / 1e3 - forward, record.forward_backward_ms_p50 / 1e3 - both))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable
 
@@ -11,8 +10,7 @@ import torch
 from raybsa.experiments.forecast import sizes_of
 from raybsa.experiments.scaling_cells import Cell, Sizes, longest_cell
 from raybsa.experiments.scaling_suite import ScalingSuite
-from raybsa.results.record import Record
-from raybsa.spec import TrialSpec
+from raybsa.results.record import Record, spec_of
 from raybsa.tasks.peers import Refused
 from raybsa.tasks.ring import RING
 
@@ -53,7 +51,7 @@ def bytes_a_token(record: Record) -> float:
     """Of one rank, in a step of a ring whose memory was measured: what q, k and v hold, and what it needed beyond."""
     assert record.peak_bytes is not None
     assert record.world_size is not None
-    sizes = sizes_of(TrialSpec.from_dict(json.loads(record.spec)))
+    sizes = sizes_of(spec_of(record))
     held = sizes.batch * (sizes.num_heads + 2 * sizes.num_kv_heads) * sizes.head_dim * sizes.itemsize
     return held + record.peak_bytes * record.world_size / record.seq_len
 

@@ -7,12 +7,11 @@ quality and the hopeful costs at once, or a bound cannot be met, the training wo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from raybsa.experiments.costs import CostModel
 from raybsa.results.pareto import Objective
-from raybsa.results.record import Record
+from raybsa.results.record import Record, finite, spec_of
 from raybsa.spec import AttentionSpec, TrialSpec
 
 DOMINATED = "predicted to be beaten by a wide margin"
@@ -37,7 +36,7 @@ class Screen:
     def learn(self, record: Record) -> None:
         """Takes a finished trial into account."""
         if record.status in ("ok", "pruned"):
-            self._records.append(record)
+            self._records.append(finite(record))
             self._stale = True
 
     @property
@@ -100,7 +99,7 @@ def _is_denser(record: Record, spec: TrialSpec) -> bool:
     gradients lost nothing on their way that those of ``spec`` would not."""
     if record.pattern == "dense":
         return True
-    answered = TrialSpec.from_dict(json.loads(record.spec))
+    answered = spec_of(record)
     if answered.ranks.codec["name"] != "none" and answered.ranks.codec != spec.ranks.codec:
         return False
     same = len(answered.attention) == len(spec.attention)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from raybsa.cluster.ring_coordinator import coordinator_of
 from raybsa.experiments.algorithms import ALGORITHMS
 from raybsa.experiments.history import Answered, history, values_of
 from raybsa.experiments.keeping import keep
+from raybsa.experiments.lock_watch import LockWatch
 from raybsa.experiments.patience import Patience
 from raybsa.experiments.previews import LOOKED, PREVIEW, Previews, preview_of
 from raybsa.experiments.questions import LATE, Questions
@@ -34,8 +34,9 @@ from raybsa.experiments.screen import Screen
 from raybsa.experiments.space import Config, SearchSpace
 from raybsa.experiments.strata import QUALITY, STEPS, StratifiedHalving
 from raybsa.results.pareto import Objective
-from raybsa.results.record import Outcome, Record
+from raybsa.results.record import Outcome, Record, finite
 from raybsa.results.store import Store
+from raybsa.scratch import scratch
 from raybsa.spec import DENSE, UNTRAINED, TrialSpec
 from raybsa.tasks.goals import QUALITIES
 
@@ -146,7 +147,7 @@ def search(
     """
     await_resources(pool.share, max(pool.num_workers or 1, *space.world_sizes), pool.wait_s, say)
     os.environ.update(_TUNE_SETTINGS)
-    earlier = history(space, store.read_records(), plan.previews > 0) if plan.resume else []
+    earlier = history(space, store.read_records(), plan.previews > 0, store.pass_over) if plan.resume else []
     screen = Screen(plan.objectives)
     weights = _weights(space, store) if plan.previews else None
     questions = make_questions(space, plan, earlier, screen, weights)
@@ -158,7 +159,7 @@ def search(
     actor = tune.with_parameters(_TrialActor, space=space, pool=keeping, plan=plan, rungs=rungs, deadline=deadline)
     ranks = partial(ranks_of, space)
     patience, ended = Patience(pool.share, ranks, pool.wait_s, say), ""
-    with tempfile.TemporaryDirectory(prefix="raybsa-tune-") as scratch:
+    with scratch("tune") as folder:
         tuner = tune.Tuner(
             tune.with_resources(actor, partial(_bundles, pool.share, ranks)),
             tune_config=tune.TuneConfig(
@@ -170,8 +171,8 @@ def search(
             ),
             run_config=tune.RunConfig(
                 name=run.run_id,
-                storage_path=scratch,
-                callbacks=[recorder, patience],
+                storage_path=folder,
+                callbacks=[recorder, patience, LockWatch(say)],
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 failure_config=tune.FailureConfig(max_failures=_LOST_ACTORS),
                 verbose=0,
@@ -291,6 +292,7 @@ class _TrialActor(tune.Trainable):
         found: dict[str, float | int] = dict(
             zip([o.name for o in objectives], values_of(measured, objectives), strict=True)
         )
+        measured = measured and finite(measured)
         if measured and measured.quality is not None and measured.trained_steps is not None:
             found |= {QUALITY: measured.quality, STEPS: measured.trained_steps}
         return found

@@ -6,13 +6,13 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raybsa.experiments.hosts import LINK, TwoHosts, two_hosts
+from raybsa.scratch import scratch
 from raybsa.spec import TrialSpec
 
 _LIMIT_S = 600.0
@@ -43,7 +43,7 @@ def over_links(specs: Sequence[TrialSpec], megabits: Sequence[int]) -> Iterator[
 
 
 def _train(hosts: TwoHosts, megabits: int, spec: TrialSpec) -> OverLink:
-    with tempfile.TemporaryDirectory(prefix="raybsa-link-") as folder:
+    with scratch("link") as folder:
         question, answer = Path(folder, "question.json"), Path(folder, "answer.json")
         question.write_text(json.dumps(spec.to_dict()))
         ranks = [_start(hosts, rank, folder, question, answer) for rank in range(2)]

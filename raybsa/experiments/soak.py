@@ -15,6 +15,7 @@ from raybsa.experiments.census import Census, resident_mib
 from raybsa.experiments.drill import Survived, survived
 from raybsa.experiments.drill_plan import EVERY, soak_plan
 from raybsa.experiments.drill_ring import Ring
+from raybsa.scratch import scratch
 
 _GROWTH_MIB = 48.0  # what counts as flat: allocators keep some
 _SETTLE_S = 30.0
@@ -50,7 +51,7 @@ def soak(ring: Ring, count: int, seed: int, tell: Callable[[int, int, float], No
     with ring.coordinator(steps, MemberSettings()) as coordinator:
         wanted = coordinator.run(evaluate=False).digest
     before, begin, memory = _census_at_rest(), time.monotonic(), [resident_mib()]
-    with tempfile.TemporaryDirectory(prefix="raybsa-soak-") as folder:
+    with scratch("soak") as folder:
         marks = os.path.join(folder, "marks")
         os.mkdir(marks)
         settings = MemberSettings(checkpoints=f"{folder}/checkpoints", checkpoint_every=EVERY, marks=marks)
@@ -86,7 +87,7 @@ def _left(before: Census) -> dict[str, list[str]]:
 def own_temporary_folder() -> Iterator[None]:
     """This process and those that it starts have a folder for temporary files of their own meanwhile."""
     before = os.environ.get("TMPDIR")
-    with tempfile.TemporaryDirectory(prefix="raybsa-soak-") as folder:
+    with scratch("soak") as folder:
         os.environ["TMPDIR"], tempfile.tempdir = folder, None
         try:
             yield

@@ -78,7 +78,7 @@ class StratifiedHalving(FIFOScheduler):
         for answered in earlier:
             record = answered.record
             trial = SimpleNamespace(trial_id=record.trial_id, config=answered.config)
-            points = [point for point in reached[record.trial_id] if point.name == record.quality_name]
+            points = [p for p in reached[record.trial_id] if p.name == record.quality_name and math.isfinite(p.value)]
             self.on_trial_add(None, trial)
             for point in sorted(points, key=lambda point: point.step):
                 self.on_trial_result(None, trial, {STEPS: point.step, QUALITY: point.value})

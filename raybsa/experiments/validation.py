@@ -7,14 +7,14 @@ seed by seed: trials of one seed share their data, their judges and much of thei
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import mean, pstdev
 
 from raybsa.experiments.history import values_of
 from raybsa.results.pareto import Objective
-from raybsa.results.record import Record
+from raybsa.results.record import Record, spec_of
 from raybsa.spec import MODULE, UNTRAINED, TrialSpec, canonical_json
 
 _FIRST_SEED = 1000  # searches count their seeds from 0
@@ -44,7 +44,7 @@ def questions(points: Sequence[Record], seeds: int, longer: float) -> list[Trial
     """
     if seeds < 1 or longer < 1:
         raise ValueError(f"at least one seed and a training at least as long were wanted, got {seeds} and {longer:g}")
-    return [_again(_spec(point), _FIRST_SEED + seed, longer) for point in points for seed in range(seeds)]
+    return [_again(spec_of(point), _FIRST_SEED + seed, longer) for point in points for seed in range(seeds)]
 
 
 def verdicts(points: Sequence[Record], found: Iterable[Record], objectives: Sequence[Objective]) -> list[Verdict]:
@@ -66,14 +66,18 @@ def _again(spec: TrialSpec, seed: int, longer: float) -> TrialSpec:
 def _draft(point: Record, answers: Sequence[Record], objectives: Sequence[Objective]) -> Verdict:
     """The means; whether the point keeps its bounds."""
     before = values_of(point, objectives)
-    by_seed = {record.seed: values_of(record, objectives) for record in answers if record.status == "ok"}
+    found = {record.seed: values_of(record, objectives) for record in answers if record.status == "ok"}
+    by_seed = {seed: values for seed, values in found.items() if all(map(math.isfinite, values))}
     if not by_seed:
         return Verdict(point, before, before, [0.0] * len(before), "no new trial of it came to its end")
     columns = list(zip(*by_seed.values(), strict=True))
     after, spread = [mean(column) for column in columns], [pstdev(column) for column in columns]
     broken = (o.name for o, value in zip(objectives, after, strict=True) if o.excess(value) > 0)
     name = next(broken, None)
-    return Verdict(point, before, after, spread, f"breaks the bound of {name}" if name else None, by_seed)
+    why_not = f"breaks the bound of {name}" if name else None
+    if odd := sorted(set(found) - set(by_seed)):
+        why_not = f"its trial of seed {odd[0]} measured an objective as infinite or not at all"
+    return Verdict(point, before, after, spread, why_not, by_seed)
 
 
 def _judged(draft: Verdict, drafts: Sequence[Verdict], objectives: Sequence[Objective]) -> Verdict:
@@ -96,11 +100,7 @@ def _beats(one: Verdict, other: Verdict, objectives: Sequence[Objective]) -> boo
     return all(mean(gain) >= 0 for gain in gains) and any(mean(gain) > pstdev(gain) for gain in gains)
 
 
-def _spec(record: Record) -> TrialSpec:
-    return TrialSpec.from_dict(json.loads(record.spec))
-
-
 def _attention(record: Record) -> str:
     """Equal for a point and the trials that measured it again: its attention, and how ranks share it."""
-    spec = _spec(record)
+    spec = spec_of(record)
     return canonical_json([spec.to_dict()["attention"], asdict(spec.ranks)])

@@ -25,7 +25,9 @@ class Objective:
     most: float | None = None
 
     def value(self, record: Measured) -> float | None:
-        return getattr(record, self.column)
+        """None where it was not measured, or is infinite or not a number."""
+        value = getattr(record, self.column)
+        return value if value is None or math.isfinite(value) else None
 
     def excess(self, value: float) -> float:
         """By how much a value breaks the bounds; 0 or less where it keeps them."""
@@ -107,7 +109,7 @@ def _cost(record: Record, objectives: Sequence[Objective]) -> tuple[float, ...] 
     cost = []
     for objective in objectives:
         value = objective.value(record)
-        if value is None or value != value or objective.excess(value) > 0:
+        if value is None or objective.excess(value) > 0:
             return None
         cost.append(float(value) if objective.goal == "min" else -float(value))
     return tuple(cost)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 from raybsa.spec import TrialSpec
 
@@ -150,6 +153,33 @@ class Record(Measured, Asked):  # the fields of the last base come first
     schema_version: int = SCHEMA_VERSION
 
 
+M = TypeVar("M", bound=Measured)
+
+
+def spec_of(record: Record) -> TrialSpec:
+    """The question that a record answers.
+
+    Raises:
+        ValueError: it cannot be read, because it is damaged or a newer version asked it; the message names the trial.
+    """
+    try:
+        return TrialSpec.from_dict(json.loads(record.spec))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"the spec of trial {record.trial_id} cannot be read: {error}") from error
+
+
+def not_finite(measured: Measured) -> dict[str, float]:
+    """What was measured as infinite or not a number: a training that diverged, a time that was none."""
+    found = {name: getattr(measured, name) for name in _FLOATS}
+    return {name: value for name, value in found.items() if value is not None and not math.isfinite(value)}
+
+
+def finite(measured: M) -> M:
+    """The same without what is not finite, as if that had not been measured."""
+    odd: dict[str, Any] = dict.fromkeys(not_finite(measured))
+    return replace(measured, **odd) if odd else measured
+
+
 def efficiencies(record: Record) -> tuple[float | None, float | None]:
     """(forward, forward + backward) of a ring: one process's time / (ranks × the ring's); None where not measured."""
 
@@ -171,3 +201,6 @@ class SeriesPoint:
     step: int
     rank: int
     value: float
+
+
+_FLOATS = [field.name for field in fields(Measured) if field.type == "float | None"]

@@ -1,33 +1,38 @@
 """Store: records and series as Parquet files in one folder, local or on any filesystem that pyarrow knows.
 
-``records/<trial_id>.parquet`` holds one Record, ``series/<trial_id>.parquet`` its curves. A file appears whole or not
+``records/<trial_id>.parquet`` holds one Record, ``series/<trial_id>.parquet`` its curves; ``.raybsa/`` marks the folder
+as one of results and keeps the digest of each other file that was written here, so that nothing of somebody else's is
+ever replaced or deleted. A file appears whole or not
 at all: locally it is written under a temporary name and renamed, elsewhere it is one PUT. ``compact`` joins finished
 trials into one file; readers take each trial once, whatever a crash in between leaves behind.
 """
 
 from __future__ import annotations
 
-import io
+import hashlib
+import itertools
 import os
 import re
+import sys
 import uuid
 from collections.abc import Iterable
-from dataclasses import asdict, fields
-from types import UnionType
-from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
+from contextlib import suppress
+from typing import Generic, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from raybsa.results.record import Record, SeriesPoint
+from raybsa.results.marked import MADE, MARK
+from raybsa.results.reach import filesystem_of
+from raybsa.results.record import Record, SeriesPoint, spec_of
+from raybsa.results.rows import Row, rows_of, to_parquet, unknown_columns
+from raybsa.results.whole import tidy, write_whole
 
-_ARROW = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _COMPACTED = "compacted-"
 _READ_ATTEMPTS = 5
-
-Row = TypeVar("Row", Record, SeriesPoint)
+_told: set[str] = set()  # each problem once in a process, however many stores meet it
 
 
 class File(NamedTuple):
@@ -52,37 +57,67 @@ class StoreError(OSError):
     """The results folder cannot be written or read; the message names it and the reason."""
 
 
+class _Read(NamedTuple, Generic[Row]):
+    """Rows by trial, and the files that were read whole: without a column that we do not know."""
+
+    trials: dict[str, list[Row]]
+    whole: list[File]
+
+
 class Store:
-    """One folder of results. Making a Store touches nothing; ``create`` makes the folder and proves it writable.
+    """One folder of results. Making a Store changes nothing, but a cloud must answer within seconds; ``create`` makes
+    the folder and proves it writable.
 
     Args:
         root: a local path, or a URI of ``pyarrow.fs`` (``s3://bucket/results``, ``gs://…``, ``file:///…``).
         filesystem: an open ``pyarrow.fs.FileSystem`` on which ``root`` is a path; None finds it from ``root``.
+
+    Raises:
+        StoreError: ``root`` is neither, or its filesystem does not answer.
     """
 
     def __init__(self, root: str | os.PathLike[str], *, filesystem: fs.FileSystem | None = None) -> None:
-        self.root = os.fspath(root)
+        self.root = os.path.expanduser(os.fspath(root))
         try:
-            self._fs, self._path = (filesystem, self.root) if filesystem else _resolve(self.root)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            self._fs, self._path = (filesystem, self.root) if filesystem else filesystem_of(self.root)
+        except (ValueError, pa.ArrowNotImplementedError) as error:
             raise StoreError(f"results must be a local path or a pyarrow.fs URI, got {self.root!r}: {error}") from error
+        except OSError as error:
+            raise StoreError(f"results cannot be reached at {self.root!r}: {error}") from error
         self._local = isinstance(self._fs, fs.LocalFileSystem)
+        self.problems: list[str] = []
 
     @classmethod
-    def create(cls, root: str | os.PathLike[str], *, filesystem: fs.FileSystem | None = None) -> Store:
+    def create(
+        cls, root: str | os.PathLike[str], *, filesystem: fs.FileSystem | None = None, adopt: bool = True
+    ) -> Store:
         """A store that is proven writable, before anything is measured.
 
+        Args:
+            adopt: also in a folder that holds files of somebody else's, which stay as they are. Jobs ask their user.
+
         Raises:
-            StoreError: the folder cannot be made, or a probe file cannot be written and deleted in it.
+            StoreError: the folder cannot be made, or a probe file cannot be written and deleted in it; or it is none of
+                results, and holds something (hidden files do not count).
         """
         store = cls(root, filesystem=filesystem)
         try:
+            if not adopt and (others := store._others()):
+                raise StoreError(
+                    f"results must go to a folder of their own, got {store.root!r}, which holds "
+                    f"{', '.join(others[:3])}{' ...' if len(others) > 3 else ''}: name another folder, or say --adopt "
+                    f"to put them beside these, which stay as they are"
+                )
             for kind in ("records", "series"):
                 store._fs.create_dir(f"{store._path}/{kind}", recursive=True)
+                store._tidy(kind)
                 probe = f"{store._path}/{kind}/.probe-{uuid.uuid4().hex}"
                 store._put(probe, b"probe")
                 store._fs.delete_file(probe)
-        except OSError as error:
+            store._put_deep(MARK, b"raybsa writes its results into this folder\n")
+        except StoreError:
+            raise
+        except (OSError, pa.ArrowException) as error:
             raise StoreError(f"results must go to a folder that can be written, got {store.root!r}: {error}") from error
         return store
 
@@ -90,7 +125,7 @@ class Store:
 
     def write_record(self, record: Record) -> None:
         """Writes one trial's record; a second write of the same trial replaces the first."""
-        self._put(self._file("records", record.trial_id), _to_parquet(Record, [record]))
+        self._put(self._file("records", record.trial_id), to_parquet(Record, [record]))
 
     def write_series(self, points: Iterable[SeriesPoint]) -> None:
         """Writes the curves of one trial (all its points at once; no points, no file)."""
@@ -99,7 +134,7 @@ class Store:
         if len(trials) > 1:
             raise ValueError(f"series are written one trial at a time, got points of {sorted(trials)}")
         for trial in trials:
-            self._put(self._file("series", trial), _to_parquet(SeriesPoint, rows))
+            self._put(self._file("series", trial), to_parquet(SeriesPoint, rows))
 
     def read_file(self, name: str) -> bytes:
         """Another file of this folder. Raises FileNotFoundError where there is none."""
@@ -107,23 +142,50 @@ class Store:
             return source.read()
 
     def write_file(self, name: str, data: bytes) -> str:
-        """Writes another file of this folder (``name`` may have folders), whole or not at all; returns its path."""
-        path = f"{self._path}/{name}"
-        self._fs.create_dir(path.rpartition("/")[0], recursive=True)
-        self._put(path, data)
-        return f"{self.root.rstrip('/')}/{name}"
+        """Writes another file of this folder (``name`` may have folders), whole or not at all, in place of one that it
+        wrote itself; returns its path.
 
-    def delete_folder(self, name: str) -> None:
-        """Deletes a folder of ``write_file``'s, if it is there."""
-        path = f"{self._path}/{name}"
-        if self._fs.get_file_info(path).type == fs.FileType.Directory:
-            self._fs.delete_dir(path)
+        Raises:
+            StoreError: there is something that it did not write, or that was changed since.
+        """
+        path = f"{self.root.rstrip('/')}/{name}"
+        if not self.is_free(name):
+            raise StoreError(f"a place for results was wanted, got {path!r}, which no job wrote: it stays as it is")
+        self._put_deep(name, data)
+        self._put_deep(f"{MADE}/{name}", _digest(data))
+        return path
+
+    def is_free(self, name: str) -> bool:
+        """Whether ``write_file`` may write there: nothing is there, or what it wrote itself, unchanged."""
+        kind = self._fs.get_file_info(f"{self._path}/{name}").type
+        return kind == fs.FileType.NotFound or (kind == fs.FileType.File and self._is_made(name))
+
+    def free_name(self, name: str) -> str:
+        """``name``, or the first of ``name-2``, ``name-3``, … (before its ending) that is free."""
+        stem, ending = os.path.splitext(name)
+        others = (f"{stem}-{number}{ending}" for number in itertools.count(2))
+        return next(one for one in itertools.chain([name], others) if self.is_free(one))
+
+    def made(self, folder: str) -> list[str]:
+        """The names of the files under a folder that ``write_file`` wrote and nobody changed, ascending."""
+        selector = fs.FileSelector(f"{self._path}/{MADE}/{folder}", allow_not_found=True, recursive=True)
+        marks = [info.path for info in self._fs.get_file_info(selector) if info.type == fs.FileType.File]
+        names = (path.partition(f"/{MADE}/")[2] for path in marks)
+        return sorted(name for name in names if self._exists(name) and self._is_made(name))
+
+    def delete_made(self, folder: str) -> None:
+        """Deletes what ``made`` names, and the folders that this leaves empty."""
+        for name in self.made(folder):
+            self._fs.delete_file(f"{self._path}/{name}")
+            self._fs.delete_file(f"{self._path}/{MADE}/{name}")
+            self._delete_if_empty(name.rpartition("/")[0])
 
     def compact(self) -> int:
         """Joins the trials at hand into one file of records and one of series; returns the number of records.
 
         Only for finished runs: a trial that is written again later is read from its own, newer file. A crash on the way
-        leaves both forms, which readers understand and the next ``compact`` tidies up.
+        leaves both forms, which readers understand and the next ``compact`` tidies up; two at once do no harm. What
+        cannot be read, or holds columns that would be lost, stays as it is.
         """
         self._compact("series", SeriesPoint)
         return self._compact("records", Record)
@@ -131,20 +193,31 @@ class Store:
     # ---- reading -----------------------------------------------------------------------------------------------
 
     def read_records(self) -> list[Record]:
-        """Every trial's record once, ordered by creation. Columns that an older schema lacks are None.
+        """Every trial's record once, ordered by creation. Columns that an older schema lacks are None. What cannot be
+        read is left out, and told: ``problems``.
 
         Raises:
-            StoreError: a ``.parquet`` file in the folder is not readable as one; the message names it.
+            StoreError: files vanish faster than they can be read.
+            OSError: the folder cannot be listed.
         """
-        trials = self._read("records", Record)[0]
-        rows = [row for rows in trials.values() for row in rows]
+        rows = [row for rows in self._read("records", Record).trials.values() for row in rows]
         return sorted(rows, key=lambda row: (row.created_at or "", row.trial_id))
 
+    def read_asked(self) -> list[Record]:
+        """``read_records``, less those whose question cannot be read: of a newer version, or damaged."""
+        return [record for record in self.read_records() if self._has_question(record)]
+
     def read_series(self) -> list[SeriesPoint]:
-        """Every trial's curves once, ordered by trial, name, step and rank."""
-        trials = self._read("series", SeriesPoint)[0]
-        rows = [row for rows in trials.values() for row in rows]
+        """Every trial's curves once, ordered by trial, name, step and rank; what cannot be read as in
+        ``read_records``."""
+        rows = [row for rows in self._read("series", SeriesPoint).trials.values() for row in rows]
         return sorted(rows, key=lambda row: (row.trial_id, row.name, row.step, row.rank))
+
+    def pass_over(self, trial_id: str, reason: str) -> None:
+        """A row is left out by who reads it: one of the ``problems``."""
+        file = f"{self.root.rstrip('/')}/records/{trial_id}.parquet"
+        own = bool(_SAFE.fullmatch(trial_id)) and self._exists(f"records/{trial_id}.parquet")
+        self._tell(f"{file if own else f'{self.root}, trial {trial_id}'}: {reason}")
 
     def files(self, kind: str) -> list[File]:
         """The files of ``"records"`` or ``"series"``: compacted ones first, so that a trial's own, newer file has the
@@ -168,13 +241,19 @@ class Store:
 
         Raises:
             FileNotFoundError: a compaction took it away.
-            StoreError: it is not readable as Parquet; the message names it.
+            StoreError: it is not readable as Parquet, or not at all; the message names it.
         """
         try:
             with self._fs.open_input_file(path) as source:
                 return pq.ParquetFile(source).read(use_threads=False)
-        except pa.ArrowInvalid as error:
-            raise StoreError(f"a results file must be Parquet, got {path!r}: {error}") from error
+        except FileNotFoundError:
+            raise
+        except (pa.ArrowException, OSError) as error:  # of a damaged page pyarrow says OSError
+            raise StoreError(f"a results file must be Parquet, got {path!r}: {_line(error)}") from error
+
+    def rows(self, row_type: type[Row], path: str) -> list[Row]:
+        """The rows of a file. Raises as ``table``, and StoreError where they are no rows of ours."""
+        return self._rows(row_type, path, self.table(path))
 
     # ---- for ourselves -----------------------------------------------------------------------------------------
 
@@ -187,81 +266,117 @@ class Store:
 
     def _put(self, path: str, data: bytes) -> None:
         if self._local:
-            _write_and_rename(path, data)
+            write_whole(path, data)
             return
         with self._fs.open_output_stream(path) as stream:
             stream.write(data)
 
-    def _compact(self, kind: str, row_type: type[Row]) -> int:
-        trials, paths = self._read(kind, row_type)
-        if len(paths) > 1:
-            rows = [row for rows in trials.values() for row in rows]
-            joined = f"{self._path}/{kind}/{_COMPACTED}{uuid.uuid4().hex[:12]}.parquet"
-            self._put(joined, _to_parquet(row_type, rows))
-            for path in paths:
-                self._fs.delete_file(path)
-        return len(trials)
+    def _has_question(self, record: Record) -> bool:
+        try:
+            spec_of(record)
+        except ValueError as error:
+            self.pass_over(record.trial_id, str(error))
+            return False
+        return True
 
-    def _read(self, kind: str, row_type: type[Row]) -> tuple[dict[str, list[Row]], list[str]]:
-        """Rows by trial, and the files that they came from. Starts over if a compaction takes a file away."""
+    def _others(self) -> list[str]:
+        """The names in a folder that is none of results, but for hidden ones."""
+        entries = self._fs.get_file_info(fs.FileSelector(self._path, allow_not_found=True))
+        names = sorted(entry.base_name for entry in entries if not entry.base_name.startswith("."))
+        return [] if self._exists(MARK) or self._is_older() else [name for name in names if name != "lost+found"]
+
+    def _is_older(self) -> bool:
+        """Whether a version before the mark wrote here: there are rows of trials."""
+        with suppress(StoreError):
+            return any("spec_hash" in self.table(file.path).column_names for file in self.files("records")[:1])
+        return False
+
+    def _is_made(self, name: str) -> bool:
+        try:
+            return self.read_file(f"{MADE}/{name}") == _digest(self.read_file(name))
+        except FileNotFoundError:
+            return False
+
+    def _put_deep(self, name: str, data: bytes) -> None:
+        path = f"{self._path}/{name}"
+        self._fs.create_dir(path.rpartition("/")[0], recursive=True)
+        self._put(path, data)
+
+    def _delete_if_empty(self, name: str) -> None:
+        """Nothing that comes meanwhile is lost: where a folder is no file's name prefix, the system refuses."""
+        if self._local and name:
+            with suppress(OSError):
+                os.removedirs(f"{self._path}/{name}")
+
+    def _exists(self, name: str) -> bool:
+        return self._fs.get_file_info(f"{self._path}/{name}").type == fs.FileType.File
+
+    def _tidy(self, kind: str) -> None:
+        if self._local:
+            tidy(f"{self._path}/{kind}")
+
+    def _tell(self, problem: str) -> None:
+        """Once in this store's ``problems``, once on stderr in this process."""
+        if problem not in self.problems:
+            self.problems.append(problem)
+        if problem not in _told:
+            _told.add(problem)
+            print(f"left out: {problem}", file=sys.stderr, flush=True)
+
+    def _compact(self, kind: str, row_type: type[Row]) -> int:
+        read = self._read(kind, row_type)
+        if len(read.whole) > 1:
+            rows = [row for rows in read.trials.values() for row in rows]
+            joined = f"{self._path}/{kind}/{_COMPACTED}{uuid.uuid4().hex[:12]}.parquet"
+            self._put(joined, to_parquet(row_type, rows))
+            for file in read.whole:
+                self._delete_as_read(file)
+        return len(read.trials)
+
+    def _delete_as_read(self, file: File) -> None:
+        """Deletes a file that was joined into another: not where another compaction did, or its trial was written
+        again meanwhile."""
+        now = self._fs.get_file_info(file.path)
+        if now.type == fs.FileType.File and ((now.mtime_ns or 0), (now.size or 0)) == (file.mtime_ns, file.size):
+            with suppress(FileNotFoundError):
+                self._fs.delete_file(file.path)
+
+    def _read(self, kind: str, row_type: type[Row]) -> _Read[Row]:
+        """Starts over if a compaction takes a file away."""
         for _ in range(_READ_ATTEMPTS):
-            paths = [file.path for file in self.files(kind)]
             try:
-                tables = [self.table(path) for path in paths]
+                return self._read_once(kind, row_type)
             except FileNotFoundError:
                 continue
-            trials: dict[str, list[Row]] = {}
-            for table in tables:
-                held: dict[str, list[Row]] = {}
-                for row in rows_of(row_type, table):
-                    held.setdefault(row.trial_id, []).append(row)
-                trials.update(held)
-            return trials, paths
         raise StoreError(f"files vanish from {self.root!r} faster than they can be read ({_READ_ATTEMPTS} attempts)")
 
+    def _read_once(self, kind: str, row_type: type[Row]) -> _Read[Row]:
+        read: _Read[Row] = _Read({}, [])
+        for file in self.files(kind):
+            try:
+                table = self.table(file.path)
+                rows = self._rows(row_type, file.path, table)
+            except StoreError as error:
+                self._tell(str(error))
+                continue
+            if not unknown_columns(row_type, table):
+                read.whole.append(file)
+            held: dict[str, list[Row]] = {}
+            for row in rows:
+                held.setdefault(row.trial_id, []).append(row)
+            read.trials.update(held)
+        return read
 
-def _resolve(root: str) -> tuple[fs.FileSystem, str]:
-    if "://" not in root:
-        return fs.LocalFileSystem(), os.path.abspath(root)
-    return fs.FileSystem.from_uri(root)
-
-
-def _write_and_rename(path: str, data: bytes) -> None:
-    folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f".{name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise
-
-
-def _schema(row_type: type) -> pa.Schema:
-    hints = get_type_hints(row_type)
-    return pa.schema([(field.name, _arrow_type(hints[field.name])) for field in fields(row_type)])
+    def _rows(self, row_type: type[Row], path: str, table: pa.Table) -> list[Row]:
+        try:
+            return rows_of(row_type, table)
+        except (pa.ArrowException, ValueError) as error:
+            raise StoreError(f"a results file must hold rows of trials, got {path!r}: {_line(error)}") from error
 
 
-def _arrow_type(hint: Any) -> pa.DataType:
-    if isinstance(hint, UnionType):
-        (hint,) = (part for part in get_args(hint) if part is not type(None))
-    return _ARROW[hint]
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).hexdigest().encode()
 
 
-def _to_parquet(row_type: type, rows: list) -> bytes:
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows], schema=_schema(row_type)), buffer)
-    return buffer.getvalue()
-
-
-def rows_of(row_type: type[Row], table: pa.Table) -> list[Row]:
-    """The rows of a results file; columns that it lacks are None, columns that we do not know are left out."""
-    names = [field.name for field in fields(row_type)]
-    held = set(table.column_names)
-    nothing = [None] * table.num_rows
-    columns = [table.column(name).to_pylist() if name in held else nothing for name in names]
-    return [row_type(**dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True)]
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

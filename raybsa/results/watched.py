@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,7 +11,8 @@ from typing import Generic, TypeVar
 import pyarrow as pa
 
 from raybsa.results.record import Record, SeriesPoint
-from raybsa.results.store import File, Store, StoreError, rows_of
+from raybsa.results.rows import rows_of
+from raybsa.results.store import File, Store, StoreError
 
 T = TypeVar("T")
 _SETTLED_NS = 2_000_000_000  # a folder changed longer ago than a clock's tick cannot change again at the same time
@@ -84,7 +86,7 @@ class Records(Generic[T]):
         rows: dict[str, T] = {}
         problems = []
         try:
-            for record in rows_of(Record, self._store.table(file.path)):
+            for record in self._store.rows(Record, file.path):
                 try:
                     rows[record.trial_id] = self._parse(record)
                 except ValueError as error:
@@ -95,7 +97,7 @@ class Records(Generic[T]):
 
 
 class Curves(Mapping[str, Sequence[SeriesPoint]]):
-    """The curves of each trial, read when they are asked for; none where a trial's file cannot be read."""
+    """The finite points of each trial's curves, read when they are asked for; none where its file cannot be read."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -117,7 +119,8 @@ class Curves(Mapping[str, Sequence[SeriesPoint]]):
         for file in files:
             table, places = self._read(file)
             if trial_id in places:
-                return rows_of(SeriesPoint, table.take(places[trial_id]))
+                points = rows_of(SeriesPoint, table.take(places[trial_id]))
+                return [point for point in points if math.isfinite(point.value)]
         raise KeyError(trial_id)
 
     def __iter__(self) -> Iterator[str]:

@@ -44,7 +44,7 @@ class Rules:
     causal: bool
     segments: tuple[tuple[int, int], ...] | None = None
     sinks: int = 0
-    window: int = 2
+    window: int = 1
     max_blocks: int | None = None
 
     def __post_init__(self) -> None:

@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import sys
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from raybsa.results.record import Measurement
+from raybsa.scratch import scratch
 from raybsa.spec import TrialSpec
 from raybsa.tasks.compression import Compressed, compression_params, train_compressed
 from raybsa.timing import device_name
@@ -39,7 +39,7 @@ def measure_compression(spec: TrialSpec) -> Measurement:
         RuntimeError: a rank failed; the message is that of the first.
     """
     world_size = compression_params(spec)[2]
-    with tempfile.TemporaryDirectory(prefix="raybsa-compression-") as folder:
+    with scratch("compression") as folder:
         answer = Path(folder, "answer.json")
         arguments = (world_size, os.path.join(folder, "store"), spec, answer)
         try:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import queue
-import tempfile
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from raybsa.scratch import scratch
 from raybsa.spec import TrialSpec
 from raybsa.tasks.ring import ring_params
 from raybsa.tasks.ring_rank import Answer, RingRank, devices_of, joined, place_of
@@ -46,7 +46,7 @@ class ProcessRing:
         places = ["cpu"] if self.device == "cpu" else [f"cuda:{rank}" for rank in range(self.world_size)]
         for place in places:
             self._held.enter_context(DeviceLock(place).exclusive())
-        store = os.path.join(self._held.enter_context(tempfile.TemporaryDirectory()), "store")
+        store = os.path.join(self._held.enter_context(scratch("ring")), "store")
         arguments = (self.world_size, store, self.device, self._questions, self._reports)
         self._ranks = mp.start_processes(_rank, arguments, nprocs=self.world_size, join=False, start_method="spawn")
         return self

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf, nan
 from pathlib import Path
 
 import pytest
 
 from dashboards.frames import Results, load, trial_of
-from raybsa.results.record import Record
+from raybsa.results.record import Record, SeriesPoint
 from raybsa.results.store import Store
 from raybsa.spec import Ranks, TrialSpec
 from tests.dashboards.made import DENSE, curve, lm_failure, lm_record, record, sparse, speed_record
@@ -69,6 +70,13 @@ def test_rings_of_a_search_are_compared_with_one_worker_and_say_what_they_are() 
         "bigbird · 10 % · 2 ranks, zigzag",
         "bigbird · 10 % · 4 ranks, balanced, int8",
     ]
+
+
+def test_points_of_a_curve_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
+    store = Store.create(tmp_path)
+    store.write_record(lm_record("a", DENSE, 2.3, 9.0))
+    store.write_series(SeriesPoint("a", "train_loss", step, 0, value) for step, value in enumerate((2.0, inf, nan)))
+    assert [point.value for point in load(str(tmp_path)).series["a"]] == [2.0]
 
 
 def test_failures_and_unfinished_qualities_stay_out_of_the_comparison() -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from dashboards.frames import load
 from dashboards.markup import Column, data_island, element, html, table
-from dashboards.report import main, write_report
+from dashboards.report import main, write_own_report, write_report
 from raybsa.results.record import Record
 from raybsa.results.store import Store
+from raybsa.spec import TrialSpec
 from tests.dashboards.made import DENSE, a_benchmark, lm_failure, lm_record, sparse
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -132,3 +136,38 @@ def test_a_page_that_cannot_be_written_is_an_error_of_one_line(
     (tmp_path / "file").write_text("")
     assert main([str(tmp_path / "results"), "--out", str(tmp_path / "file" / "page.html")]) == 1
     assert "file" in capsys.readouterr().err
+
+
+def test_a_page_replaces_a_page_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Store.create(tmp_path / "results").write_record(lm_record("d", DENSE, 2.2, 40.0))
+    results, out = str(tmp_path / "results"), tmp_path / "page.html"
+    for _ in range(2):
+        assert main([results, "--out", str(out)]) == 0
+    for own in (out.read_text("utf-8") + "<!-- my notes -->", "<h1>my page</h1>"):
+        out.write_text(own, "utf-8")
+        assert main([results, "--out", str(out)]) == 1
+        assert "is no page that raybsa wrote, so it stays" in capsys.readouterr().err
+        assert out.read_text("utf-8") == own
+    (tmp_path / "results" / "report.html").write_text("<h1>my page</h1>")
+    for _ in range(2):
+        assert write_own_report(results) == str(tmp_path / "results" / "report-2.html")
+
+
+def test_one_bad_row_one_bad_file_and_one_diverged_value_hide_nothing_else_and_are_named(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    newer = json.dumps(TrialSpec("byte_lm", (DENSE,)).to_dict() | {"new_option": 1})
+    rows = [lm_record("good-1", DENSE, 2.25, 40.0), lm_record("good-2", sparse("bigbird"), 2.5, 9.0)]
+    rows += [replace(lm_record("newer-1", DENSE, 2.0, 1.0), spec=newer)]
+    rows += [lm_record("diverged-1", sparse("strided"), math.inf, 9.0, train_seconds=math.nan)]
+    store = Store.create(tmp_path / "results")
+    (tmp_path / "results" / "records" / "empty.parquet").touch()
+    page = page_of(tmp_path, *rows)
+    told = capfd.readouterr().err
+    for name, reason in (("newer-1.parquet", "new_option"), ("empty.parquet", "must be Parquet")):
+        assert [reason in line for line in told.splitlines() if name in line] == [True], "named once, with the reason"
+        assert name in page
+    assert "quality is inf, train_seconds is nan" in page
+    assert all(trial in page for trial in ("good-1", "good-2", "diverged-1"))
+    assert re.search(r"[\[:,](NaN|-?Infinity)\b", without_plotly(page)) is None, "no figure has a number that is none"
+    assert [trial.id for group in load(store.root).quality_groups for trial in group] == ["good-1", "good-2"]

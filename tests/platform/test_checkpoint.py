@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from raybsa.cluster.checkpoint import Checkpoint, CheckpointFolder
+from raybsa.cluster.checkpoint import Checkpoint, CheckpointFolder, folder_for
 
 
 def checkpoint(step: int, question: str = "q") -> Checkpoint:
@@ -84,3 +84,17 @@ def test_what_an_earlier_run_left_is_only_taken_by_one_that_resumes(tmp_path: Pa
     assert newest is not None
     assert (own.step, newest.step) == (10, 20)
     assert "step-000000020.ckpt is passed over: an earlier run left it" in said[0]
+
+
+def test_a_training_never_writes_over_the_checkpoints_of_another(tmp_path: Path) -> None:
+    root, said = str(tmp_path / "checkpoints"), list[str]()
+    assert folder_for(root, "q", "first", resume=False, say=said.append) == root
+    CheckpointFolder(root).save(checkpoint(10))
+    again = folder_for(root, "q", "second", resume=False, say=said.append)
+    other = folder_for(root, "another question", "third", resume=True, say=said.append)
+    assert [again, other] == [f"{root}/second", f"{root}/third"]
+    assert f"checkpoints go to {root}/second: those of another training in {root} stay as they are" in said
+    CheckpointFolder(other).save(checkpoint(30, "another question"))
+    CheckpointFolder(again).save(checkpoint(20))
+    assert folder_for(root, "q", "fourth", resume=True, say=said.append) == again, "it has the newest"
+    assert folder_for(root, "another question", "fifth", resume=True, say=said.append) == other

@@ -28,8 +28,10 @@ def test_failed_and_unmeasured_records_are_left_out(record):
     failed = record("failed", status="failed", quality=0.0, peak_bytes=1)
     blind = record("blind", quality=0.0)
     nan = record("nan", quality=float("nan"), peak_bytes=1)
+    odd = [record(f"{value}", quality=value, peak_bytes=1) for value in (float("inf"), float("-inf"))]
     whole = record("whole", quality=5.0, peak_bytes=10)
-    assert pareto_front([failed, blind, nan, whole], [quality_objective("min"), MEMORY]) == [whole]
+    assert pareto_front([failed, blind, nan, *odd, whole], [quality_objective("min"), MEMORY]) == [whole]
+    assert pareto_front([failed, blind, nan, *odd, whole], [quality_objective("max"), MEMORY]) == [whole]
 
 
 def test_the_front_equals_its_definition_on_random_points(record):

@@ -17,7 +17,7 @@ from raybsa.experiments.algorithms import ALGORITHMS
 from raybsa.experiments.costs import ENOUGH, CostModel
 from raybsa.experiments.dry_run import dry_run
 from raybsa.experiments.forecast import sizes_of
-from raybsa.experiments.front import read_best, write_front
+from raybsa.experiments.front import front_objectives, left_out, read_best, write_front
 from raybsa.experiments.history import history
 from raybsa.experiments.questions import Questions
 from raybsa.experiments.recording import Run, record_of
@@ -130,6 +130,18 @@ def test_a_history_takes_only_answers_to_this_search():
     other = answer(replace(SPACE.spec(SPACE.first_points()[1]), train_steps=91), 7)
     speed = answer(replace(BASE, task="speed"), 8)
     assert [answered.record for answered in history(SPACE, [*own, other, speed])] == own
+
+
+def test_a_row_that_a_newer_version_asked_is_passed_over_and_hides_no_other():
+    found = answers(3)
+    newer = json.dumps(json.loads(found[1].spec) | {"new_option": 1})
+    told = []
+    rows = [found[0], replace(found[1], spec=newer), found[2]]
+    earlier = history(SPACE, rows, pass_over=lambda *words: told.append(words))
+    assert [one.record.trial_id for one in earlier] == [found[0].trial_id, found[2].trial_id]
+    ((trial, reason),) = told
+    assert trial == found[1].trial_id
+    assert "new_option" in reason
 
 
 # ---- objectives ----------------------------------------------------------------------------------------------------
@@ -394,6 +406,35 @@ def test_the_dense_baseline_on_the_front_loads_too(tmp_path):
     (path,) = write_front(Store.create(tmp_path), [answer(BASE, 0)], GOALS)
     best = json.loads(Path(path).read_text())
     assert "pattern=Dense()" in repr(create_block_sparse_attention(**best["attention"]))
+
+
+def test_a_front_takes_nothing_away_that_no_search_wrote(tmp_path):
+    store, record = Store.create(tmp_path), answer(SPACE.spec(SPACE.first_points()[0]), 0)
+    page = tmp_path / "front" / "index.html"
+    page.parent.mkdir()
+    page.write_text("my web page")
+    (path,) = write_front(store, [record], GOALS)
+    assert path == f"{tmp_path}/front/01/best.json", "beside it"
+    Path(path).write_text("my notes")
+    (path,) = write_front(store, [record], GOALS)
+    assert path == f"{tmp_path}/front-2/01/best.json"
+    assert front_objectives(store) == ["quality", "latency"], "those of the newest front"
+    assert page.read_text() == "my web page"
+    assert (tmp_path / "front" / "01" / "best.json").read_text() == "my notes"
+
+
+def test_what_is_not_finite_is_on_no_front_and_in_no_best_file(tmp_path):
+    records = [
+        replace(answer(SPACE.spec(config), number), quality=quality, train_seconds=math.nan)
+        for number, (config, quality) in enumerate(zip(SPACE.first_points(), (2.0, math.inf), strict=False))
+    ]
+    (path,) = write_front(Store.create(tmp_path), records, GOALS)
+    best = json.loads(Path(path).read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    assert "train_seconds" not in best["metrics"]
+    assert best["metrics"]["quality"] == 2.0
+    (line,) = left_out(records, GOALS)
+    assert records[1].trial_id in line
+    assert "quality is inf" in line
 
 
 def test_a_file_that_is_no_best_file_is_refused(tmp_path):

@@ -1,6 +1,8 @@
 """The store: what is written comes back, whole or not at all, on any filesystem."""
 
 import os
+import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import asdict, fields, replace
@@ -12,6 +14,7 @@ from pyarrow import fs
 
 from raybsa.results.__main__ import main as command_line
 from raybsa.results.record import Record, SeriesPoint
+from raybsa.results.rows import to_parquet
 from raybsa.results.store import File, Store, StoreError
 
 
@@ -200,11 +203,96 @@ def test_an_empty_place_reads_as_no_records(tmp_path):
     assert Store(tmp_path / "nothing here").read_records() == []
 
 
-def test_a_file_that_is_not_parquet_is_named(tmp_path):
+def damaged_page(path, record):
+    """A Parquet file whose footer is whole and whose pages are not: of it pyarrow says OSError."""
+    rows = [record(f"old-{number}", error="x" * 500) for number in range(50)]
+    data = bytearray(to_parquet(Record, rows))
+    data[100 : len(data) // 2] = b"\xff" * (len(data) // 2 - 100)
+    path.write_bytes(data)
+
+
+def foreign(path, record):
+    pq.write_table(pa.table({"name": ["somebody's own"]}), path)
+
+
+def other_type(path, record):
+    pq.write_table(pa.Table.from_pylist([{**asdict(record("bad")), "quality": "good"}]), path)
+
+
+BAD = {
+    "no parquet": lambda path, record: path.write_bytes(b"hello"),
+    "empty": lambda path, record: path.write_bytes(b""),
+    "a damaged page": damaged_page,
+    "somebody else's": foreign,
+    "a column of another type": other_type,
+}
+
+
+@pytest.mark.parametrize("make", BAD.values(), ids=BAD)
+def test_a_bad_file_hides_no_other_and_is_named_once(tmp_path, make, record, capfd):
+    store = Store.create(tmp_path)
+    for number in range(2):
+        store.write_record(record(f"run-{number:03d}"))
+    bad = tmp_path / "records" / "bad.parquet"
+    make(bad, record)
+    before = bad.read_bytes()
+    for reader in (store, Store(tmp_path), Store(tmp_path)):
+        assert [row.trial_id for row in reader.read_records()] == ["run-000", "run-001"]
+    assert capfd.readouterr().err.count("bad.parquet") == 1
+    assert store.compact() == 2
+    assert sorted(file.is_compacted for file in store.files("records")) == [False, True]
+    assert bad.read_bytes() == before, "what cannot be read is not joined, so it stays"
+
+
+def test_compaction_leaves_columns_alone_that_it_would_lose(tmp_path, record):
+    store = Store.create(tmp_path)
+    for number in range(2):
+        store.write_record(record(f"run-{number:03d}"))
+    newer = tmp_path / "records" / "newer.parquet"
+    pq.write_table(pa.Table.from_pylist([{**asdict(record("newer")), "a_later_column": 1}]), newer)
+    assert store.compact() == 3
+    assert pq.read_table(newer).column("a_later_column").to_pylist() == [1]
+
+
+def test_two_compactions_at_once_lose_nothing_and_neither_complains(tmp_path, monkeypatch, record):
+    store, other = Store.create(tmp_path), Store(tmp_path)
+    written = [record(f"run-{number:03d}") for number in range(3)]
+    for one in written:
+        store.write_record(one)
+    put = store._put
+    monkeypatch.setattr(store, "_put", lambda path, data: (put(path, data), other.compact()))
+    assert store.compact() == 3
+    assert store.read_records() == written
+
+
+def test_a_trial_that_is_written_while_a_compaction_runs_keeps_its_newer_row(tmp_path, monkeypatch, record):
+    store = Store.create(tmp_path)
+    for number in range(2):
+        store.write_record(record(f"run-{number:03d}", quality=0.0))
+    put = store._put
+
+    def late(path, data):
+        put(path, data)
+        Store(tmp_path).write_record(record("run-001", quality=7.0, error="longer"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_put", late)
+        store.compact()
+    assert [row.quality for row in store.read_records()] == [0.0, 7.0]
+
+
+def test_the_next_run_takes_away_what_a_killed_writer_left(tmp_path):
     Store.create(tmp_path)
-    (tmp_path / "records" / "bad.parquet").write_bytes(b"hello")
-    with pytest.raises(StoreError, match=r"must be Parquet, got '.*bad\.parquet'"):
-        Store(tmp_path).read_records()
+    died = subprocess.Popen(["true"])
+    died.wait()
+    here = socket.gethostname()
+    left = tmp_path / "records" / f".run-001.parquet.{here}.{died.pid}.0a1b2c3d.tmp"
+    living = tmp_path / "records" / f".run-002.parquet.{here}.{os.getpid()}.0a1b2c3d.tmp"
+    own = tmp_path / "records" / ".notes.tmp"
+    for file in (left, living, own):
+        file.write_text("half")
+    Store.create(tmp_path)
+    assert [file.exists() for file in (left, living, own)] == [False, True, True]
 
 
 @pytest.mark.parametrize("name", ["../escape", "a/b", "", ".hidden"])
@@ -217,3 +305,42 @@ def test_series_of_two_trials_at_once_are_refused(tmp_path):
     points = [SeriesPoint(t, "loss", 0, 0, 0.0) for t in ("a", "b")]
     with pytest.raises(ValueError, match=r"one trial at a time, got points of \['a', 'b'\]"):
         Store.create(tmp_path).write_series(points)
+
+
+def test_a_folder_of_somebody_elses_is_no_place_for_results_unless_it_is_adopted(tmp_path, record):
+    (tmp_path / "front").mkdir()
+    (tmp_path / "front" / "index.html").write_text("my web page")
+    with pytest.raises(StoreError, match=r"a folder of their own, got .*which holds front: .*say --adopt"):
+        Store.create(tmp_path, adopt=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["front"], "nothing was made"
+    Store.create(tmp_path, adopt=True).write_record(record())
+    assert len(Store.create(tmp_path, adopt=False).read_records()) == 1, "once adopted it is a folder of results"
+    assert (tmp_path / "front" / "index.html").read_text() == "my web page"
+
+
+def test_results_of_a_version_without_the_mark_are_gone_on_with(tmp_path, record):
+    store = Store.create(tmp_path)
+    store.write_record(record())
+    shutil.rmtree(tmp_path / ".raybsa")
+    assert Store.create(tmp_path, adopt=False).read_records() == [record()]
+
+
+def test_only_what_was_written_here_and_not_changed_since_is_replaced_or_deleted(store):
+    for name in ("front/01/best.json", "front/02/best.json"):
+        store.write_file(name, b"ours")
+    store._put(f"{store._path}/front/02/best.json", b"changed by its user")
+    store._put(f"{store._path}/report.html", b"somebody else's")
+    store.write_file("front/01/best.json", b"ours, newer")
+    for taken in ("front/02/best.json", "report.html"):
+        with pytest.raises(StoreError, match="which no job wrote: it stays as it is"):
+            store.write_file(taken, b"ours")
+    assert store.made("front") == ["front/01/best.json"]
+    assert [store.free_name(name) for name in ("front/01/best.json", "report.html")] == [
+        "front/01/best.json", "report-2.html"
+    ]  # fmt: skip
+    store.delete_made("front")
+    assert store.made("front") == []
+    assert store.read_file("front/02/best.json") == b"changed by its user"
+    assert store.read_file("report.html") == b"somebody else's"
+    with pytest.raises(FileNotFoundError):
+        store.read_file("front/01/best.json")

@@ -68,6 +68,14 @@ def test_a_point_that_breaks_its_bound_or_cannot_be_measured_does_not_hold(point
     assert reasons == ["breaks the bound of latency", "no new trial of it came to its end"]
 
 
+def test_a_point_whose_new_training_diverges_does_not_hold(point):
+    front = [point("random", 2.0, 5.0)]
+    found = again(point, front, {"random": (2.0, float("inf"))}, {"random": 5.0})
+    (verdict,) = verdicts(front, found, GOALS)
+    assert verdict.after == [2.0, 5.0]
+    assert verdict.why_not == "its trial of seed 1001 measured an objective as infinite or not at all"
+
+
 @pytest.mark.parametrize("arguments", [(0, 2.0), (2, 0.5)])
 def test_fewer_seeds_than_one_or_a_shorter_training_are_refused(point, arguments):
     with pytest.raises(ValueError, match="at least one seed and a training at least as long"):
