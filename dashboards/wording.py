@@ -8,6 +8,7 @@ from itertools import groupby
 
 from raybsa.spec import UNTRAINED, AttentionSpec, PatternSpec, TrialSpec
 
+EARLIER_DENSITY = "its density was a share of every row, as an earlier version kept it"
 _UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 
 
@@ -89,9 +90,10 @@ def attention_label(attention: AttentionSpec) -> str:
 
 def trial_label(spec: TrialSpec) -> str:
     """One line for a trial; a model whose layers differ names each, and how many in a row are alike, a search's ring
-    how it is shared."""
+    how it is shared, and an earlier version's density that it was another."""
     runs = ((label, len(list(run))) for label, run in groupby(map(attention_label, spec.attention)))
     label = " / ".join(label if count == 1 else f"{count}× {label}" for label, count in runs)
+    label += "" if spec.is_current else " of each row"
     return f"{label} · {spec.ranks.label}" if spec.ranks.label else label
 
 

@@ -51,6 +51,10 @@ class BigBird(Pattern):
     def varies_by_head(self) -> bool:
         return True
 
+    @property
+    def size(self) -> str:
+        return f"window of {self.window:,} tokens, {self.num_random:,} random blocks a row"
+
     def blocks(self, grid: Grid) -> tuple[Tensor, Tensor]:
         drawn = random_blocks(grid, self.num_random, self.seed)
         found = [window_blocks(grid, self.window), global_blocks(grid, self.num_globals), drawn]

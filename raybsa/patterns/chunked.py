@@ -38,6 +38,10 @@ class Chunked(Pattern):
         if integer("shift", self.shift, least=0) >= self.chunk:
             raise ValueError(f"shift must be less than chunk = {self.chunk} tokens, got {self.shift}")
 
+    @property
+    def size(self) -> str:
+        return f"chunks of {self.chunk:,} tokens"
+
     def blocks(self, grid: Grid) -> tuple[Tensor, Tensor]:
         begin = (grid.first_token + self.shift) // self.chunk * self.chunk - self.shift
         end = ((grid.last_token + self.shift) // self.chunk + 1) * self.chunk - self.shift

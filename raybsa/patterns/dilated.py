@@ -48,6 +48,10 @@ class Dilated(Pattern):
     def _pairs(self) -> list[tuple[int, int]]:
         return list(zip(self.segment_lengths, self.dilation_rates, strict=True))
 
+    @property
+    def size(self) -> str:
+        return f"segments of {', '.join(f'{length:,}' for length in self.segment_lengths)} tokens"
+
     def blocks(self, grid: Grid) -> tuple[Tensor, Tensor]:
         found = [_pair_blocks(grid, segment, rate) for segment, rate in self._pairs]
         return torch.cat([row for row, _ in found]), torch.cat([col for _, col in found])

@@ -47,6 +47,11 @@ class Fixed(Pattern):
         if self.near is not None:
             integer("near", self.near, least=0)
 
+    @property
+    def size(self) -> str:
+        near = "all near ones" if self.near is None else f"{self.near:,} near ones"
+        return f"spans of {self.span:,} blocks, {self.summary:.3g} of them seen by all, {near}"
+
     def blocks(self, grid: Grid) -> tuple[Tensor, Tensor]:
         row, unit = grid.units
         begin = unit // self.span * self.span

@@ -33,6 +33,10 @@ class GlobalBlocks(Pattern):
     def __post_init__(self) -> None:
         integer("num_globals", self.num_globals)
 
+    @property
+    def size(self) -> str:
+        return f"{self.num_globals:,} global blocks"
+
     def blocks(self, grid: Grid) -> tuple[Tensor, Tensor]:
         return global_blocks(grid, self.num_globals)
 

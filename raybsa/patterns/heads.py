@@ -56,6 +56,10 @@ class PerHead(Pattern):
             budgets[its_rows.cpu()] = part.budgets(its_grid, total)
         return budgets
 
+    @property
+    def size(self) -> str:
+        return " / ".join(dict.fromkeys(part.size for part in self.parts if part.size))
+
     def check(self, density: float) -> float:
         for part in self.parts:
             part.check(density)

@@ -88,6 +88,11 @@ class Pattern(ABC):
         """Whether heads differ; where they do not, a layout has one group for all."""
         return False
 
+    @property
+    def size(self) -> str:
+        """The parameters that a density sets, in words: ``window of 416 tokens``; empty where there are none."""
+        return ""
+
     def params(self) -> dict[str, Any]:
         """The parameters as JSON values."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
@@ -253,6 +258,10 @@ class Union(Pattern):
         return ranking.ranked(
             grid, budget, lambda slots: torch.stack([ranking.listed(slots, *found) for found in lists], 1)
         )
+
+    @property
+    def size(self) -> str:
+        return " | ".join(part.size for part in self.parts if part.size)
 
     def check(self, density: float) -> float:
         for part in self.parts:

@@ -44,6 +44,10 @@ class Random(Pattern):
     def varies_by_head(self) -> bool:
         return True
 
+    @property
+    def size(self) -> str:
+        return f"{self.num_random:,} random blocks a row"
+
     def blocks(self, grid: Grid) -> tuple[Tensor, Tensor]:
         return random_blocks(grid, self.num_random, self.seed)
 

@@ -37,6 +37,10 @@ class SinkWindow(Pattern):
         integer("sink", self.sink)
         integer("window", self.window)
 
+    @property
+    def size(self) -> str:
+        return f"window of {self.window:,} tokens"
+
     def blocks(self, grid: Grid) -> tuple[Tensor, Tensor]:
         sinks = grid.runs(grid.rows, torch.zeros_like(grid.rows), torch.full_like(grid.rows, self._sinks(grid) - 1))
         window = window_blocks(grid, self.window)

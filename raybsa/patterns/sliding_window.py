@@ -32,6 +32,10 @@ class SlidingWindow(Pattern):
     def __post_init__(self) -> None:
         integer("window", self.window)
 
+    @property
+    def size(self) -> str:
+        return f"window of {self.window:,} tokens"
+
     def blocks(self, grid: Grid) -> tuple[Tensor, Tensor]:
         return window_blocks(grid, self.window)
 

@@ -38,6 +38,10 @@ class Strided(Pattern):
         if self.near is not None:
             integer("near", self.near, least=0)
 
+    @property
+    def size(self) -> str:
+        return f"stride of {self.stride:,} blocks, {self.stride if self.near is None else self.near:,} near ones"
+
     def blocks(self, grid: Grid) -> tuple[Tensor, Tensor]:
         row, unit = grid.units
         reach = self.stride if self.near is None else self.near

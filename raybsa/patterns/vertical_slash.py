@@ -37,6 +37,10 @@ class VerticalSlash(Pattern):
         object.__setattr__(self, "columns", integers("columns", self.columns, least=0))
         object.__setattr__(self, "offsets", integers("offsets", self.offsets, least=0))
 
+    @property
+    def size(self) -> str:
+        return f"{len(set(self.columns)):,} columns, {len(set(self.offsets)):,} diagonals"
+
     def blocks(self, grid: Grid) -> tuple[Tensor, Tensor]:
         found = [grid.token_runs(token, token) for token in (torch.full_like(grid.rows, c) for c in self.columns)]
         for offset in self.offsets:
