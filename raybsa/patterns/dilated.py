@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import combinations
 from math import lcm
 from typing import ClassVar
@@ -71,7 +72,7 @@ class Dilated(Pattern):
         ways = [(grid.first - grid.first // size * size, rate) for size, rate in self._sizes(grid)]
         for count in range(1, len(ways) + 1):
             for some in combinations(ways, count):  # what pairs share: inclusion and exclusion
-                reach = torch.stack([left for left, _ in some]).amin(0)
+                reach = reduce(torch.minimum, [left for left, _ in some])
                 found = found - (-1) ** count * (reach // lcm(*(rate for _, rate in some)))
         return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,7 +63,8 @@ class VerticalSlash(Pattern):
         if int(self.own(grid).sum()) > total:
             most = 2 * max(len(self.columns), len(self.offsets))
             return taken(fit(lambda count: taken(count).own(grid), 0, most, total))
-        return spread(fit(lambda count: spread(count).own(grid), 0, grid.num_kv_blocks, total))
+        most = min(grid.num_kv_blocks, 2 + 2 * total // grid.num_kv_blocks)  # so many columns hold half of the blocks
+        return spread(fit(lambda count: spread(count).own(grid), 0, most, total))
 
     def least(self, grid: Grid) -> Tensor:
         first = VerticalSlash(self.columns[:1], self.offsets[:1])
@@ -111,7 +113,7 @@ def _listed(lines: Tensor, rank: Tensor) -> Tensor:
 
 
 def _crossings(column: Tensor, offset: Tensor) -> Tensor:
-    """(n,) int64: pairs of a column c and a diagonal d with ``c + d`` = row; both (n,) 0 or 1."""
+    """(n,) int64 on the CPU: pairs of a column c and a diagonal d with ``c + d`` = row; both (n,) 0 or 1."""
     size = 2 * len(column)
-    product = torch.fft.rfft(column.double(), size) * torch.fft.rfft(offset.double(), size)
-    return torch.fft.irfft(product, size)[: len(column)].round().long()
+    product = np.fft.rfft(column.numpy(), size) * np.fft.rfft(offset.numpy(), size)
+    return torch.from_numpy(np.fft.irfft(product, size)[: len(column)]).round().long()
