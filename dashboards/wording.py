@@ -9,6 +9,7 @@ from itertools import groupby
 
 from raybsa.spec import UNTRAINED, AttentionSpec, PatternSpec, TrialSpec
 
+EARLIER_DENSITY = "its density was a share of every row, as an earlier version kept it"
 _LONG, _LONGER = 160, 320  # letters of one pattern's name, and of all layers' together
 _UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 
@@ -96,7 +97,8 @@ def attention_label(attention: AttentionSpec, most: int = _LONG) -> str:
 
 def trial_label(spec: TrialSpec) -> str:
     """One line for a trial; a model whose layers differ names each, and how many in a row are alike, a search's ring
-    how it is shared. What is too long for a line is cut: ``whole_label`` has all of it."""
+    how it is shared, and an earlier version's density that it was another. What is too long for a line is cut:
+    ``whole_label`` has all of it."""
     label = cut(_layers_label(spec, _LONG), _LONGER)
     return f"{label} · {spec.ranks.label}" if spec.ranks.label else label
 
@@ -135,7 +137,8 @@ def paste(spec: TrialSpec) -> str:
 def _layers_label(spec: TrialSpec, most: int) -> str:
     labels = (attention_label(attention, most) for attention in spec.attention)
     runs = ((label, len(list(run))) for label, run in groupby(labels))
-    return " / ".join(label if count == 1 else f"{count}× {label}" for label, count in runs)
+    label = " / ".join(label if count == 1 else f"{count}× {label}" for label, count in runs)
+    return label if spec.is_current else f"{label} of each row"
 
 
 def _part_label(part: object) -> str:
