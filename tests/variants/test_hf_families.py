@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from raybsa.spec import AttentionSpec, PatternSpec
 from raybsa.variants.hf import register
 from raybsa.variants.selector import BlockSelector
 from raybsa.variants.source import FixedPattern
+from raybsa.variants.swap import swap_attention
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'raybsa[hf]'")
 
@@ -121,6 +123,14 @@ def test_a_layer_of_one_s_own_that_attends_by_hand_is_found() -> None:
         NotImplementedError, match=r"Mixing: .* its mixer \(Mixer\) attends by itself, by softmax and @"
     ):
         hf_families.build(Mixing, config_of("llama"), "raybsa-all")
+
+
+def test_a_swap_beside_attention_that_is_written_out_is_refused_by_name() -> None:
+    model = model_of("BigBirdPegasusModel", "bigbird_pegasus", "eager")
+    for layer in model.decoder.layers:
+        layer.self_attn.config = model_of("LlamaModel", "llama", "sdpa").config
+    with pytest.raises(NotImplementedError, match=r"encoder.layers.0.self_attn.self.: .* would stay dense beside"):
+        swap_attention(model, [AttentionSpec(pattern=PatternSpec("dense"))], lambda: model(tokens(), use_cache=False))
 
 
 def tokens(length: int = TOKENS) -> Tensor:
