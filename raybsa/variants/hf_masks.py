@@ -18,6 +18,33 @@ _HIDDEN = -1e4  # what is added to a score and hides its key, or less: models wr
 _PADDING = -1  # in a whole mask of ours, int8: the column of a key that is padding; else 1 = attend, 0 = hidden
 
 
+class Told(Tensor):
+    """A mask of ours, which says what no mask of transformers does: ``seen_by`` reads it, no model by itself."""
+
+    _MAY = frozenset(("__get__", "__set__", "dim", "size", "to", "detach", "is_floating_point", "contiguous", "numel"))
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name not in cls._MAY:
+            raise NotImplementedError(
+                "a model that hands its mask on to attention layers was wanted, got one that itself reads it "
+                f"({name}), and raybsa's says other things; load it with attn_implementation='eager'"
+            )
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def _told(mask: Tensor) -> Tensor:
+    return mask if torch.compiler.is_compiling() else mask.as_subclass(Told)
+
+
+def _untold(mask: Tensor | None) -> Tensor | None:
+    if not isinstance(mask, Told):
+        return mask
+    with torch._C.DisableTorchFunctionSubclass():
+        return mask.as_subclass(Tensor)
+
+
 class Seen(NamedTuple):
     """Who sees whom in one call.
 
@@ -84,6 +111,7 @@ def make_mask(
             "a cache that holds all tokens so far and no more was wanted (DynamicCache without sliding layers), got "
             f"keys {key} to {key + kv_length} for queries {query} to {query + q_length}"
         )
+    attention_mask = _untold(attention_mask)
     if attention_mask is not None and not torch.compiler.is_compiling() and bool(attention_mask.all()):
         attention_mask = None  # a compiled graph would end with a look at its numbers
     plain = {causal_mask_function: True, bidirectional_mask_function: False}.get(mask_function)
@@ -110,14 +138,14 @@ def make_mask(
             "a batch without padding was wanted, as this model itself reads the mask, in which raybsa says what is "
             "padding, got one with padding"
         )
-    return whole.to(torch.int8).masked_fill(~attention_mask.bool()[:, None, None, :kv_length], _PADDING)
+    return _told(whole.to(torch.int8).masked_fill(~attention_mask.bool()[:, None, None, :kv_length], _PADDING))
 
 
 def _keys(keys: Tensor | None, shape: tuple[int, int], causal: bool, device: torch.device) -> Tensor:
     kind = next(dtype for dtype, known in _KINDS.items() if known == (causal, keys is not None))
     if keys is None:
-        return torch.ones((), dtype=kind, device=device).expand(shape)
-    return keys[:, : shape[1]].to(kind)
+        return _told(torch.ones((), dtype=kind, device=device).expand(shape))
+    return _told(keys[:, : shape[1]].to(kind))
 
 
 def seen_by(mask: Tensor | None, kv_len: int) -> Seen:
@@ -126,6 +154,7 @@ def seen_by(mask: Tensor | None, kv_len: int) -> Seen:
     Raises:
         ValueError: it is not for these keys.
     """
+    mask = _untold(mask)
     if mask is None:
         return Seen()
     if mask.dim() not in (2, 4) or mask.shape[-1] != kv_len:
