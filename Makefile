@@ -6,13 +6,17 @@ WORKERS ?= 2
 GPU_WORKERS ?= 8
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo test test-quick test-gpu lint format docs benchmark clean
+FUZZ_SECONDS ?= 60
+FUZZ_SEED ?= 0
+
+.PHONY: help demo test test-quick test-gpu fuzz lint format docs benchmark clean
 
 help:
 	@echo "make demo        search patterns on real text on a local Ray cluster, then write the report (under 4 minutes)"
 	@echo "make test        run the CPU tests in two processes (make test WORKERS=4: in four)"
 	@echo "make test-quick  the same without the tests that start Ray (a third of the time)"
 	@echo "make test-gpu    run the tests that need a CUDA device, in eight processes"
+	@echo "make fuzz        random calls against a float64 reference (make fuzz FUZZ_SECONDS=600 FUZZ_SEED=7)"
 	@echo "make lint        ruff and mypy"
 	@echo "make format      let ruff rewrite the code"
 	@echo "make docs        the API reference from docstrings, in build/api"
@@ -38,6 +42,9 @@ test-quick: .venv/.ready
 
 test-gpu: .venv/.ready
 	@OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -m gpu -n $(GPU_WORKERS) --dist load
+
+fuzz: .venv/.ready
+	@$(BIN)/python tests/fuzz.py --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
 
 lint: .venv/.ready
 	@$(BIN)/ruff check .

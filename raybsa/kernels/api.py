@@ -142,6 +142,11 @@ def _run_otherwise(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
     if not torch.compiler.is_compiling():
         return _run_aside(call, backend)
     late = under_transforms() or forward_mode() or is_distributed(call) or not _is_ours(call, backend)
+    if late and torch.compiler.is_exporting():
+        raise NotImplementedError(
+            f"an exported program holds attention by 'auto', {', '.join(map(repr, BACKWARDS))} alone, of plain tensors "
+            f"outside of torch.func, got backend {backend!r} and {type(call.q).__name__}"
+        )
     return eagerly(_run_late, call, backend) if late else operator.run(call, backend)
 
 
@@ -215,10 +220,10 @@ def _chosen(call: AttentionCall, backend: str) -> Callable[[AttentionCall], tupl
     """What runs a checked call; checks and choice hold for all calls of the same signature and layout."""
 
     def choose() -> Callable[[AttentionCall], tuple[Tensor, Tensor]]:
-        if call.q.is_meta:
-            return partial(_run_aside, backend=backend)
         if not is_for_kernels(call):
             return partial(in_sizes_of_kernels, run=partial(run_call, backend=backend))
+        if call.q.is_meta:
+            return partial(_run_aside, backend=backend)
         check_call(call)
         chosen = BACKENDS[choose_backend(call)] if backend == "auto" else _named(backend, call)
         run: Callable[[AttentionCall], tuple[Tensor, Tensor]] = chosen.run

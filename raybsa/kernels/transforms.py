@@ -157,10 +157,11 @@ def _fold(
     batch, heads = (q if in_dims[0] is None else q.select(in_dims[0], 0)).shape[:2]
     if rest.dropout_p or rest.layout.num_groups not in (1, heads) or in_dims[BIAS] is not None:
         return None
-    folded = [None if x is None else _with_samples(x, dim, size) for x, dim in zip(tensors, in_dims, strict=True)]
-    mask = tensors[MASK]
+    mask, bias = tensors[MASK], tensors[BIAS]
+    of_samples = [None if x is mask or x is bias else x for x in tensors]
+    folded = [None if x is None else _with_samples(x, dim, size) for x, dim in zip(of_samples, in_dims, strict=True)]
     folded[MASK] = None if mask is None else _fold_mask(mask, in_dims[MASK], size, batch)
-    folded[BIAS] = tensors[BIAS]
+    folded[BIAS] = bias
     return folded
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from raybsa.kernels.api import run_call
 from raybsa.kernels.call import AttentionCall, compute_dtype
 from raybsa.kernels.merge import merge
+from raybsa.kernels.ordinary import has_numbers
 from raybsa.kernels.reference import dropout_factor
 
 
@@ -28,7 +29,10 @@ def attend(call: AttentionCall, extra: tuple[Tensor, Tensor] | None, backend: st
 
 
 def _attend_extra(call: AttentionCall, keys: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """out (B, H, Sq, D) in ``dtype`` and lse (B, H, Sq)."""
+    """out (B, H, Sq, D) in ``dtype`` and lse (B, H, Sq); of tensors without numbers, their shapes."""
+    if not has_numbers(call.q):
+        out, weights = attend_extra_alone(call.q, keys, values, call.scale, 0.0)
+        return out, weights.sum(-1, dtype=compute_dtype(call.q.dtype))
     with torch.autocast(call.q.device.type, enabled=False):
         q, k, v = (x.to(compute_dtype(call.q.dtype)) for x in (call.q, keys, values))
         scores = q @ k.transpose(-1, -2) * call.scale

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from raybsa.kernels.call import AttentionCall
+from raybsa.kernels.ordinary import has_numbers
 from raybsa.kernels.reference import dropout_factor, masked_scores, softmax
 
 
@@ -18,6 +19,8 @@ def attention_weights(call: AttentionCall, extra_keys: Tensor | None) -> Tensor:
         call: the arguments; k and v have as many heads as q.
         extra_keys: (B, H, E, D) keys that every query sees, or None.
     """
+    if not has_numbers(call.q):
+        return _shaped(call, extra_keys)
     with torch.autocast(call.q.device.type, enabled=False):
         scores = masked_scores(call)
         if extra_keys is not None:
@@ -27,3 +30,9 @@ def attention_weights(call: AttentionCall, extra_keys: Tensor | None) -> Tensor:
         if call.dropout_p:
             weights = weights * dropout_factor(call, torch.arange(weights.shape[-1], device=weights.device))
         return weights.to(call.q.dtype)
+
+
+def _shaped(call: AttentionCall, extra_keys: Tensor | None) -> Tensor:
+    """The weights' shape, type and whose gradients they have, of fake tensors and of those on the meta device."""
+    keys = call.k if extra_keys is None else torch.cat([call.k, extra_keys], 2)
+    return torch.softmax(call.q @ keys.transpose(-1, -2), -1)

@@ -119,10 +119,25 @@ def test_tensors_without_memory_have_shapes(backend: str) -> None:
     out.sum().backward()
     assert (out.shape, out.device.type) == (q.shape, "meta")
     assert (lse.shape, lse.dtype) == (q.shape[:3], torch.float32)
+    assert attend(backend)(q, k, v[..., :5]).shape == (2, HEADS, TOKENS, 5)
     assert k.grad is not None
     module = BlockSparseMultihead(32, 2, pattern="bigbird", density=0.5, batch_first=True, device="meta")
     x = torch.empty(2, 40, 32, device="meta")
     assert module(x, x, x, need_weights=False)[0].shape == x.shape
+
+
+@pytest.mark.parametrize("where", ["fake", "meta"])
+@pytest.mark.parametrize("extra", [{}, {"add_bias_kv": True, "add_zero_attn": True}], ids=str)
+def test_weights_of_tensors_without_numbers_have_shapes(where: str, extra: dict[str, bool]) -> None:
+    with FakeTensorMode() if where == "fake" else torch.device("meta"):
+        module = BlockSparseMultihead(
+            32, 2, dropout=0.5, pattern="bigbird", block_size=BLOCK, batch_first=True, **extra
+        )
+        x = torch.empty(2, TOKENS, 32, requires_grad=True)
+        out, weights = module(x, x, x, average_attn_weights=False)
+        (out.sum() + weights.sum()).backward()
+        assert weights.shape == (2, 2, TOKENS, TOKENS + len(extra))
+        assert x.grad is not None
 
 
 def test_numbers_that_are_not_there_cannot_be_read() -> None:

@@ -115,3 +115,14 @@ def test_a_rule_of_another_meaning_or_of_nobody_s_is_refused(monkeypatch: pytest
     )
     with pytest.raises(ValueError, match="nowhere:Nothing"):
         rule_in(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+
+
+def test_a_backend_that_no_program_can_hold_is_refused() -> None:
+    layout = BlockLayout.from_rows([[0]], q_len=4, kv_len=4, q_block_size=4)
+
+    class ByReference(nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            return block_sparse_attention(q, q, q, layout, backend="reference")  # type: ignore[return-value]
+
+    with pytest.raises(NotImplementedError, match=r"an exported program holds attention by 'auto'.* got backend 'ref"):
+        exported(ByReference(), torch.randn(1, 1, 4, 8), strict=False)

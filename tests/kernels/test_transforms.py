@@ -116,6 +116,19 @@ def test_samples_with_masks_biases_and_layouts_of_their_own(layout_of: str) -> N
     assert_equal(got, tuple(torch.stack(x) for x in zip(*wanted, strict=True)), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+def test_samples_under_a_mask_that_is_one_number(mapped: bool) -> None:
+    q, k, v = inputs(torch.float64)
+    mask = torch.tensor([0.0, -float("inf"), 1.0], dtype=torch.float64) if mapped else torch.tensor(0.5)
+
+    def f(q: Tensor, mask: Tensor) -> Tensor:
+        return block_sparse_attention(q, k, v, LAYOUT, attn_mask=mask)  # type: ignore[return-value]
+
+    masks = list(mask) if mapped else [mask] * 3
+    wanted = [block_sparse_attention(x, k, v, LAYOUT, attn_mask=m) for x, m in zip(stacked(q), masks, strict=True)]
+    assert_equal(vmap(f, (0, 0 if mapped else None))(stacked(q), mask), torch.stack(wanted), rtol=1e-9, atol=1e-9)
+
+
 def test_samples_drop_apart_or_alike_as_vmap_is_asked() -> None:
     q, k, v = inputs()
     many = q.expand(3, *q.shape)

@@ -1,0 +1,1 @@
+"""Random calls against an independent float64 reference: ``python tests/fuzz.py`` runs them."""
