@@ -23,9 +23,12 @@ def write_page(page: str, out: str) -> str:
     path = os.path.abspath(out)
     if not is_free(path):
         raise FileExistsError(f"{path} is no page that raybsa wrote, so it stays: name another file with --out")
-    os.makedirs(os.path.dirname(path), exist_ok=True)
     content = page.encode()
-    write_whole(path, content + f"<!-- raybsa page {hashlib.sha256(content).hexdigest()} -->\n".encode())
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        write_whole(path, content + f"<!-- raybsa page {hashlib.sha256(content).hexdigest()} -->\n".encode())
+    except OSError as error:
+        raise OSError(f"the page could not be written to {path!r}: {error.strerror or error}") from error
     return path
 
 

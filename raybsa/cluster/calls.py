@@ -8,15 +8,13 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from raybsa.cluster.causes import whose
 from raybsa.cluster.crew import TICK_S, Crew, cause_of
 from raybsa.cluster.journal import Journal, TrainingFailed
 from raybsa.cluster.member import Progress
 from raybsa.cluster.roster import Roster
 from raybsa.comm import Broken
-
-# What a program raises again wherever it runs with the same arguments. That memory ran out or a GPU failed is none of
-# these: it is a RuntimeError or a MemoryError.
-PROGRAM_ERRORS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, NameError, AssertionError)
+from raybsa.results.record import QUESTION
 
 
 class Wreck(Exception):
@@ -104,7 +102,7 @@ class Calls:
 def _check_question(error: RayError) -> None:
     """Arguments that a worker refuses will be refused by any other too; and a program that is wrong may fail after each
     step anew, where no bound on the failures of one step would end it."""
-    if isinstance(error, RayTaskError) and isinstance(error.cause, PROGRAM_ERRORS):
+    if isinstance(error, RayTaskError) and whose(error) == QUESTION:
         raise TrainingFailed(f"a rank refused what it was asked for, as any other would: {cause_of(error)}") from error
 
 

@@ -12,9 +12,9 @@ import ray
 from ray._private import ray_logging
 from ray._private import worker as ray_worker
 
+from raybsa import signals
 from raybsa.cluster.resources import Share, alive_nodes, fitting
 from raybsa.events import show
-from raybsa.experiments.place import exit_on_sigterm
 
 _ANSWER_SECONDS = 10.0
 
@@ -29,7 +29,7 @@ def cluster(
 ) -> Iterator[None]:
     """A connection to the cluster at ``address`` (or RAY_ADDRESS, else one of our own), closed however the job ends.
 
-    SIGTERM, which ``ray job stop`` sends, ends the job as Ctrl-C does: in order.
+    SIGTERM, which ``ray job stop`` sends, and SIGHUP end the job as Ctrl-C does: in order (``signals.py``).
 
     Args:
         num_cpus: what a cluster of our own may hand out; None is what the machine has.
@@ -55,7 +55,7 @@ def cluster(
         )
     except (ConnectionError, ValueError) as error:
         raise NoCluster(f"a running Ray cluster was wanted at {target!r}: {error}") from error
-    exit_on_sigterm()
+    signals.listen()  # again: Ray has a handler of its own
     with nullcontext() if deaths else without_rays_messages():  # Ray prints what it has kept when it shuts down
         try:
             yield
