@@ -31,6 +31,16 @@ def listen() -> None:
 
 
 @contextmanager
+def not_for_children() -> Iterator[None]:
+    """Processes that are started inside outlive a closed terminal: the job needs them to end in order."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@contextmanager
 def deferred() -> Iterator[None]:
     """Inside, the first signal only shows in ``raise_if_heard``: what must not be cut in half is ended before that."""
     before, _State.deferred = _State.deferred, True

@@ -45,14 +45,15 @@ def cluster(
         show()
         ray_logging.RAY_DEDUP_LOGS = False  # two ranks' lines of one step would count as the same
     try:
-        ray.init(
-            address=target,
-            num_cpus=num_cpus if target == "local" else None,
-            include_dashboard=False if target == "local" else None,
-            log_to_driver=verbose,
-            logging_level=logging.ERROR,
-            namespace="raybsa",
-        )
+        with signals.not_for_children():
+            ray.init(
+                address=target,
+                num_cpus=num_cpus if target == "local" else None,
+                include_dashboard=False if target == "local" else None,
+                log_to_driver=verbose,
+                logging_level=logging.ERROR,
+                namespace="raybsa",
+            )
     except (ConnectionError, ValueError) as error:
         raise NoCluster(f"a running Ray cluster was wanted at {target!r}: {error}") from error
     signals.listen()  # again: Ray has a handler of its own
