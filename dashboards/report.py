@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from os.path import expanduser
 
 from dashboards.frames import load
 from dashboards.markup import element, join
@@ -20,6 +21,7 @@ from dashboards.sections.recovery import recovery_section
 from dashboards.sections.ring import ring_section
 from dashboards.sections.speed import speed_section
 from dashboards.written import free_path, write_page
+from raybsa.printable import printable
 
 
 def write_report(results: str, out: str, *, own_patterns: bool = False) -> str:
@@ -66,11 +68,14 @@ def _page(folder: str, own_patterns: bool) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    printable(sys.stdout)
     parser = argparse.ArgumentParser(
         prog="python -m dashboards.report", description="Draw measured results as one page."
     )
     parser.add_argument("results", metavar="RESULTS", help="folder or pyarrow.fs URI that a job wrote")
-    parser.add_argument("--out", default="report.html", help="the page to write (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=expanduser, default="report.html", help="the page to write (default: %(default)s)"
+    )
     parser.add_argument("--own-patterns", action="store_true", help="import and draw patterns named as module:Class")
     options = parser.parse_args(arguments)
     try:

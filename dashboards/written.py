@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
-import re
 from pathlib import Path
 
+from raybsa.results.marked import is_marked, marked
 from raybsa.results.whole import write_whole
-
-_MARK = re.compile(rb"<!-- raybsa page ([0-9a-f]{64}) -->\n?\Z")
 
 
 def write_page(page: str, out: str) -> str:
@@ -23,10 +20,9 @@ def write_page(page: str, out: str) -> str:
     path = os.path.abspath(out)
     if not is_free(path):
         raise FileExistsError(f"{path} is no page that raybsa wrote, so it stays: name another file with --out")
-    content = page.encode()
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        write_whole(path, content + f"<!-- raybsa page {hashlib.sha256(content).hexdigest()} -->\n".encode())
+        write_whole(path, marked(page.encode()))
     except OSError as error:
         raise OSError(f"the page could not be written to {path!r}: {error.strerror or error}") from error
     return path
@@ -43,10 +39,4 @@ def is_free(path: str) -> bool:
     """Whether a page may be written there: nothing is there, or a page of ours, unchanged."""
     if not os.path.lexists(path):
         return True
-    return os.path.isfile(path) and is_page(Path(path).read_bytes())
-
-
-def is_page(content: bytes) -> bool:
-    """Whether a file's content is a page as it was written."""
-    mark = _MARK.search(content)
-    return mark is not None and mark[1].decode() == hashlib.sha256(content[: mark.start()]).hexdigest()
+    return os.path.isfile(path) and is_marked(Path(path).read_bytes())

@@ -31,7 +31,16 @@ import torch
 from raybsa import patterns
 from raybsa.events import show
 from raybsa.experiments import peer_table
-from raybsa.experiments.options import add_adopt, at_least, backend, name_or_json, not_negative, positive, regex
+from raybsa.experiments.options import (
+    add_adopt,
+    at_least,
+    backend,
+    name_or_json,
+    not_negative,
+    positive,
+    regex,
+    seed,
+)
 from raybsa.experiments.peer_cells import cells, parts_of
 from raybsa.experiments.peer_rows import rows_of
 from raybsa.experiments.peer_suite import PeerSuite
@@ -289,7 +298,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--error-len", type=at_least(0), default=1024, help="tokens at which errors are measured; 0: nowhere"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument(
         "--repeats", type=at_least(1), default=20, help="timed calls of each side (5 where they are slow)"
     )

@@ -17,11 +17,12 @@ import torch
 
 from raybsa import patterns
 from raybsa.experiments.compare import answer, questions, summary, training_of
-from raybsa.experiments.options import add_adopt, at_least, json_object, name_or_json, share
+from raybsa.experiments.options import add_adopt, at_least, json_object, name_or_json, seed, share
 from raybsa.experiments.place import FAILED, absolute, ending, git_commit, interruptible, refusing
 from raybsa.experiments.recording import Run
 from raybsa.results.store import Store
 from raybsa.spec import ADAPTIVE, DENSE, AttentionSpec, PatternSpec, TrialSpec
+from raybsa.tasks.byte_lm import about_its_text
 
 AGAIN = "the same command asks only for what is missing"
 
@@ -61,6 +62,8 @@ def _specs(arguments: argparse.Namespace) -> list[TrialSpec]:
         dtype=arguments.dtype,
         task_params=arguments.task_params,
     )
+    if base.task == "byte_lm":
+        base = about_its_text(base)
     asked = [_pattern(given, arguments) for given in arguments.pattern]
     return questions(base, asked, arguments.density, arguments.seeds, arguments.block_size)
 
@@ -106,7 +109,7 @@ def _arguments() -> argparse.Namespace:
         help="names or JSON specs",
     )
     parser.add_argument("--density", nargs="+", type=float, default=[0.05, 0.1])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=seed, default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=2400)

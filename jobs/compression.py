@@ -26,6 +26,7 @@ from raybsa.results.store import Store
 from raybsa.spec import TrialSpec, canonical_json
 from raybsa.tasks.compression import compression_params
 from raybsa.tasks.compression_ranks import measure_compression
+from raybsa.tasks.text import load_corpus
 
 
 def main() -> int:
@@ -63,7 +64,8 @@ def _measured(spec: TrialSpec) -> tuple[Measurement | None, str | None]:
 
 
 def _specs(arguments: argparse.Namespace) -> Sequence[TrialSpec]:
-    base = replace(COMPRESSION, train_steps=arguments.steps)
+    content = {"text": load_corpus(COMPRESSION.task_params.get("text")).digest}
+    base = replace(COMPRESSION, train_steps=arguments.steps, content=content)
     specs = compression(base, seeds=arguments.seeds, world_size=arguments.world_size)
     found = [spec for spec in specs if arguments.only.search(_codec(spec))]
     if not found:

@@ -16,9 +16,10 @@ import sys
 import time
 from pathlib import Path
 
-from raybsa.cluster.head import local_head
+from raybsa.cluster.head import local_head, require_room_for_a_head
 from raybsa.experiments.options import add_adopt, at_least
 from raybsa.experiments.place import FAILED, ending, git_commit, interruptible, refusing
+from raybsa.results.roots import is_uri, local_path
 from raybsa.results.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,8 +27,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main() -> int:
     arguments = _arguments()
-    out = arguments.out.resolve()
     with refusing():
+        if is_uri(arguments.out):
+            raise ValueError(f"the demo writes to a folder of this machine, got {arguments.out!r}")
+        out = Path(local_path(arguments.out))
+        require_room_for_a_head()
         Store.create(out, adopt=arguments.adopt)
     started = time.monotonic()
     print(f"Starting a Ray head with {arguments.num_cpus} CPUs ...", flush=True)
@@ -48,7 +52,7 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for records and the report")
+    parser.add_argument("--out", required=True, help="folder for records and the report")
     add_adopt(parser)
     parser.add_argument(
         "--num-cpus", type=at_least(1), default=os.cpu_count(), help="CPU shares of the head (default: all)"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from os.path import expanduser
 
 import torch
 
@@ -63,7 +64,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=at_least(WARMUP + 2), default=40)
     parser.add_argument("--tokens", type=int, default=512, help="tokens of a sequence")
     parser.add_argument("--batch", type=int, default=8, help="sequences a step")
-    parser.add_argument("--text", help="file or folder; default: the Python standard library's sources")
+    parser.add_argument(
+        "--text", type=expanduser, help="file or folder; default: the Python standard library's sources"
+    )
     return parser.parse_args()
 
 

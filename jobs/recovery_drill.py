@@ -17,6 +17,7 @@ import argparse
 import sys
 import time
 from itertools import product
+from os.path import expanduser
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from raybsa.experiments.drill import Drill, Survived, estimate_minutes, timed
 from raybsa.experiments.drill_plan import DEFAULT, Pair, groups, kinds_on, left_out_on, question, steps_for
 from raybsa.experiments.drill_ring import Ring
 from raybsa.experiments.launch import NoCluster, cluster
-from raybsa.experiments.options import add_adopt, at_least
+from raybsa.experiments.options import add_adopt, at_least, seed
 from raybsa.experiments.place import BAD_INPUT, FAILED, absolute, ending, git_commit, refusing
 from raybsa.experiments.recording import Run
 from raybsa.experiments.soak import own_temporary_folder, soak
@@ -140,9 +141,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--gpus-per-worker", type=float, default=0.0, help="a GPU, or a share of one; 0: on CPUs")
     parser.add_argument("--heartbeat", type=float, default=2.0, help="seconds of silence after which a rank is lost")
     parser.add_argument("--at-once", type=at_least(1), default=7, help="faults in one run")
-    parser.add_argument("--text", help="file or folder; default: the Python standard library's sources")
+    parser.add_argument(
+        "--text", type=expanduser, help="file or folder; default: the Python standard library's sources"
+    )
     parser.add_argument("--verbose", action="store_true", help="with what Ray says of each worker that died")
-    parser.add_argument("--seed", type=int, default=0, help="which ranks are hit; of a soak also how and where")
+    parser.add_argument("--seed", type=seed, default=0, help="which ranks are hit; of a soak also how and where")
     return parser.parse_args()
 
 

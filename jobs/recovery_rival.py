@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from os.path import expanduser
 
 import torch
 
@@ -55,7 +56,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--address", help="Ray cluster; default: RAY_ADDRESS, else one of our own")
     parser.add_argument("--world-size", type=at_least(VICTIM + 1), default=3, help="ranks, one CPU each")
     parser.add_argument("--rounds", type=at_least(1), default=3)
-    parser.add_argument("--text", help="file or folder; default: the Python standard library's sources")
+    parser.add_argument(
+        "--text", type=expanduser, help="file or folder; default: the Python standard library's sources"
+    )
     return parser.parse_args()
 
 

@@ -13,6 +13,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from os.path import expanduser
 
 from dashboards.measured_forecast import Part, measured_part, write_forecast
 from dashboards.scalings import preset_scalings
@@ -85,7 +86,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--ranks", type=at_least(1), default=1024, help="forecast up to this many (default: %(default)s)"
     )
-    parser.add_argument("--out", default="forecast.html", help="the page to write (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=expanduser, default="forecast.html", help="the page to write (default: %(default)s)"
+    )
     return parser.parse_args()
 
 

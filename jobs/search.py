@@ -15,6 +15,7 @@ import os
 import shlex
 import sys
 from dataclasses import replace
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ from raybsa.experiments.advantage import advantage
 from raybsa.experiments.algorithms import ALGORITHMS
 from raybsa.experiments.dry_run import dry_run
 from raybsa.experiments.front import left_out, read_best, write_front
-from raybsa.experiments.history import history
+from raybsa.experiments.history import asked_otherwise, history
 from raybsa.experiments.launch import NoCluster, cluster, worker_share
-from raybsa.experiments.options import add_adopt, at_least, not_negative, positive
+from raybsa.experiments.options import add_adopt, at_least, not_negative, positive, seed
 from raybsa.experiments.place import BAD_INPUT, FAILED, absolute, ending, git_commit, interruptible, refusing
 from raybsa.experiments.presets import PRESETS, Preset
 from raybsa.experiments.progress import Progress, summary
@@ -42,7 +43,7 @@ from raybsa.experiments.trial import run_trial
 from raybsa.results.pareto import COSTS, named_objectives
 from raybsa.results.store import Store
 from raybsa.spec import TrialSpec
-from raybsa.tasks.byte_lm import ByteText
+from raybsa.tasks.byte_lm import about_its_text
 from raybsa.tasks.captured import question_of
 from raybsa.tasks.goals import QUALITIES
 from raybsa.tasks.module import question_of as question_of_module
@@ -75,15 +76,19 @@ def main() -> int:
         store = Store(out) if arguments.dry_run else Store.create(out, adopt=arguments.adopt)
     if arguments.dry_run:
         return _dry_run(arguments, preset, plan, store)
-    done = len(history(preset.space, store.read_records(), pass_over=store.pass_over)) if plan.resume else 0
+    records = store.read_records() if plan.resume else []
+    done = len(history(preset.space, records, pass_over=store.pass_over))
+    others = asked_otherwise(preset.space, records)
     torch.set_num_threads(1)  # the driver only looks at layouts
 
-    with cluster(arguments.address, verbose=arguments.verbose):
+    with cluster(arguments.address, verbose=arguments.verbose, inside=True):
         pool = _pool(arguments, preset)
         workers = f"{pool.num_workers}" if pool.num_workers else "as many as fit"
         print(f"{plan.trials} trials; workers of {pool.share}, {workers} at once; results in {out}", flush=True)
         if plan.resume:
             print(f"{done} of them are done", flush=True)
+        if others:
+            print(f"{others} trials in {out} were asked with other text, data or code: other questions, left alone")
         progress = Progress(plan.trials, count=done)
         run = Run.start("search", arguments.git_commit)
         found = search(preset.space, store, run, pool, plan, tell=progress.tell)
@@ -199,14 +204,19 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", required=True, help="results folder or pyarrow.fs URI; absolute in a submitted job")
     add_adopt(parser)
     parser.add_argument("--preset", choices=PRESETS, default="demo")
-    parser.add_argument("--space", help=f"{', '.join(SPACES)}, or a YAML file (the preset's)")
+    parser.add_argument("--space", type=expanduser, help=f"{', '.join(SPACES)}, or a YAML file (the preset's)")
     parser.add_argument("--per-layer", action="store_true", help="also ask questions whose layers differ")
     parser.add_argument("--papers", action="store_true", help="first ask the papers' BigBird, window and sink + window")
     parser.add_argument("--trials", "--max-trials", type=at_least(1), help="how many in all (the preset's number)")
     parser.add_argument("--time-budget", type=_seconds, default=math.inf, help="no trial begins later: 90s, 10m, 2h")
     parser.add_argument("--dry-run", action="store_true", help="list what would run, with predicted costs, and end")
     parser.add_argument("--resume", action="store_true", help="go on from the trials of this search in --out")
-    parser.add_argument("--again", metavar="BEST_JSON", help="ask one point's question once more, and nothing else")
+    parser.add_argument(
+        "--again",
+        type=expanduser,
+        metavar="BEST_JSON",
+        help="ask one point's question once more, and nothing else",
+    )
     parser.add_argument("--algorithm", choices=ALGORITHMS, default="tpe")
     parser.add_argument("--early-stopping", action="store_true", help="stop what falls behind others of its density")
     parser.add_argument("--screening", action="store_true", help="do not train what is predicted to be far beaten")
@@ -227,7 +237,7 @@ def _arguments() -> argparse.Namespace:
         default="quality,latency,memory",
         help=f"comma-separated: quality, {', '.join(COSTS)}, with bounds as in latency<=2ms (quality,latency,memory)",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     for size, kind in SIZES.items():
         parser.add_argument(f"--{size.replace('_', '-')}", type=kind, help="instead of the preset's")
     parser.add_argument("--address", help="a running Ray cluster (RAY_ADDRESS, else one of our own)")
@@ -262,7 +272,7 @@ def _preset(arguments: argparse.Namespace) -> Preset:
     base = replace(base, seed=arguments.seed, **sizes)
     trials = preset.trials if arguments.trials is None else arguments.trials
     if base.task == "byte_lm":
-        ByteText(base, torch.device("cpu"))
+        base = about_its_text(base)
     if base.task == "recall":
         recall_params(base)
     space = make_space(arguments.space, base) if arguments.space else replace(preset.space, base=base)

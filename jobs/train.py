@@ -12,9 +12,9 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
+from os.path import expanduser
 from pathlib import Path
 
-import torch
 from ray.exceptions import RayError
 
 from raybsa import patterns
@@ -25,14 +25,22 @@ from raybsa.cluster.resources import Share, TooFewResources
 from raybsa.cluster.trace import Trace
 from raybsa.cluster.training import TrainingCoordinator, require_ring
 from raybsa.experiments.launch import NoCluster, cluster, worker_share
-from raybsa.experiments.options import add_adopt, at_least, backend, name_or_json, not_negative, positive
+from raybsa.experiments.options import (
+    add_adopt,
+    at_least,
+    backend,
+    name_or_json,
+    not_negative,
+    positive,
+    seed,
+)
 from raybsa.experiments.place import BAD_INPUT, FAILED, absolute, ending, git_commit, interruptible, refusing
 from raybsa.experiments.recording import Run
 from raybsa.experiments.trained import write_training
 from raybsa.gradients.catalog import build
 from raybsa.results.store import Store, StoreError
 from raybsa.spec import ADAPTIVE, AttentionSpec, PatternSpec, TrialSpec
-from raybsa.tasks.byte_lm import ByteText
+from raybsa.tasks.byte_lm import about_its_text
 from raybsa.variants.distributed import DistributedConfig
 
 AGAIN = "the same command with --resume goes on from the newest checkpoint"
@@ -43,7 +51,7 @@ def main() -> int:
     with refusing():
         Share(arguments.cpus, arguments.gpus or 0)
         spec, settings, out = _question(arguments)
-        ByteText(spec, torch.device("cpu"))
+        spec = about_its_text(spec)
         Store.create(out, adopt=arguments.adopt)
     run = Run.start("train", arguments.git_commit or git_commit(Path(__file__).parent))
     settings = replace(settings, labels=run.labels(0), checkpoints=_checkpoints(arguments, spec, settings, run))
@@ -184,8 +192,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--head-dim", type=int, default=32)
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16"))
-    parser.add_argument("--text", help="file or folder; default: the Python standard library's sources")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--text", type=expanduser, help="file or folder; default: the Python standard library's sources"
+    )
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--verbose", action="store_true", help="print each rank's events, a line of key=value each")
     parser.add_argument(
         "--profile",

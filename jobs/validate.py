@@ -27,7 +27,7 @@ from raybsa.experiments.progress import Progress
 from raybsa.experiments.recording import Run
 from raybsa.experiments.validation import Verdict, questions, verdicts
 from raybsa.results.pareto import Objective, named_objectives, pareto_front
-from raybsa.results.record import Record
+from raybsa.results.record import Record, spec_of
 from raybsa.results.store import Store
 
 
@@ -68,7 +68,7 @@ def main() -> int:
 def _front(arguments: argparse.Namespace) -> tuple[list[Record], list[Objective]]:
     """The points to measure again and what they were measured by."""
     store = Store(absolute("RESULTS", arguments.results))
-    records = store.read_asked()
+    records = _of_the_newest_content(store.read_asked())
     goal = next((record.quality_goal for record in records if record.quality_goal), None)
     texts = arguments.objectives.split(",") if arguments.objectives else front_objectives(store)
     objectives = named_objectives(texts, "max" if goal == "max" else "min" if goal else None)
@@ -78,6 +78,13 @@ def _front(arguments: argparse.Namespace) -> tuple[list[Record], list[Objective]
     if len({(record.task, record.seq_len, record.train_len, record.device_name) for record in front}) > 1:
         raise ValueError(f"the results of one search were wanted, got several questions under {arguments.results!r}")
     return front, objectives
+
+
+def _of_the_newest_content(records: list[Record]) -> list[Record]:
+    """The trials that were asked about the text, data and code of the last one that measured a quality."""
+    contents = [spec_of(record).content for record in records]
+    judged = [content for record, content in zip(records, contents, strict=True) if record.quality_goal]
+    return [r for r, content in zip(records, contents, strict=True) if not judged or content == judged[-1]]
 
 
 def _line(verdict: Verdict, objectives: list[Objective]) -> str:
@@ -116,8 +123,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", required=True, help="folder for the new trials; absolute in a submitted job")
     add_adopt(parser)
     parser.add_argument("--objectives", help="instead of those of the search")
-    parser.add_argument("--seeds", type=int, default=3, help="new trials a point (3)")
-    parser.add_argument("--longer", type=float, default=2.0, help="times the training steps of the search (2)")
+    parser.add_argument("--seeds", type=at_least(1), default=3, help="new trials a point (3)")
+    parser.add_argument("--longer", type=positive, default=2.0, help="times the training steps of the search (2)")
     parser.add_argument("--address", help="a running Ray cluster (RAY_ADDRESS, else one of our own)")
     parser.add_argument("--workers", type=at_least(1), help="trials at once")
     parser.add_argument("--cpus-per-worker", type=positive, default=1, help="whole ones, or a fraction of one (1)")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import getpass
 import os
+import pwd
 import socket
 import time
 from dataclasses import asdict, dataclass
@@ -30,7 +30,17 @@ class Holder:
     def me(cls) -> Holder:
         """This process, from now on."""
         pid = os.getpid()
-        return cls(pid, socket.gethostname(), _user(), started(pid), time.time())
+        return cls(pid, socket.gethostname(), _name(os.geteuid()), started(pid), time.time())
+
+    @classmethod
+    def of(cls, pid: int) -> Holder:
+        """A process of this host, since it began."""
+        try:
+            found = os.stat(f"/proc/{pid}")
+            user, since = _name(found.st_uid), found.st_ctime
+        except OSError:
+            user, since = "an unknown user", time.time()
+        return cls(pid, socket.gethostname(), user, started(pid), since)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Holder:
@@ -84,8 +94,8 @@ def _stat(pid: int) -> list[str]:
         return []
 
 
-def _user() -> str:
+def _name(uid: int) -> str:
     try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user may have no name
-        return str(os.getuid())
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:  # a container's user may have no name
+        return f"uid {uid}"

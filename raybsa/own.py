@@ -27,7 +27,7 @@ def own(name: str, kind: str, known: Iterable[str]) -> Any:
     module, colon, attribute = name.partition(":")
     if not colon:
         raise ValueError(f"unknown {kind} {name!r}; there are {', '.join(known)}, or your own 'module:Name'")
-    _also_from(os.getcwd())
+    also_from(os.getcwd())
     try:
         return getattr(import_module(module), attribute)
     except ModuleNotFoundError as error:
@@ -57,7 +57,7 @@ def own_of_file(name: str, kind: str) -> Any:
     return getattr(module, attribute)
 
 
-def _also_from(folder: str) -> None:
+def also_from(folder: str) -> None:
     """What lies in the folder can be imported, after all else."""
     if folder not in sys.path:
         sys.path.append(folder)
@@ -65,7 +65,7 @@ def _also_from(folder: str) -> None:
 
 @lru_cache(maxsize=8)
 def _run(path: str, changed_at: int) -> ModuleType:
-    _also_from(str(Path(path).resolve().parent))
+    also_from(str(Path(path).resolve().parent))
     name = f"raybsa_own_{Path(path).stem}"
     spec = spec_from_file_location(name, path)
     assert spec is not None

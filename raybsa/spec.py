@@ -71,6 +71,8 @@ class AttentionSpec:
         density: share of the allowed blocks to keep, in (0, 1]; None keeps what the rule gives by itself.
         block_size: tokens of a block, a power of two.
         backend: as in ``block_sparse_attention``.
+        content: digest of what the pattern only names, a user's own code or a file (content.py); empty where it names
+            nothing, or nobody looked.
 
     Raises:
         ValueError: a dense baseline with a pattern or density, another variant without a pattern, a density outside
@@ -82,6 +84,7 @@ class AttentionSpec:
     density: float | None = None
     block_size: int = 64
     backend: str = "auto"
+    content: str = ""
 
     def __post_init__(self) -> None:
         if self.variant == DENSE and (self.pattern is not None or self.density is not None):
@@ -99,7 +102,7 @@ class AttentionSpec:
     def to_dict(self) -> dict[str, Any]:
         data = asdict(self)
         data["pattern"] = None if self.pattern is None else self.pattern.to_dict()
-        return data
+        return data if self.content else _without(data, "content")
 
     @property
     def rule(self) -> PatternSpec:
@@ -113,7 +116,7 @@ class AttentionSpec:
         arguments = {key: value for key, value in attention.to_dict().items() if value is not None}
         if arguments["backend"] == "auto":
             del arguments["backend"]
-        return arguments | {"causal": causal}
+        return _without(arguments, "content") | {"causal": causal}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> AttentionSpec:
@@ -181,6 +184,8 @@ class TrialSpec:
         task_params: what only this task knows (``text``, ``distance``, …), JSON values. With ``weights``, a file,
             nothing is trained or timed: the quality is that of these weights (tasks/preview.py). In a task of
             ``OVER_RANKS`` with the variant ``"distributed"``, the fields of ``Ranks`` make it a ring's.
+        content: digests of what the question only names, by kind (``text``, ``file``, ``code``, ``data``): where they
+            differ it is another question. Empty where nobody looked.
 
     Raises:
         ValueError: a size that is not a positive integer, a learning rate that is not positive, heads that do not
@@ -203,6 +208,7 @@ class TrialSpec:
     dtype: str = "float32"
     seed: int = 0
     task_params: Mapping[str, Any] = field(default_factory=dict)
+    content: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "attention", tuple(self.attention))
@@ -233,7 +239,7 @@ class TrialSpec:
     def to_dict(self) -> dict[str, Any]:
         data = asdict(self)
         data["attention"] = [spec.to_dict() for spec in self.attention]
-        return data
+        return data if self.content else _without(data, "content")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TrialSpec:
@@ -287,6 +293,10 @@ def require_positive(name: str, value: object) -> None:
     """Raises ValueError for what is no whole number from 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def _without(data: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if key != name}
 
 
 def _known(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:

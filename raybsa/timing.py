@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raybsa.locks import locked
 from raybsa.scratch import scratch
 
 _FLUSH_BYTES = 256 << 20
@@ -150,7 +151,7 @@ class DeviceLock:
 
     Two ``flock`` files: whoever wants in first passes the *gate*. A waiting timer keeps the gate, so those who compute
     in short slices (``with lock.shared()`` around a few steps) let it in after their slice and cannot starve it. The
-    kernel drops both locks when their holder dies.
+    kernel drops both locks when their holder dies; who waits for long is told who holds them (locks.py).
 
     Args:
         device: ``"cpu"`` or a CUDA device, which is known by its UUID, whatever its number is in this process.
@@ -158,20 +159,25 @@ class DeviceLock:
     """
 
     def __init__(self, device: torch.device | str, folder: str | None = None) -> None:
-        name = re.sub(r"[^A-Za-z0-9.-]", "_", f"raybsa-{socket.gethostname()}-{_identity(torch.device(device))}")
-        self._path = os.path.join(folder or tempfile.gettempdir(), name)
+        self._path = os.path.join(folder or tempfile.gettempdir(), _lock_name(_identity(torch.device(device))))
 
     @contextmanager
     def shared(self) -> Iterator[None]:
         """While this process computes. Others may compute too, none may be timing."""
-        with _locked(f"{self._path}.lock", fcntl.LOCK_SH, gate=f"{self._path}.gate", keep_gate=False):
+        with locked(f"{self._path}.lock", fcntl.LOCK_SH, gate=f"{self._path}.gate", keep_gate=False):
             yield
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """While this process times. Waits for the slices under way, then nobody else holds the device."""
-        with _locked(f"{self._path}.lock", fcntl.LOCK_EX, gate=f"{self._path}.gate", keep_gate=True):
+        with locked(f"{self._path}.lock", fcntl.LOCK_EX, gate=f"{self._path}.gate", keep_gate=True):
             yield
+
+
+def lock_files() -> list[str]:
+    """The locks of this host's devices, gates first."""
+    found = Path(tempfile.gettempdir()).glob(f"{_lock_name('*')}.*")
+    return sorted(str(path) for path in found if path.suffix in (".gate", ".lock"))
 
 
 # ---- for ourselves -------------------------------------------------------------------------------------------------
@@ -225,27 +231,9 @@ def _peak_bytes_cpu(call: Callable[[], object]) -> int:
     return peak
 
 
+def _lock_name(identity: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.*-]", "_", f"raybsa-{socket.gethostname()}-{identity}")
+
+
 def _identity(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else device.type
-
-
-@contextmanager
-def _locked(path: str, kind: int, *, gate: str, keep_gate: bool) -> Iterator[None]:
-    gate_file, lock_file = _open(gate), _open(path)
-    try:
-        fcntl.flock(gate_file, fcntl.LOCK_EX)
-        fcntl.flock(lock_file, kind)
-        if not keep_gate:
-            fcntl.flock(gate_file, fcntl.LOCK_UN)
-        yield
-    finally:
-        os.close(lock_file)
-        os.close(gate_file)
-
-
-def _open(path: str) -> int:
-    """A descriptor to lock, also where another user made the file: ``flock`` needs no right to write."""
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)

@@ -27,10 +27,10 @@ def threads() -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore")  # of torch's tracers and compilers
 def test_a_slice_of_the_cases_is_right():
-    cases = [case for case in (draw(1, index) for index in range(40)) if case.transform not in SLOW + LASTING]
+    cases = [case for case in (draw(1, index) for index in range(30)) if case.transform not in SLOW + LASTING]
     found = [(case, run(case)) for case in cases if case.backend != "flex"]
     assert [(str(case), outcome) for case, outcome in found if outcome.kind == "wrong"] == []
-    assert sum(outcome.kind == "right" for _, outcome in found) > 20
+    assert sum(outcome.kind == "right" for _, outcome in found) > 15
 
 
 def test_a_case_is_the_same_wherever_it_is_drawn_and_survives_json():

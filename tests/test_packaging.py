@@ -42,3 +42,13 @@ def test_the_wheel_says_what_it_needs_and_shows_the_readme(wheel: zipfile.ZipFil
     assert "Requires-Python: >=3.11" in text
     assert "Description-Content-Type: text/markdown" in text
     assert "# raybsa" in text
+
+
+@pytest.mark.parametrize("folder", [".venv", "venv", "env", ".conda", "results"])
+def test_a_virtual_environment_is_not_uploaded_with_a_job(folder: str) -> None:
+    """``ray job submit --working-dir .`` leaves out what .gitignore names, and refuses more than 100 MiB."""
+    from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
+
+    left_out = get_excludes_from_ignore_files(ROOT, include_gitignore=True)
+    for name, wanted in ((f"{folder}/lib/torch.so", True), ("weights.pt", True), ("raybsa/layout.py", False)):
+        assert any(is_left_out(ROOT / name) for is_left_out in left_out) == wanted, name

@@ -9,10 +9,12 @@ import sys
 from collections.abc import Sequence
 
 from dashboards.app.folder import Folder
+from raybsa.printable import printable
 from raybsa.results.store import StoreError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    printable(sys.stdout)
     parser = argparse.ArgumentParser(
         prog="python -m dashboards.app", description="Show measured results in a browser while they are written."
     )

@@ -17,8 +17,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from raybsa.cluster.sockets import require_room
+
 START_SECONDS = 90
 STOP_SECONDS = 45
+_PREFIX = "raybsa-"  # of the folder of a head
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ def local_head(num_cpus: int) -> Iterator[LocalHead]:
         "dashboard-agent-listen-port": agent_port,  # it runs the jobs; its default port may be another cluster's
     }
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
-    with tempfile.TemporaryDirectory(prefix="raybsa-", ignore_cleanup_errors=True) as folder:
+    parent = os.environ.get("RAY_TMPDIR") or None
+    with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent, ignore_cleanup_errors=True) as folder:
         log = Path(folder, "head.log")
         with log.open("w") as output:
             process = subprocess.Popen(
@@ -81,6 +85,11 @@ def local_head(num_cpus: int) -> Iterator[LocalHead]:
             yield LocalHead(address, environment)
         finally:
             _stop(process)
+
+
+def require_room_for_a_head() -> None:
+    """Raises ValueError where the paths of its sockets would be too long; the message says what helps."""
+    require_room(os.path.join(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), f"{_PREFIX}12345678"))
 
 
 def _free_ports(count: int) -> list[int]:

@@ -20,6 +20,7 @@ from raybsa.experiments.peer_cells import Cell, cells
 from raybsa.experiments.peer_rows import Row, rows_of
 from raybsa.kernels.auto import skews
 from raybsa.kernels.auto_table import OWN, PATH, PEERS, Measured, parse, text_of
+from raybsa.printable import printable
 from raybsa.results.record import Record
 from raybsa.results.store import Store
 from raybsa.spec import TrialSpec
@@ -87,6 +88,7 @@ def _skews(spec: TrialSpec) -> tuple[float, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    printable(sys.stdout)
     parser = argparse.ArgumentParser(
         prog="python -m raybsa.experiments.auto_table",
         description="Make the measured table behind backend='auto' from rows of the gpu suite.",

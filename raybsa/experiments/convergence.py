@@ -19,6 +19,7 @@ from datetime import datetime
 from itertools import accumulate, pairwise
 from statistics import median
 
+from raybsa.printable import printable
 from raybsa.results.hypervolume import Scale
 from raybsa.results.pareto import Objective, named_objectives, pareto_front
 from raybsa.results.record import Record
@@ -112,6 +113,7 @@ def _row(name: str, *cells: object) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    printable(sys.stdout)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", metavar="RESULTS", nargs="+", help="folders or pyarrow.fs URIs of searches")
     parser.add_argument("--objectives", default="quality,latency", help="as jobs/search.py takes them")

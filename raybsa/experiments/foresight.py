@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from raybsa.experiments.previews import previewed
+from raybsa.printable import printable
 from raybsa.results.record import Record, SeriesPoint, spec_of
 from raybsa.results.store import Store
 from raybsa.spec import TrialSpec
@@ -87,6 +88,7 @@ def _question(record: Record) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    printable(sys.stdout)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "results", metavar="RESULTS", nargs="+", help="folders or pyarrow.fs URIs of searches of one seed"

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
+from raybsa.content import asked_now
 from raybsa.experiments.previews import PREVIEW, previewed
 from raybsa.experiments.space import Config, SearchSpace
 from raybsa.results.pareto import Objective
 from raybsa.results.record import MACHINE, QUESTION, Measured, Record, spec_of
-from raybsa.spec import TrialSpec
+from raybsa.spec import AttentionSpec, TrialSpec
 
 
 class Answered(NamedTuple):
@@ -61,6 +63,27 @@ def _is_answer(record: Record, unknown: set[str]) -> bool:
     if record.error_cause != MACHINE:
         unknown.add(record.spec_hash)
     return again and record.error_cause != MACHINE
+
+
+def asked_otherwise(space: SearchSpace, records: Iterable[Record]) -> int:
+    """How many records answer a question of this search but for its content: they were asked with another text, data or
+    own code, or before a question carried their digests."""
+    return sum(_is_other_content(space, record) for record in records)
+
+
+def _is_other_content(space: SearchSpace, record: Record) -> bool:
+    if record.task != space.base.task or record.seq_len != space.base.seq_len:
+        return False
+    try:
+        spec = previewed(spec_of(record))
+    except ValueError:
+        return False
+    now = replace(spec, content=space.base.content, attention=tuple(map(_now, spec.attention)))
+    return now != spec and space.config(now) is not None
+
+
+def _now(attention: AttentionSpec) -> AttentionSpec:
+    return asked_now(replace(attention, content=""))
 
 
 def values_of(measured: Measured | None, objectives: Sequence[Objective]) -> list[float]:

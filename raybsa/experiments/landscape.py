@@ -23,6 +23,7 @@ from raybsa.experiments.presets import PRESETS
 from raybsa.experiments.questions import Questions
 from raybsa.experiments.space import Config, SearchSpace
 from raybsa.experiments.spaces import make_space
+from raybsa.printable import printable
 from raybsa.results.hypervolume import hypervolume
 from raybsa.results.pareto import DENSITY, quality_objective
 from raybsa.spec import DENSE, stable_hash
@@ -59,6 +60,7 @@ def volumes(space: SearchSpace, algorithm: str, seed: int, trials: Sequence[int]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    printable(sys.stdout)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--space", default="families", help="a name or a YAML file, without mixtures")
     parser.add_argument("--trials", type=int, nargs="+", default=[32, 48, 64])

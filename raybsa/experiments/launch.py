@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import ray
+from ray._common.utils import get_default_ray_temp_dir
 from ray._private import ray_logging
 from ray._private import worker as ray_worker
 
 from raybsa import signals
 from raybsa.cluster.resources import Share, alive_nodes, fitting
+from raybsa.cluster.sockets import require_room
 from raybsa.events import show
-
-_ANSWER_SECONDS = 10.0
+from raybsa.experiments.head_address import is_outside, require_an_answer, target_of
 
 
 class NoCluster(ConnectionError):
@@ -25,7 +25,12 @@ class NoCluster(ConnectionError):
 
 @contextmanager
 def cluster(
-    address: str | None, *, num_cpus: int | None = None, deaths: bool = True, verbose: bool = False
+    address: str | None,
+    *,
+    num_cpus: int | None = None,
+    deaths: bool = True,
+    verbose: bool = False,
+    inside: bool = False,
 ) -> Iterator[None]:
     """A connection to the cluster at ``address`` (or RAY_ADDRESS, else one of our own), closed however the job ends.
 
@@ -35,12 +40,13 @@ def cluster(
         num_cpus: what a cluster of our own may hand out; None is what the machine has.
         deaths: whether Ray may print a paragraph on each worker that dies; who kills them on purpose has no use for it.
         verbose: print the events of this process, and what the workers print, all of it.
+        inside: the driver must be a process of the cluster, which Ray Client's is not.
 
     Raises:
-        NoCluster: nothing answers at the address, or it is none.
+        NoCluster: no head answers at the address, or it is none.
     """
-    target = address or os.environ.get("RAY_ADDRESS", "local")
-    _require_an_answer(target)
+    target = target_of(address)
+    _check(target, inside)
     if verbose:
         show()
         ray_logging.RAY_DEDUP_LOGS = False  # two ranks' lines of one step would count as the same
@@ -55,7 +61,7 @@ def cluster(
                 namespace="raybsa",
             )
     except (ConnectionError, ValueError) as error:
-        raise NoCluster(f"a running Ray cluster was wanted at {target!r}: {error}") from error
+        raise NoCluster(f"a running Ray cluster was wanted at {target!r}: {' '.join(str(error).split())}") from error
     signals.listen()  # again: Ray has a handler of its own
     with nullcontext() if deaths else without_rays_messages():  # Ray prints what it has kept when it shuts down
         try:
@@ -95,15 +101,30 @@ def room_for(share: Share) -> int:
     return fitting(share, alive_nodes())
 
 
-def _require_an_answer(target: str) -> None:
-    """Ray itself would wait for many minutes, without a word."""
-    host, colon, port = target.rpartition("://")[2].partition("/")[0].rpartition(":")
-    if not colon:
-        return  # "local" and "auto" are no addresses
+def _check(target: str, inside: bool) -> None:
+    """Says before Ray starts what it would say late, or not at all."""
+    if not os.environ.get("RAY_ADDRESS", "set").strip():
+        del os.environ["RAY_ADDRESS"]  # Ray would take it for an address
+    if inside and is_outside(target):
+        raise NoCluster(
+            f"this job runs within the cluster, which {target!r} (Ray Client) does not: `ray job submit --address "
+            "http://HOST:8265 --working-dir . -- python jobs/...`, or --address HOST:6379 on one of its machines"
+        )
+    if target == "local":
+        return _check_sockets()
     try:
-        socket.create_connection((host, int(port)), timeout=_ANSWER_SECONDS).close()
-    except (OSError, ValueError) as error:
+        require_an_answer(target)
+    except ValueError as error:
+        raise NoCluster(f"a running Ray cluster was wanted at {target!r}: {error}") from error
+    except OSError as error:
         raise NoCluster(f"a running Ray cluster was wanted at {target!r}, nothing answers there: {error}") from error
+
+
+def _check_sockets() -> None:
+    try:
+        require_room(get_default_ray_temp_dir(), os.getpid())
+    except ValueError as error:
+        raise NoCluster(str(error)) from error
 
 
 def _has(node: dict[str, float], what: str) -> int:

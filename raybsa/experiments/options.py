@@ -37,6 +37,13 @@ def not_negative(text: str) -> float:
     return _number(text, "a number from 0", lambda number: 0 <= number < math.inf)
 
 
+def seed(text: str) -> int:
+    """A seed that every generator takes: torch's, NumPy's and the samplers'."""
+    if not re.fullmatch("[0-9]{1,10}", text) or int(text) >= 1 << 32:
+        raise argparse.ArgumentTypeError(f"a seed in 0 .. {(1 << 32) - 1} was wanted, got {text!r}")
+    return int(text)
+
+
 def share(text: str) -> float:
     """A part of a whole, in 0 .. 1."""
     return _number(text, "a share in 0 .. 1", lambda number: 0 <= number <= 1)

@@ -6,11 +6,13 @@ python -m raybsa.experiments.peer_table results/gpu --only 'd128-32K'
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterable
 
 from raybsa.experiments.options import regex
 from raybsa.experiments.peer_cells import cells
 from raybsa.experiments.peer_rows import PASSES, Row, extra_bytes, held_bytes, pass_of, rows_of
+from raybsa.printable import printable
 from raybsa.results.store import Store
 
 _PASS = f"{'ideal':>5} {'/flex':>5} {'/best':>10} {'auto':>4}"
@@ -74,6 +76,7 @@ def _shown(value: float | None, form: str) -> str:
 
 
 def main() -> None:
+    printable(sys.stdout)
     parser = argparse.ArgumentParser(
         prog="python -m raybsa.experiments.peer_table", description="Print measured cells."
     )

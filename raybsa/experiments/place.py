@@ -10,35 +10,41 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from raybsa import signals
+from raybsa.printable import printable
+from raybsa.results.roots import is_uri, local_path
 
 BAD_INPUT, FAILED = 2, 1  # exit codes; 2 is argparse's own
 
 
 def absolute(option: str, path: str) -> str:
-    """The path from the root; a URI as it is.
+    """The path from the root, with ``~`` as a home folder; a URI as it is.
 
     Raises:
-        ValueError: a relative path in a submitted job, which runs in a temporary copy where the results would be lost.
+        ValueError: a URI with too few slashes, or a relative path in a submitted job, which runs in a temporary copy
+            where the results would be lost.
     """
-    if "://" in path or os.path.isabs(path):
+    if is_uri(path):
         return path
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+    from_here = local_path(path)
+    if not os.path.isabs(os.path.expanduser(path)) and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         raise ValueError(f"{option} must be absolute in a submitted job (it runs in a temporary copy), got {path!r}")
-    return os.path.abspath(path)
+    return from_here
 
 
 def git_commit(folder: Path) -> str:
     """The commit that ``folder`` is checked out at; empty without git or in an uploaded copy."""
     command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, check=True).stdout.strip().decode("ascii")
     except (OSError, subprocess.CalledProcessError):
         return ""
 
 
 @contextmanager
 def ending(code: int, *errors: type[Exception]) -> Iterator[None]:
-    """One of ``errors`` inside ends the job with ``code`` and its words on stderr, without a traceback."""
+    """One of ``errors`` inside ends the job with ``code`` and its words on stderr, without a traceback. Words that the
+    output's encoding does not have are no error."""
+    printable(sys.stdout)
     try:
         yield
     except errors as error:

@@ -7,6 +7,7 @@ import sys
 import time
 from typing import TextIO
 
+from raybsa.printable import printable
 from raybsa.results.record import Record
 
 _BAR = 30
@@ -17,11 +18,12 @@ class Progress:
 
     Args:
         total: how many records there will be, ``count`` of them from before.
-        stream: a bar is drawn where it is a terminal.
+        stream: a bar is drawn where it is a terminal; of any encoding.
     """
 
     def __init__(self, total: int, stream: TextIO | None = None, count: int = 0) -> None:
-        self._total, self._stream, self._count, self._started = total, stream or sys.stdout, count, time.monotonic()
+        self._total, self._count, self._started = total, count, time.monotonic()
+        self._stream = printable(stream or sys.stdout)
 
     def tell(self, record: Record) -> None:
         self._count += 1

@@ -27,6 +27,7 @@ from raybsa.cluster.ring_coordinator import coordinator_of
 from raybsa.experiments.algorithms import ALGORITHMS
 from raybsa.experiments.budget import Budget, is_up
 from raybsa.experiments.history import Answered, history, values_of
+from raybsa.experiments.lock_watch import LockWatch
 from raybsa.experiments.patience import Patience
 from raybsa.experiments.previews import LOOKED, PREVIEW, Previews, preview_of
 from raybsa.experiments.questions import LATE, Questions
@@ -198,7 +199,7 @@ def search(
             run_config=tune.RunConfig(
                 name=run.run_id,
                 storage_path=folder,
-                callbacks=[budget, patience, recorder],
+                callbacks=[budget, patience, LockWatch(say), recorder],
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 failure_config=tune.FailureConfig(max_failures=_LOST_ACTORS),
                 verbose=0,

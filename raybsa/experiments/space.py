@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
+from raybsa.content import asked_now
 from raybsa.experiments.layers import followed, in_turn, layer_names, named_layers
 from raybsa.experiments.pattern_choices import MIXTURE, PatternChoices, is_pair_of, parameters_of
 from raybsa.experiments.rank_choices import NAMES, Config, RankChoices
@@ -193,7 +194,7 @@ class SearchSpace:
             ValueError: it names a combination that no rule stands for (a mixture that leaves a rule without heads).
         """
         if config["family"] == REFERENCE:
-            return replace(self.base, attention=(self.references[config[REFERENCE]],))
+            return replace(self.base, attention=(asked_now(self.references[config[REFERENCE]]),))
         families = _families(config)
         if set(families) == {DENSE}:
             return replace(self.base, attention=(AttentionSpec(DENSE),))
@@ -261,7 +262,7 @@ class SearchSpace:
         variant = ADAPTIVE if family == ADAPTIVE else config.get("variant", self.variants[0])
         density = _three_digits(config["density"])  # what is pasted from a report should be readable
         pattern = self._patterns.pattern(family, config)
-        return AttentionSpec(variant if alone else DISTRIBUTED, pattern, density=density, block_size=size)
+        return asked_now(AttentionSpec(variant if alone else DISTRIBUTED, pattern, density=density, block_size=size))
 
     def _has(self, config: Config) -> bool:
         """Whether exactly the parameters of a question are there, each one of its choices."""

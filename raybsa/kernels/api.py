@@ -162,6 +162,7 @@ def _run_aside(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
     if is_distributed(call):
         return dtensor.run(call, partial(run_call, backend=backend))
     if backend != "reference" and not _is_ours(call, backend):
+        named_backend(backend)
         raise NotImplementedError(
             f"backend {backend!r} serves ordinary tensors, outside of torch.func, traces and dispatch modes, got "
             f"{type(call.q).__name__}: 'auto', {', '.join(map(repr, BACKWARDS))} serve more"

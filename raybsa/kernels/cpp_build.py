@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import threading
@@ -33,11 +34,21 @@ def why_not() -> str | None:
     return found if isinstance(found, str) else None
 
 
-def why_no_compiler() -> str | None:
-    """What is missing where there is no C++ compiler (``$CXX``, by default g++); None where there is one."""
-    if shutil.which(_compiler()) is not None:
+def why_no_compiler(*, alone: bool = False) -> str | None:
+    """What is missing where there is no C++ compiler (``$CXX``, by default g++); None where there is one.
+
+    Args:
+        alone: for torch's own compiler, which takes CXX for a program's name as it stands.
+    """
+    try:
+        program, *arguments = _compiler()
+    except ValueError as error:
+        return f"needs a C++ compiler, and CXX is no command: {error}, got {os.environ['CXX']!r}"
+    if alone and arguments:
+        return f"needs a C++ compiler without arguments, got CXX={os.environ['CXX']!r}"
+    if shutil.which(program) is not None:
         return None
-    return f"needs a C++ compiler, and there is no {_compiler()!r} (install one or set CXX)"
+    return f"needs a C++ compiler, and there is no {program!r} (install one or set CXX)"
 
 
 def library() -> ctypes.CDLL:
@@ -61,7 +72,7 @@ def _library() -> ctypes.CDLL | str:
         return f"the C++ kernels could not be built: {error}"
 
 
-def _load(compiler: str, name: str) -> ctypes.CDLL | str:
+def _load(compiler: list[str], name: str) -> ctypes.CDLL | str:
     """From the user's cache; where that cannot be written or run from, from a temporary folder of this user's."""
     reasons = []
     for folder in (cpp_cache.user_folder, cpp_cache.temporary_folder):
@@ -70,33 +81,44 @@ def _load(compiler: str, name: str) -> ctypes.CDLL | str:
             path = cpp_cache.find(found, name) or cpp_cache.save(found, name, partial(_compile, compiler))
             return ctypes.CDLL(str(path))
         except subprocess.CalledProcessError as error:  # also of a full disk
-            reasons.append(f"{compiler} cannot compile them: {error.stderr.strip()[:300]}")
+            reasons.append(f"{shlex.join(compiler)} cannot compile them: {error.stderr.strip()[:300]}")
         except OSError as error:
             reasons.append(str(error))
     return f"the C++ kernels could not be built: {'; '.join(reasons)} (XDG_CACHE_HOME says where they are cached)"
 
 
-def _compiler() -> str:
-    return os.environ.get("CXX", "g++")
+def _compiler() -> list[str]:
+    """The command of ``$CXX``, as make reads it: a program, perhaps with arguments (``ccache g++``).
+
+    Raises:
+        ValueError: it has a quotation that does not end.
+    """
+    given = os.environ.get("CXX", "")
+    return [given] if shutil.which(given) else shlex.split(given) or ["g++"]
 
 
-def _compile(compiler: str, path: Path) -> None:
-    logger.info("compiling %s with %s", path, compiler)
-    command = [compiler, *FLAGS, *(str(file) for file in sorted(SOURCE.glob("*.cpp"))), "-o", str(path)]
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
+def _compile(compiler: list[str], path: Path) -> None:
+    logger.info("compiling %s with %s", path, shlex.join(compiler))
+    _run([*compiler, *FLAGS, *(str(file) for file in sorted(SOURCE.glob("*.cpp"))), "-o", str(path)], _COMPILE_SECONDS)
 
 
-def _digest(compiler: str) -> str:
+def _run(command: list[str], seconds: float) -> str:
+    """What a command prints, in whatever encoding: compilers speak the user's language."""
+    done = subprocess.run(command, check=True, capture_output=True, encoding="utf-8", errors="replace", timeout=seconds)
+    return done.stdout
+
+
+def _digest(compiler: list[str]) -> str:
     """Another one for other sources, flags, compilers and processors: a home folder may be shared by machines."""
-    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=30).stdout
-    parts = [version, *FLAGS, _processor(), *(file.read_text() for file in sorted(SOURCE.iterdir()))]
+    sources = (file.read_text("utf-8") for file in sorted(SOURCE.iterdir()))
+    parts = [_run([*compiler, "--version"], 30), *compiler[1:], *FLAGS, _processor(), *sources]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 def _processor() -> str:
     """What of the processor decides on its instructions."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
     kept = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}

@@ -48,7 +48,7 @@ def _why_not_on_cpu(call: AttentionCall) -> str | None:
         return "FlexAttention has no backward on the CPU"
     if call.return_lse:
         return "FlexAttention returns no lse on the CPU"
-    missing = cpp_build.why_no_compiler()
+    missing = cpp_build.why_no_compiler(alone=True)
     return None if missing is None else f"FlexAttention on the CPU {missing}"
 
 

@@ -15,7 +15,7 @@ INF = float("inf")
 
 
 @torch.no_grad()
-def block_mass(call: AttentionCall, lse: Tensor) -> Tensor:
+def block_mass(call: AttentionCall, lse: Tensor, sharpness: float = 1.0) -> Tensor:
     """(nnz,) in the compute dtype: the sum of the weights between the queries and keys of each kept block.
 
     It is the gradient of ``lse.sum()`` by ``block_bias``, of one product instead of a backward's five; on a GPU where
@@ -25,9 +25,11 @@ def block_mass(call: AttentionCall, lse: Tensor) -> Tensor:
     Args:
         call: what was attended.
         lse: (B, H, Sq) of the whole rows, of which this call may hold a part of the keys; -inf where a row saw nothing.
+        sharpness: the power to which a query's weights of a block are taken, once summed over its keys. Only at 1 there
+            is a kernel.
     """
     check_call(call)
-    if call.q.is_cuda and triton_backend.why_not(call) is None:
+    if sharpness == 1.0 and call.q.is_cuda and triton_backend.why_not(call) is None:
         return triton_backend.mass(call, lse.contiguous())
     with torch.autocast(call.q.device.type, enabled=False):
         plan, dtype, layout = plan_chunks(call), compute_dtype(call.q.dtype), call.layout
@@ -41,6 +43,7 @@ def block_mass(call: AttentionCall, lse: Tensor) -> Tensor:
             taken = keys.take(keys.index(chunk.kv_head, at.kv_block), len(chunk.row), dtype)
             scores = at.scores(take_rows(queries, at, dtype), taken)
             weights = at.without_padding(scores.sub_(take_rows(norms, at, dtype)).exp_())
-            sums = weights.view(*weights.shape[:2], chunk.width, -1).sum((1, 3))
+            held = weights.view(*weights.shape[:2], chunk.width, -1).sum(3)
+            sums = (held if sharpness == 1.0 else held.pow_(sharpness)).sum(1)
             mass.index_add_(0, at.slots.view(-1), sums.view(-1))
         return mass

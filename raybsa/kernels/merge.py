@@ -11,6 +11,8 @@ from torch import Tensor
 
 from raybsa.kernels.triton_setup import has_kernels
 
+INF = float("inf")
+
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over the union of two disjoint key sets.
@@ -35,9 +37,11 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
 
 def _weights(lse_a: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The merged lse (...), and both sides' weights (..., 1)."""
+    blind = (lse_a == -INF) & (lse_b == -INF)
+    lse_a, lse_b = torch.where(blind, 0.0, lse_a), torch.where(blind, 0.0, lse_b)  # else nan would be their gradient
     lse = torch.logaddexp(lse_a, lse_b)
-    finite = torch.where(lse == float("-inf"), 0.0, lse)
-    return lse, torch.exp(lse_a - finite)[..., None], torch.exp(lse_b - finite)[..., None]
+    weight_a, weight_b = (torch.exp(x - lse).masked_fill(blind, 0.0)[..., None] for x in (lse_a, lse_b))
+    return torch.where(blind, -INF, lse), weight_a, weight_b
 
 
 def merge_rows(

@@ -101,6 +101,15 @@ def has_numbers(x: Tensor) -> bool:
     return not isinstance(x, FakeTensor)
 
 
+def is_shape_alone(x: Tensor) -> bool:
+    """Whether a tensor has no numbers, and nothing that is done to it is kept to be done again with numbers."""
+    if has_numbers(x):
+        return False
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    return get_proxy_mode() is None and not torch.compiler.is_compiling()
+
+
 def has_one_layout(q: Tensor, k: Tensor) -> bool:
     """Whether what is compiled is an exported program of one length: it then holds the layout itself."""
     if not torch.compiler.is_exporting() or torch.compiler.is_dynamo_compiling():

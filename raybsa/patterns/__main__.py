@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from raybsa.patterns.catalog import CATALOG, build
+from raybsa.printable import printable
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line and prints the layout."""
+    printable(sys.stdout)
     parser = _parser()
     args = parser.parse_args(argv)
     try:

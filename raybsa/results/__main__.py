@@ -9,20 +9,23 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from os.path import expanduser
 
+from raybsa.printable import printable
 from raybsa.results.export import write_csv, write_tensorboard
 from raybsa.results.store import Store
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    printable(sys.stdout)
     parser = argparse.ArgumentParser(prog="python -m raybsa.results", description="Look after a results folder.")
     commands = parser.add_subparsers(dest="command", required=True)
     compact = commands.add_parser("compact", help="join one file a trial into one file, once no job writes there")
     compact.add_argument("results", metavar="RESULTS", help="folder or pyarrow.fs URI that a job wrote")
     export = commands.add_parser("export", help="write the records as CSV, or with their curves for TensorBoard")
     export.add_argument("results", metavar="RESULTS", help="folder or pyarrow.fs URI that a job wrote")
-    export.add_argument("--csv", metavar="FILE", help="one row a trial")
-    export.add_argument("--tensorboard", metavar="FOLDER", help="one run a trial")
+    export.add_argument("--csv", type=expanduser, metavar="FILE", help="one row a trial")
+    export.add_argument("--tensorboard", type=expanduser, metavar="FOLDER", help="one run a trial")
     options = parser.parse_args(arguments)
     try:
         told = _compact(options.results) if options.command == "compact" else _export(options)

@@ -23,6 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from raybsa.results.marked import MADE, MARK
+from raybsa.results.reach import filesystem_of
 from raybsa.results.record import Record, SeriesPoint, spec_of
 from raybsa.results.rows import Row, rows_of, to_parquet, unknown_columns
 from raybsa.results.whole import tidy, write_whole
@@ -30,7 +32,6 @@ from raybsa.results.whole import tidy, write_whole
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _COMPACTED = "compacted-"
 _READ_ATTEMPTS = 5
-_MARK, _MADE = ".raybsa/results", ".raybsa/made"
 _told: set[str] = set()  # each problem once in a process, however many stores meet it
 
 
@@ -64,19 +65,25 @@ class _Read(NamedTuple, Generic[Row]):
 
 
 class Store:
-    """One folder of results. Making a Store touches nothing; ``create`` makes the folder and proves it writable.
+    """One folder of results. Making a Store changes nothing, but a cloud must answer within seconds; ``create`` makes
+    the folder and proves it writable.
 
     Args:
         root: a local path, or a URI of ``pyarrow.fs`` (``s3://bucket/results``, ``gs://…``, ``file:///…``).
         filesystem: an open ``pyarrow.fs.FileSystem`` on which ``root`` is a path; None finds it from ``root``.
+
+    Raises:
+        StoreError: ``root`` is neither, or its filesystem does not answer.
     """
 
     def __init__(self, root: str | os.PathLike[str], *, filesystem: fs.FileSystem | None = None) -> None:
-        self.root = os.fspath(root)
+        self.root = os.path.expanduser(os.fspath(root))
         try:
-            self._fs, self._path = (filesystem, self.root) if filesystem else _resolve(self.root)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            self._fs, self._path = (filesystem, self.root) if filesystem else filesystem_of(self.root)
+        except (ValueError, pa.ArrowNotImplementedError) as error:
             raise StoreError(f"results must be a local path or a pyarrow.fs URI, got {self.root!r}: {error}") from error
+        except OSError as error:
+            raise StoreError(f"results cannot be reached at {self.root!r}: {error}") from error
         self._local = isinstance(self._fs, fs.LocalFileSystem)
         self.problems: list[str] = []
 
@@ -103,8 +110,8 @@ class Store:
                 probe = f"{store._path}/{kind}/.probe-{uuid.uuid4().hex}"
                 store._put(probe, b"probe")
                 store._fs.delete_file(probe)
-            store._put_deep(_MARK, b"raybsa writes its results into this folder\n")
-        except OSError as error:
+            store._put_deep(MARK, b"raybsa writes its results into this folder\n")
+        except (OSError, pa.ArrowException) as error:
             raise StoreError(f"results must go to a folder that can be written, got {store.root!r}: {error}") from error
         return store
 
@@ -139,7 +146,7 @@ class Store:
         if not self.is_free(name):
             raise StoreError(f"a place for results was wanted, got {path!r}, which no job wrote: it stays as it is")
         self._put_deep(name, data)
-        self._put_deep(f"{_MADE}/{name}", _digest(data))
+        self._put_deep(f"{MADE}/{name}", _digest(data))
         return path
 
     def is_free(self, name: str) -> bool:
@@ -155,16 +162,16 @@ class Store:
 
     def made(self, folder: str) -> list[str]:
         """The names of the files under a folder that ``write_file`` wrote and nobody changed, ascending."""
-        selector = fs.FileSelector(f"{self._path}/{_MADE}/{folder}", allow_not_found=True, recursive=True)
+        selector = fs.FileSelector(f"{self._path}/{MADE}/{folder}", allow_not_found=True, recursive=True)
         marks = [info.path for info in self._fs.get_file_info(selector) if info.type == fs.FileType.File]
-        names = (path.partition(f"/{_MADE}/")[2] for path in marks)
+        names = (path.partition(f"/{MADE}/")[2] for path in marks)
         return sorted(name for name in names if self._exists(name) and self._is_made(name))
 
     def delete_made(self, folder: str) -> None:
         """Deletes what ``made`` names, and the folders that this leaves empty."""
         for name in self.made(folder):
             self._fs.delete_file(f"{self._path}/{name}")
-            self._fs.delete_file(f"{self._path}/{_MADE}/{name}")
+            self._fs.delete_file(f"{self._path}/{MADE}/{name}")
             self._delete_if_empty(name.rpartition("/")[0])
 
     def compact(self) -> int:
@@ -258,8 +265,8 @@ class Store:
                 return
             with self._fs.open_output_stream(path) as stream:
                 stream.write(data)
-        except OSError as error:
-            reason = error.strerror or str(error)
+        except (OSError, pa.ArrowException) as error:
+            reason = (isinstance(error, OSError) and error.strerror) or str(error)
             raise StoreError(f"results could not be written to {path!r}: {reason}") from error
 
     def _has_question(self, record: Record) -> bool:
@@ -282,7 +289,7 @@ class Store:
         """The names in a folder that is none of results, but for hidden ones."""
         entries = self._fs.get_file_info(fs.FileSelector(self._path, allow_not_found=True))
         names = sorted(entry.base_name for entry in entries if not entry.base_name.startswith("."))
-        return [] if self._exists(_MARK) or self._is_older() else [name for name in names if name != "lost+found"]
+        return [] if self._exists(MARK) or self._is_older() else [name for name in names if name != "lost+found"]
 
     def _is_older(self) -> bool:
         """Whether a version before the mark wrote here: there are rows of trials."""
@@ -292,7 +299,7 @@ class Store:
 
     def _is_made(self, name: str) -> bool:
         try:
-            return self.read_file(f"{_MADE}/{name}") == _digest(self.read_file(name))
+            return self.read_file(f"{MADE}/{name}") == _digest(self.read_file(name))
         except FileNotFoundError:
             return False
 
@@ -371,12 +378,6 @@ class Store:
             return rows_of(row_type, table)
         except (pa.ArrowException, ValueError) as error:
             raise StoreError(f"a results file must hold rows of trials, got {path!r}: {_line(error)}") from error
-
-
-def _resolve(root: str) -> tuple[fs.FileSystem, str]:
-    if "://" not in root:
-        return fs.LocalFileSystem(), os.path.abspath(root)
-    return fs.FileSystem.from_uri(root)
 
 
 def _digest(data: bytes) -> bytes:

@@ -24,10 +24,12 @@ def ring_block_mass(
     scale: float,
     segment_ids: Tensor | None = None,
     block_bias: Tensor | None = None,
+    sharpness: float = 1.0,
 ) -> Tensor:
     """(nnz,) in the compute dtype, for the blocks of ``plan.of_rank(rank).layout``: as ``block_mass``.
 
     Keys come round once more, in the place of values too. Call it after ``ring_attention`` with the same arguments.
+    A KV block lies on one rank, so that powers may be taken rank by rank.
 
     Args:
         q: (B, H, S, D) this rank's tokens.
@@ -43,5 +45,5 @@ def ring_block_mass(
     for hop, keys, values in ring.arriving(k, k):
         if len(hop.q_blocks):
             call = ring.call(hop, rows_of(q, hop, 2), keys, values, block_bias)
-            mass.index_add_(0, hop.bias_index, block_mass(call, rows_of(lse, hop, 2)))
+            mass.index_add_(0, hop.bias_index, block_mass(call, rows_of(lse, hop, 2), sharpness))
     return mass

@@ -1,8 +1,10 @@
 """Distillation: the gate learns where the attention is. After SeerAttention (2410.13276) and DeepSeek-V3.2's indexer.
 
-The target is the attention's own mass, block by block: exact over all candidates for a few sampled rows, and over the
-kept blocks of all rows where the layout is sparse. Blocks that are forced carry no choice and are left out: what is
-compared is how the rest of each row's mass is divided, weighted by how much that rest is.
+The target is the attention's own mass, block by block, over all candidates of a few sampled rows; over ranks, over the
+kept blocks of all rows. A query's share of a block is taken to a power first (``sharpness``): a row of blocks chooses
+for all its queries, and a query that looks at one block loses more without it than one that looks at many. Blocks that
+are forced carry no choice and are left out: what is compared is how the rest of each row's mass is divided, weighted by
+how much that rest is.
 """
 
 from __future__ import annotations
@@ -67,16 +69,18 @@ def rows_divergence(
     attn_mask: Tensor | None = None,
     segment_ids: tuple[Tensor, Tensor] | None = None,
     visible: Visibility | None = None,
+    sharpness: float = 1.0,
 ) -> Tensor:
     """() nats: the mean divergence of a few rows over all their candidates.
 
     Args:
         u, w: (B, Hkv, num_q_blocks, d) and (B, Hkv, columns, d); block scores are ``u @ w.T``.
-        q, k, scale, rules, rows, attn_mask, segment_ids: as ``row_mass`` takes them.
+        q, k, scale, rules, rows, attn_mask, segment_ids, sharpness: as ``row_mass`` takes them.
         temperature: of the scores.
         visible: what the rows of the masks may look at; None: all.
     """
-    mass = row_mass(q, k, scale, rules, rows, attn_mask, segment_ids, None if visible is None else visible.counted)
+    counted = None if visible is None else visible.counted
+    mass = row_mass(q, k, scale, rules, rows, attn_mask, segment_ids, counted, sharpness)
     settled = settled_blocks(rules, rows, w.shape[2])
     with torch.autocast(u.device.type, enabled=False):
         u = u.index_select(2, rows)

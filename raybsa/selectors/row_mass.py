@@ -24,9 +24,10 @@ def row_mass(
     attn_mask: Tensor | None = None,
     segment_ids: tuple[Tensor, Tensor] | None = None,
     counted: Tensor | None = None,
+    sharpness: float = 1.0,
 ) -> Tensor:
-    """(B, Hkv, R, columns) in the compute dtype: the attention that each block holds of all the candidates of a row,
-    summed over the row's queries, mean over the query heads of a KV head.
+    """(B, Hkv, R, columns) in the compute dtype: the attention that each block holds of all the candidates of a row, to
+    the power of ``sharpness``, summed over the row's queries, mean over the query heads of a KV head.
 
     Args:
         q, k: (B, H, Sq, D) and (B, Hkv, Skv, D), the whole sequence's.
@@ -35,6 +36,8 @@ def row_mass(
         rows: (R,) int64 numbers of query blocks, ascending, where q is.
         attn_mask, segment_ids: as ``block_sparse_attention`` takes them.
         counted: (b, g, Sq) bool, b being B or 1 and g Hkv or 1: the queries whose attention counts; None: all.
+        sharpness: the power of a query's attention of a block: at 1 every query counts alike; above 1 those count more
+            that look at few blocks.
     """
     size, kv_len = rules.block_size, k.shape[2]
     tokens = torch.add(torch.arange(size, device=q.device), rows[:, None], alpha=size).flatten()
@@ -54,7 +57,9 @@ def row_mass(
             if q.shape[2] % size:
                 weights *= (tokens[part] < q.shape[2])[:, None]
             blocks = F.pad(weights, (0, -kv_len % size)) if kv_len % size else weights
-            sums = blocks.unflatten(-1, (columns, size)).unflatten(3, (-1, width)).sum((2, 4, 6))
+            held = blocks.unflatten(-1, (columns, size)).sum(-1)
+            held = held if sharpness == 1.0 else held.pow_(sharpness)
+            sums = held.unflatten(3, (-1, width)).sum((2, 4))
             mass[:, :, part.start // size : -(-part.stop // size)] += sums
     copies = q.shape[1] // k.shape[1]
     return mass if copies == 1 else mass / copies

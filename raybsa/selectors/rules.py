@@ -46,7 +46,7 @@ class Rules:
     causal: bool
     segments: tuple[tuple[int, int], ...] | None = None
     sinks: int = 0
-    window: int = 2
+    window: int = 1
     max_blocks: int | None = None
     even: bool = True
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from raybsa.counter import Stream, hash_u32
 from raybsa.spec import TrialSpec, require_positive
 from raybsa.tasks.goals import QUALITIES
 from raybsa.tasks.model import Transformer
-from raybsa.tasks.params import known_params
+from raybsa.tasks.params import known_params, require_same
 from raybsa.tasks.text import load_corpus
 from raybsa.tasks.training import Training, cross_entropy, prepare
 from raybsa.timing import DeviceLock
@@ -37,6 +39,7 @@ class ByteText:
             require_positive(name, params[name])
         self.spec, self.device = spec, device
         self.corpus = load_corpus(params["text"])
+        require_same(spec, "text", self.corpus.digest, f"the text {params['text'] or 'of the standard library'}")
         self.train_batch, self.eval_windows = params["train_batch"], params["eval_windows"]
         self.eval_seed = params["eval_seed"]
         for name, part in (("train", self.corpus.train), ("held-out", self.corpus.held_out)):
@@ -58,6 +61,15 @@ class ByteText:
             draw = float(hash_u32(self.eval_seed, Stream.TASK, torch.tensor(0))) / 2**32
             starts = (starts + int((0.25 + 0.5 * draw) * last / self.eval_windows)) % (last + 1)
         return _windows(self.corpus.held_out, starts, self.spec, self.device)
+
+
+def about_its_text(spec: TrialSpec, say: Callable[[str], None] = print) -> TrialSpec:
+    """The question with the digest of its text; ``say`` hears which files of a user's own that is. Raises as
+    ``ByteText``."""
+    corpus = ByteText(spec, torch.device("cpu")).corpus
+    if spec.task_params.get("text") is not None:
+        say(corpus.told)
+    return replace(spec, content={"text": corpus.digest})
 
 
 def prepare_training(spec: TrialSpec, device: torch.device, lock: DeviceLock) -> Training:

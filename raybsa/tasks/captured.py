@@ -15,12 +15,13 @@ from typing import NamedTuple
 
 import torch
 
+from raybsa.content import file_digest
 from raybsa.counter import Stream, hash_u32
 from raybsa.spec import TrialSpec
 from raybsa.tasks.capture import Captured, load_calls
 from raybsa.tasks.fidelity import DenseTruth, chosen_layout, part
 from raybsa.tasks.goals import QUALITIES
-from raybsa.tasks.params import known_params
+from raybsa.tasks.params import known_params, require_same
 from raybsa.tasks.training import Quality
 from raybsa.timing import DeviceLock
 
@@ -73,6 +74,8 @@ def prepare_judgement(spec: TrialSpec, device: torch.device, lock: DeviceLock) -
     params = known_params(spec, {"file": None, "held_out": 1, "eval_seed": 0})
     if not params["file"]:
         raise ValueError("task 'captured' needs the parameter 'file': q, k, v as raybsa.tasks.capture saves them")
+    if "file" in spec.content:
+        require_same(spec, "file", file_digest(params["file"]), f"the file {params['file']}")
     with lock.shared():
         calls = _judged(
             params["file"],
@@ -104,6 +107,7 @@ def question_of(path: str, base: TrialSpec) -> TrialSpec:
         base,
         task="captured",
         task_params={"file": path},
+        content={"file": file_digest(path)},
         num_layers=1,
         num_heads=heads,
         num_kv_heads=None if kv_heads == heads else kv_heads,

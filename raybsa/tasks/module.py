@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raybsa.content import code_digest
 from raybsa.kernels.api import run_call
 from raybsa.kernels.call import AttentionCall
 from raybsa.spec import MODULE, TrialSpec
 from raybsa.tasks.goals import QUALITIES
-from raybsa.tasks.params import known_params
-from raybsa.tasks.question import Asked, ask, to
+from raybsa.tasks.params import known_params, require_same
+from raybsa.tasks.question import Asked, ask, digest_of, to
 from raybsa.tasks.speed import OwnAttention, Stacks
 from raybsa.tasks.training import Training
 from raybsa.timing import DeviceLock
@@ -43,6 +44,7 @@ def prepare_training(spec: TrialSpec, device: torch.device, lock: DeviceLock) ->
     function = known_params(spec, {"function": None, "modules": None})["function"]
     if not function:
         raise ValueError("task 'module' needs the parameter 'function', as '/path/to/file.py:name'")
+    require_same(spec, "code", code_digest(function), f"the code of {function}")
     with lock.shared():
         asked = ask(function, spec.seed, device)
         found = _attending(function, asked)
@@ -79,7 +81,8 @@ def question_of(function: str, base: TrialSpec) -> TrialSpec:
         ValueError, NotImplementedError: as ``prepare_training``.
     """
     asked = ask(function, base.seed, torch.device("cpu"))
-    return _sized(base, function, _attending(function, asked))
+    content = {"code": code_digest(function), "data": digest_of([asked.first, asked.held_out])}
+    return _sized(replace(base, content=content), function, _attending(function, asked))
 
 
 # ---- for ourselves -------------------------------------------------------------------------------------------------
@@ -156,8 +159,8 @@ def _ours(call: AttentionCall, by: Served) -> Tensor:
     selection = by.source.select(call.q, call.k, call.attn_mask, call.segment_ids)
     layout, bias = selection.layout, selection.block_bias
     mask = call.attn_mask if selection.attn_mask is None else selection.attn_mask
-    call = replace(call, layout=layout, attn_mask=mask, block_bias=bias, return_lse=by.source.wants_lse)
-    return by.source.complete(selection, call, *run_call(call, by.backend))
+    call = replace(call, layout=layout, attn_mask=mask, block_bias=bias)
+    return by.source.complete(selection, call, run_call(call, by.backend)[0])
 
 
 def _dense(call: AttentionCall, mask: Tensor | None, is_causal: bool) -> Tensor:

@@ -1,6 +1,7 @@
 """The contract of a search over a torch module of your own: what its function returns, and how that is used."""
 
 # Annotations are types here, not text: of a NamedTuple's texts the API reference finds no names.
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -95,6 +96,30 @@ def to(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(to(value, device) for value in batch))
     return type(batch)(to(value, device) for value in batch) if isinstance(batch, tuple | list) else batch
+
+
+def digest_of(batches: Any) -> str:
+    """16 hex digits of the tensors and plain values in tuples, lists and mappings of them."""
+    digest = hashlib.sha256()
+    for value in _leaves(batches):
+        if isinstance(value, Tensor):
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, str | bytes | int | float | bool | None):
+            digest.update(repr(value).encode())
+    return digest.hexdigest()[:16]
+
+
+def _leaves(batch: Any) -> Iterator[Any]:
+    if isinstance(batch, Mapping):
+        for key, value in batch.items():
+            yield key
+            yield from _leaves(value)
+    elif isinstance(batch, tuple | list):
+        for value in batch:
+            yield from _leaves(value)
+    else:
+        yield batch
 
 
 def _endless(function: str, question: Question) -> Iterator[Any]:

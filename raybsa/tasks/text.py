@@ -6,27 +6,36 @@ import hashlib
 import os
 import sysconfig
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from raybsa.spec import stable_hash
+from raybsa.tasks.corpus_files import CorpusFiles
+
 _HELD_OUT_ONE_IN = 10
-_NOT_LIBRARY = ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib2to3")
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Bytes (n,) uint8 each, on the CPU."""
+    """Bytes (n,) uint8 each, on the CPU; ``told``: a line on which files they are of, and which were left out."""
 
     train: Tensor
     held_out: Tensor
+    told: str = ""
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hex digits, equal for equal bytes on each side."""
+        parts = [hashlib.sha256(part.numpy().tobytes()).hexdigest() for part in (self.train, self.held_out)]
+        return stable_hash(parts)
 
 
 @lru_cache(maxsize=2)
 def load_corpus(path: str | None = None) -> Corpus:
-    """The text under ``path``: every file of a folder that is not hidden, or one file.
+    """The text under ``path``: the files of a folder that ``CorpusFiles`` takes, or one file, whatever it holds.
 
     None takes the Python standard library's own sources (without its tests). A file is held out by a stable hash of its
     path relative to the folder, one in ten; where that leaves one side empty (a single file, a few files), the last
@@ -38,38 +47,31 @@ def load_corpus(path: str | None = None) -> Corpus:
     root = Path(sysconfig.get_paths()["stdlib"]) if path is None else Path(path)
     if not root.exists():
         raise ValueError(f"text must be a file or a folder, got {str(root)!r}, which does not exist")
-    files = [root] if root.is_file() else _library(root) if path is None else _folder(root)
-    texts = [(is_held_out(file.relative_to(root).as_posix()), file.read_bytes()) for file in files]
+    files = CorpusFiles(root, ".py" if path is None else "")
+    read = [(Path(), root.read_bytes())] if root.is_file() else list(files.read())
+    texts = [(is_held_out(file.as_posix()), text) for file, text in read]
     train = b"".join(text for held_out, text in texts if not held_out)
     held_out = b"".join(text for held_out, text in texts if held_out)
+    told = f"text: {len(read):,} files, {len(train) + len(held_out):,} bytes under {_printable(root)}; {files}"
     if not train and not held_out:
-        raise ValueError(
-            f"text must hold some bytes, got {str(root)!r} with {len(files)} files that are empty or hidden"
-        )
+        raise ValueError(f"text must hold some bytes, got {_printable(root)!r} with {len(read)} empty files; {files}")
     if not train or not held_out:
         whole = train + held_out
         cut = len(whole) - len(whole) // _HELD_OUT_ONE_IN
         train, held_out = whole[:cut], whole[cut:]
-    return Corpus(_bytes(train), _bytes(held_out))
+    return Corpus(_bytes(train), _bytes(held_out), told.removesuffix("; "))
 
 
 def is_held_out(relative_path: str) -> bool:
     """Whether a file is for evaluation: the same on every machine."""
-    digest = hashlib.sha256(relative_path.encode()).digest()
+    digest = hashlib.sha256(os.fsencode(relative_path)).digest()
     return int.from_bytes(digest[:8], "big") % _HELD_OUT_ONE_IN == 0
-
-
-def _library(root: Path) -> list[Path]:
-    return [file for file in _folder(root) if file.suffix == ".py"]
-
-
-def _folder(root: Path) -> list[Path]:
-    found = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if name not in _NOT_LIBRARY and not name.startswith("."))
-        found += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
-    return [file for file in found if file.is_file()]
 
 
 def _bytes(text: bytes) -> Tensor:
     return torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
+
+
+def _printable(path: Path) -> str:
+    """A name whose bytes are no UTF-8 in escapes."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -30,6 +30,6 @@ def attend(
             return nothing[0]
     selection = source.select(q, k, attn_mask, segment_ids)
     mask = attn_mask if selection.attn_mask is None else selection.attn_mask
-    rest = (scale, mask, segment_ids, selection.block_bias, dropout_p, None, None, source.wants_lse)
+    rest = (scale, mask, segment_ids, selection.block_bias, dropout_p)
     call = make_call(q, k, v, selection.layout, *rest)
-    return source.complete(selection, call, *run_call(call, backend))
+    return source.complete(selection, call, run_call(call, backend)[0])

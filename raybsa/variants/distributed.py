@@ -211,11 +211,12 @@ class BlockSparseDistributed(nn.Module):
             gradient_states=self._states.setdefault(plan, {}),
             backend=self.backend,
         )
-        if isinstance(self.source, BlockSelector) and self.source.wants_lse:
+        if isinstance(self.source, BlockSelector) and self.source.distills:
             scale = 1.0 / math.sqrt(q.shape[-1]) if self.scale is None else self.scale
             with torch.autocast(q.device.type, enabled=False):
                 found = (q.detach(), k.detach(), lse.detach(), plan, self.communicator)
-                mass = ring_block_mass(*found, scale=scale, segment_ids=segment_ids)
+                sharpness = self.source.sharpness
+                mass = ring_block_mass(*found, scale=scale, segment_ids=segment_ids, sharpness=sharpness)
                 total = partial(self.communicator.all_reduce, "selector_loss")
                 out = self.source.complete_shard(selection, out, mass, total)
         return out

@@ -12,12 +12,12 @@ from torch import Tensor
 from raybsa.kernels.api import run_call
 from raybsa.kernels.call import AttentionCall, compute_dtype
 from raybsa.kernels.merge import merge
-from raybsa.kernels.ordinary import has_numbers
+from raybsa.kernels.ordinary import is_shape_alone
 from raybsa.kernels.reference import dropout_factor
 
 
-def attend(call: AttentionCall, extra: tuple[Tensor, Tensor] | None, backend: str) -> tuple[Tensor, Tensor | None]:
-    """out (B, H, Sq, D) and lse (B, H, Sq), only where the call asks for it, over the kept blocks and the extra keys.
+def attend(call: AttentionCall, extra: tuple[Tensor, Tensor] | None, backend: str) -> Tensor:
+    """out (B, H, Sq, D) over the kept blocks and the extra keys.
 
     Args:
         call: the arguments, with ``return_lse`` where there are extra keys.
@@ -25,12 +25,12 @@ def attend(call: AttentionCall, extra: tuple[Tensor, Tensor] | None, backend: st
         backend: as in ``block_sparse_attention``.
     """
     out, lse = run_call(call, backend)
-    return (out, lse) if extra is None else merge(out, lse, *_attend_extra(call, *extra, out.dtype))
+    return out if extra is None else merge(out, lse, *_attend_extra(call, *extra, out.dtype))[0]
 
 
 def _attend_extra(call: AttentionCall, keys: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """out (B, H, Sq, D) in ``dtype`` and lse (B, H, Sq); of tensors without numbers, their shapes."""
-    if not has_numbers(call.q):
+    if is_shape_alone(call.q):
         out, weights = attend_extra_alone(call.q, keys, values, call.scale, 0.0)
         return out, weights.sum(-1, dtype=compute_dtype(call.q.dtype))
     with torch.autocast(call.q.device.type, enabled=False):

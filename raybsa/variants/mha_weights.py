@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from raybsa.kernels.call import AttentionCall
-from raybsa.kernels.ordinary import has_numbers
+from raybsa.kernels.ordinary import is_shape_alone
 from raybsa.kernels.reference import dropout_factor, masked_scores, softmax
 
 
@@ -19,7 +19,7 @@ def attention_weights(call: AttentionCall, extra_keys: Tensor | None) -> Tensor:
         call: the arguments; k and v have as many heads as q.
         extra_keys: (B, H, E, D) keys that every query sees, or None.
     """
-    if not has_numbers(call.q):
+    if is_shape_alone(call.q):
         return _shaped(call, extra_keys)
     with torch.autocast(call.q.device.type, enabled=False):
         scores = masked_scores(call)

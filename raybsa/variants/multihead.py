@@ -188,9 +188,9 @@ class BlockSparseMultihead(nn.MultiheadAttention):
         if nothing is not None and extra is not None:
             heads, weights = attend_extra_alone(q, *extra, self.head_dim**-0.5, self.dropout if self.training else 0.0)
             return heads, F.pad(weights, (k.shape[2], 0)) if need_weights else None
-        with_lse = extra is not None or source.wants_lse
+        with_lse = extra is not None
         selection, call = self._select(source, q, k, v, attn_mask, key_padding_mask, is_causal, with_lse)
-        heads = source.complete(selection, call, *attend(call, extra, backend))
+        heads = source.complete(selection, call, attend(call, extra, backend))
         return heads, attention_weights(call, None if extra is None else extra[0]) if need_weights else None
 
     def _select(

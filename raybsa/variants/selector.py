@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from raybsa.cache import LayoutCache
 from raybsa.kernels.call import AttentionCall
-from raybsa.kernels.mass import block_mass
 from raybsa.kernels.ordinary import check_numbers_at_hand
 from raybsa.layout import BlockLayout
 from raybsa.patterns.blocks import save_blocks
@@ -21,7 +20,7 @@ from raybsa.selectors.compare import compare, compare_whole
 from raybsa.selectors.distill import rows_divergence, sampled_rows
 from raybsa.selectors.gate import Gate
 from raybsa.selectors.mask_blocks import with_infinity
-from raybsa.selectors.pooling import block_stats, per_head
+from raybsa.selectors.pooling import block_stats
 from raybsa.selectors.recompute import Passes
 from raybsa.selectors.rules import Rules, segment_pairs
 from raybsa.selectors.schedule import Schedule
@@ -67,6 +66,8 @@ class BlockSelector(nn.Module):
         warmup, anneal: training steps at density 1, and from there to ``density``.
         temperature: (at the start, at the end) of the gate's softmax and sigmoid; goes with ``warmup`` and ``anneal``.
         sample_rows: query blocks a call whose whole attention is distilled.
+        sharpness: the power to which a query's attention of a block is taken before it is distilled, at least 1; above
+            1, queries that look at few blocks count more.
         seed: which rows these are.
 
     Attributes:
@@ -98,7 +99,8 @@ class BlockSelector(nn.Module):
         warmup: int = 0,
         anneal: int = 0,
         temperature: Sequence[float] = (1.0, 1.0),
-        sample_rows: int = 8,
+        sample_rows: int = 16,
+        sharpness: float = 4.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -112,8 +114,11 @@ class BlockSelector(nn.Module):
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {top_p!r}")
         integer("sample_rows", sample_rows)
+        if not sharpness >= 1.0:
+            raise ValueError(f"sharpness must be at least 1, got {sharpness!r}")
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, kv_heads, head_dim
-        self.method, self.top_p, self.sample_rows, self.seed = method, top_p, sample_rows, seed
+        self.method, self.top_p, self.seed = method, top_p, seed
+        self.sample_rows, self.sharpness = sample_rows, float(sharpness)
         segments = segment_pairs(segment_lengths, dilation_rates)
         self.rules = Rules(block_size, bool(causal), segments, sinks, window, max_blocks, even)
         self.density = Schedule(1.0 if warmup or anneal else check_density(density), density, warmup, anneal)
@@ -132,8 +137,8 @@ class BlockSelector(nn.Module):
         return self.rules.causal
 
     @property
-    def wants_lse(self) -> bool:
-        """Whether ``complete`` will need the attention's lse: to distill it."""
+    def distills(self) -> bool:
+        """Whether ``complete`` keeps a loss for ``selector_loss``."""
         return self.method == "distill" and self.training and not torch.is_inference_mode_enabled()
 
     def select(
@@ -180,20 +185,20 @@ class BlockSelector(nn.Module):
         rows = None if shape.is_whole else shape.rows
         return self._keep(*compare(self.gate, own, before, keys, self.rules, rows, visible), shape, visible)
 
-    def complete(self, selection: Selection, call: AttentionCall, out: Tensor, lse: Tensor | None) -> Tensor:
-        """The output after what the method does to it. Told of the attention (``lse`` (B, H, Sq) where ``wants_lse``),
-        it keeps the loss of the choice, and ties the output to the gate that the loss trains (``Passes``)."""
+    def complete(self, selection: Selection, call: AttentionCall, out: Tensor) -> Tensor:
+        """The output after what the method does to it. Where it ``distills`` it keeps the loss of the choice, and ties
+        the output to the gate that the loss trains (``Passes``)."""
         choice: Choice = selection.choice
         if self.share is not None:
             u, size = choice.u / self.temperature.value, self.rules.block_size
             coarse = coarse_attention(u, choice.w, call.v, size, call.q.shape[2], self.rules.causal, choice.visible)
             share = torch.sigmoid(self.share)[:, None, None]
             return out + (share * coarse.repeat_interleave(call.queries_per_kv, 1)).to(out.dtype)
-        if not self.wants_lse or lse is None:
+        if not self.distills:
             return out
         this = self.passes.begin()
         with torch.autocast(out.device.type, enabled=False):
-            loss = self._distill(choice, call, lse.detach(), this.number)
+            loss = self._distill(choice, call, this.number)
         return self.passes.end(this, out, loss, self.parameters())
 
     def layout(self, q_len: int, kv_len: int, num_heads: int, device: torch.device) -> BlockLayout:
@@ -215,10 +220,10 @@ class BlockSelector(nn.Module):
     def complete_shard(
         self, selection: Selection, out: Tensor, mass: Tensor, total: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """As ``complete`` where it ``wants_lse``, over ranks: keeps this rank's part of the loss.
+        """As ``complete`` where it ``distills``, over ranks: keeps this rank's part of the loss.
 
         Args:
-            mass: (nnz,) of the selected blocks of this rank's rows.
+            mass: (nnz,) of the selected blocks of this rank's rows, at this ``sharpness``.
             total: () of this rank -> () the sum over all ranks.
         """
         this = self.passes.begin()
@@ -235,7 +240,7 @@ class BlockSelector(nn.Module):
         q, k = q.detach(), k.detach()
         u, w = self._compare(q, k)
         rows = self._draw_rows(u, self.passes.number())
-        return rows_divergence(u, w, q, k, scale, self.rules, rows, self.temperature.value)
+        return rows_divergence(u, w, q, k, scale, self.rules, rows, self.temperature.value, sharpness=self.sharpness)
 
     def step(self) -> None:
         """Tells the schedules that a step of training was applied."""
@@ -295,17 +300,11 @@ class BlockSelector(nn.Module):
             choice = Choice.of_best(u, w, shape, copies, self.top_p, temperature, visible)
         return Selection(choice.layout, choice.bias(temperature) if self.method == "bias" else None, choice)
 
-    def _distill(self, choice: Choice, call: AttentionCall, lse: Tensor, number: int) -> Tensor:
-        """() nats: of sampled rows, and where some blocks are left out half and half with all rows' kept blocks."""
-        u, w, temperature = choice.u, choice.w, self.temperature.value
-        found = (u, w, call.q, call.k, call.scale, self.rules, self._draw_rows(u, number), temperature)
-        loss = rows_divergence(*found, call.attn_mask, call.segment_ids, choice.visible)
-        if choice.dense:
-            return loss
-        if choice.visible is not None and choice.visible.counted is not None:
-            lse = lse.masked_fill(~per_head(choice.visible.counted, lse.shape[1]), float("-inf"))
-        kept, weight = choice.divergence(block_mass(call, lse), temperature)
-        return (loss + kept / weight) / 2
+    def _distill(self, choice: Choice, call: AttentionCall, number: int) -> Tensor:
+        """() nats of sampled rows."""
+        rows, masks = self._draw_rows(choice.u, number), (call.attn_mask, call.segment_ids, choice.visible)
+        found = (choice.u, choice.w, call.q, call.k, call.scale, self.rules, rows, self.temperature.value)
+        return rows_divergence(*found, *masks, self.sharpness)
 
     def _draw_rows(self, u: Tensor, number: int) -> Tensor:
         """Rows of blocks, others in each forward."""

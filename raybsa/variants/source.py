@@ -48,13 +48,8 @@ class LayoutSource(Protocol):
         """Whether query i sees key j only if ``j <= i``."""
         ...
 
-    @property
-    def wants_lse(self) -> bool:
-        """Whether ``complete`` needs the attention's lse."""
-        ...
-
-    def complete(self, selection: Selection, call: AttentionCall, out: Tensor, lse: Tensor | None) -> Tensor:
-        """The variant's output, from that of the attention over the selected blocks; ``lse`` (B, H, Sq)."""
+    def complete(self, selection: Selection, call: AttentionCall, out: Tensor) -> Tensor:
+        """The variant's output, from that of the attention over the selected blocks."""
         ...
 
     def layout(self, q_len: int, kv_len: int, num_heads: int, device: torch.device) -> BlockLayout:
@@ -110,11 +105,7 @@ class FixedPattern:
         device = q.device if has_numbers(q) else torch.device("cpu")
         return Selection(self.written.layout(shape[2], shape_of(k)[2], shape[1], device))
 
-    @property
-    def wants_lse(self) -> bool:
-        return False
-
-    def complete(self, selection: Selection, call: AttentionCall, out: Tensor, lse: Tensor | None) -> Tensor:
+    def complete(self, selection: Selection, call: AttentionCall, out: Tensor) -> Tensor:
         """The output as it is."""
         return out
 

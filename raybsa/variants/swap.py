@@ -188,8 +188,6 @@ class _Unknown:
 class _Recorder:
     """A source of all blocks that shows each call to ``keep``."""
 
-    wants_lse = False
-
     def __init__(self, name: str, inner: FixedPattern, keep: Callable[[str, AttentionCall], None]) -> None:
         self.name, self.inner, self.keep = name, inner, keep
         self.causal = inner.causal
@@ -203,7 +201,7 @@ class _Recorder:
     ) -> Selection:
         return self.inner.select(q, k)
 
-    def complete(self, selection: Selection, call: AttentionCall, out: Tensor, lse: Tensor | None) -> Tensor:
+    def complete(self, selection: Selection, call: AttentionCall, out: Tensor) -> Tensor:
         q, k, v = (x.detach() for x in (call.q, call.k, call.v))
         self.keep(self.name, replace(call, q=q, k=k, v=v, return_lse=False))
         return out

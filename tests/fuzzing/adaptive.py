@@ -13,7 +13,6 @@ from raybsa import BlockSparseAdaptive
 from tests.fuzzing import inputs, layouts, oracle
 from tests.fuzzing.case import Case
 
-INF = float("inf")
 OPTIONS: dict[str, dict[str, Any]] = {
     "top_p": {"top_p": 0.6},
     "sinks": {"sinks": 1},
@@ -69,7 +68,7 @@ def _seen(case: Case, masks: dict[str, Any]) -> Tensor:
     found = found.to(case.device)
     if "attn_mask" in masks:
         mask = masks["attn_mask"]
-        found = found & (mask if mask.dtype == torch.bool else mask > -INF)
+        found = found & (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min)
     if "segment_ids" in masks:
         q_ids, kv_ids = masks["segment_ids"]
         found = found & (q_ids[:, None, :, None] == kv_ids[:, None, None, :])

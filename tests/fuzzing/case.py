@@ -20,10 +20,15 @@ class Case:
         transform: what of torch is done to it, a name of ``tests.fuzzing.transforms.TRANSFORMS``.
         pattern: a family of the catalog with small parameters, or ``random`` blocks; ``groups`` layouts.
         groups: ``one``, ``heads`` or ``samples`` (one a sample and head).
-        mask: ``none``, ``bool``, ``float`` or ``infinite`` (float, some of it -inf); ``mask_shape`` says which of
-            (B, H, Sq, Skv) it has: ``"0011"`` is (1, 1, Sq, Skv), ``"11"`` (Sq, Skv).
+        mask: ``none``, ``bool``, ``float``, ``infinite`` (float, some of it -inf) or ``lowest`` (some of it the lowest
+            number of its type); ``mask_shape`` says which of (B, H, Sq, Skv) it has: ``"0011"`` is (1, 1, Sq, Skv),
+            ``"11"`` (Sq, Skv); ``mask_strides``: ``contiguous``, ``expanded`` to its full shape or ``transposed``.
         grad_of: the inputs that ask for a gradient, of q, k, v, m (attn_mask) and b (block_bias).
         strides: how q, k and v lie in memory, a name of ``tests.fuzzing.inputs.LAID_OUT``.
+        seedless: dropout draws its own seed.
+        loss: what a gradient is of, a name of ``tests.fuzzing.given.LOSSES``.
+        shared: ``kv``: k is v; ``qkv``: all three are one tensor.
+        misuse: what is wrong about the call, a name of ``tests.fuzzing.misuse.MISUSES``: it must be refused.
         warm: another call over the same layout comes first.
         extras: what only some subjects know, as ``name=value`` words.
     """
@@ -52,12 +57,18 @@ class Case:
     mask: str = "none"
     mask_shape: str = "11"
     mask_dtype: str = "same"
+    mask_strides: str = "contiguous"
     segments: int = 0
     segment_dtype: str = "int64"
     bias: bool = False
+    bias_dtype: str = "same"
     dropout: float = 0.0
+    seedless: bool = False
     return_lse: bool = False
     grad_of: str = "qkv"
+    loss: str = "weighted"
+    shared: str = ""
+    misuse: str = ""
     strides: str = "contiguous"
     deterministic: bool = False
     threads: int = 1

@@ -7,13 +7,14 @@ from typing import NamedTuple
 
 import torch
 
-from tests.fuzzing import refusals, subjects
+from tests.fuzzing import refusals, seedless, subjects
 from tests.fuzzing.budgets import Compared, working_dtype
 from tests.fuzzing.case import Case
 from tests.fuzzing.given import Given, Results
 from tests.fuzzing.problem import Problem
 from tests.fuzzing.transforms import TRANSFORMS
 
+WRAPPING = ("compile", "export", "jit_trace", "make_fx", "make_fx_grad")
 LINES = 14  # of an error's trace
 
 
@@ -48,6 +49,10 @@ def faults(problem: Problem) -> str:
     given = Given(problem.call, problem.tensors, problem.names, problem.outputs, case)
     if case.warm:
         problem.warm()
+    if case.misuse:
+        return misuse_goes_through(given)
+    if case.seedless:
+        return seedless.fault(given)
     got = transform.run(given)
     wanted, rough = (transform.wanted(_by_oracle(problem, given, x)) for x in (torch.float64, working_dtype(case)))
     if list(got) != list(wanted):
@@ -55,6 +60,20 @@ def faults(problem: Problem) -> str:
     compared = Compared(case, wanted, rough)
     beside = [f"by parts: {fault}" for fault in compared.faults(problem.beside(wanted))]
     return "; ".join([*wrong_types(problem, got), *compared.faults(got), *beside])
+
+
+def misuse_goes_through(given: Given) -> str:
+    """What is wrong about how a wrong call is refused; nothing where it is refused as it should be. Compilers and
+    tracers wrap what they raise."""
+    try:
+        TRANSFORMS[given.case.transform].run(given)
+    except (ValueError, TypeError):
+        return ""
+    except Exception as error:  # looked at below
+        if given.case.transform in WRAPPING or refusals.is_known(given.case, error):
+            return ""
+        raise
+    return f"a call that is wrong by {given.case.misuse} goes through"
 
 
 def _by_oracle(problem: Problem, given: Given, dtype: torch.dtype) -> Given:

@@ -38,13 +38,31 @@ class Given(NamedTuple):
         return [x.detach().requires_grad_(i in self.asked) for i, x in enumerate(self.xs)]
 
     def loss(self, found: Sequence[Tensor]) -> Tensor:
-        """A number that all outputs decide; -inf counts as 0."""
+        """A number that the outputs decide, as the case says; -inf counts as 0."""
+        kind = self.case.loss
+        some = {"first": found[:1], "last": found[-1:]}.get(kind, found)
         terms = []
-        for i, x in enumerate(found):
-            finite = torch.where(x == float("-inf"), torch.zeros_like(x), x)
+        for i, x in enumerate(some):
+            finite = x if i == 0 and x is not found[-1] else torch.where(x == float("-inf"), torch.zeros_like(x), x)
             wide = torch.promote_types(x.dtype, torch.float32)
-            terms.append((finite * inputs.gradient_for(x, i)).sum(dtype=wide))
+            terms.append(LOSSES[kind](finite, inputs.gradient_for(x, i)).sum(dtype=wide))
         return sum(terms[1:], terms[0])
+
+
+def _transposed(x: Tensor, weights: Tensor) -> Tensor:
+    """The gradient lies in memory with its last dimension first."""
+    if x.dim() < 2:
+        return x * weights
+    return x.transpose(-1, -2) * weights.transpose(-1, -2).contiguous()
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "weighted": torch.mul,
+    "sum": lambda x, weights: x,  # the gradient is one number, expanded
+    "transposed": _transposed,
+    "first": torch.mul,
+    "last": torch.mul,
+}
 
 
 def values(given: Given) -> Results:
@@ -56,10 +74,12 @@ def gradients(given: Given, leaves: list[Tensor] | None = None) -> Results:
     leaves = given.leaves() if leaves is None else leaves
     found = given.f(*leaves)
     results = given.named([x.detach() for x in found])
-    if given.asked and any(x.requires_grad for x in found):
-        given.loss(found).backward()
-    return results | {f"grad {given.names[i]}": _grad(leaves[i]) for i in given.asked}
+    loss = given.loss(found)
+    if loss.requires_grad:
+        loss.backward()
+    return results | {f"grad {given.names[i]}": grad_of(leaves[i]) for i in given.asked}
 
 
-def _grad(leaf: Tensor) -> Tensor:
+def grad_of(leaf: Tensor) -> Tensor:
+    """Its gradient; zeros where nothing depends on it."""
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad

@@ -89,20 +89,29 @@ def tensors(case: Case, layout: BlockLayout) -> dict[str, Tensor]:
         found["m"] = mask(case)
     if case.bias:
         bias = normal(case, (layout.nnz_blocks,), 4)
-        found["b"] = bias.to(case.device, dtype)
-    return found
+        found["b"] = bias.to(case.device, dtype if case.bias_dtype == "same" else dtype_of(case.bias_dtype))
+    shared = {"kv": ("v",), "qkv": ("k", "v")}.get(case.shared, ())
+    return {name: x for name, x in found.items() if name not in shared}
 
 
 def mask(case: Case) -> Tensor:
     """attn_mask of the case's shape, kind and type."""
     full = (case.batch, case.heads, case.q_len, case.kv_len)[4 - len(case.mask_shape) :] if case.mask_shape else ()
     shape = [size if kept == "1" else 1 for size, kept in zip(full, case.mask_shape, strict=True)]
-    shows = torch.rand(shape, generator=_generator(case, 5)) < 0.7
-    if case.mask == "bool":
-        return shows.to(case.device)
-    x = normal(case, tuple(shape), 6)
-    x = x.masked_fill(~shows, -INF) if case.mask == "infinite" else x
-    return x.to(case.device, dtype_of(case.dtype if case.mask_dtype == "same" else case.mask_dtype))
+    shows = (torch.rand(shape, generator=_generator(case, 5)) < 0.7).to(case.device)
+    found = shows if case.mask == "bool" else _added(case, shows)
+    if case.mask_strides == "expanded":
+        found = found.expand(full)
+    elif case.mask_strides == "transposed" and found.dim() > 1:
+        found = found.transpose(-1, -2).contiguous().transpose(-1, -2)
+    return found
+
+
+def _added(case: Case, shows: Tensor) -> Tensor:
+    dtype = dtype_of(case.dtype if case.mask_dtype == "same" else case.mask_dtype)
+    x = normal(case, tuple(shows.shape), 6).to(case.device, dtype)
+    hidden = {"infinite": -INF, "lowest": torch.finfo(dtype).min}.get(case.mask)
+    return x if hidden is None else x.masked_fill(~shows, hidden)
 
 
 def segment_ids(case: Case) -> tuple[Tensor, Tensor] | None:
@@ -114,6 +123,8 @@ def segment_ids(case: Case) -> tuple[Tensor, Tensor] | None:
     ]
     if case.seed % 2:
         ids = [x.flip(1) for x in ids]
+    if case.seed % 5 == 0 and case.segment_dtype.startswith("int"):
+        ids = [x - 2 for x in ids]
     return ids[0].to(case.device, dtype_of(case.segment_dtype)), ids[1].to(case.device, dtype_of(case.segment_dtype))
 
 

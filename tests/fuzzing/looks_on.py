@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.fuzzing.given import Given, Results, gradients, values
+from tests.fuzzing.given import Given, Results, grad_of, gradients, values
 
 
 def blank(given: Given) -> Results:
@@ -35,8 +35,8 @@ def _sums(given: Given, xs: Sequence[Tensor]) -> dict[str, tuple[list[int], torc
     found = given.f(*leaves)
     differentiable = [x for x in found if x.requires_grad]
     torch.autograd.backward(differentiable, [torch.ones_like(x) for x in differentiable])
-    results = given.named(found) | {f"grad {given.names[i]}": leaves[i].grad for i in given.asked}
-    return {name: ([*map(int, x.shape)], x.dtype) for name, x in results.items() if x is not None}
+    results = given.named(found) | {f"grad {given.names[i]}": grad_of(leaves[i]) for i in given.asked}
+    return {name: ([*map(int, x.shape)], x.dtype) for name, x in results.items()}
 
 
 @cache

@@ -80,7 +80,7 @@ class Multihead(Problem):
         if kind == "bool":
             return hidden.to(case.device)
         x = inputs.normal(case, shape, number + 1)
-        x = x.masked_fill(hidden, -INF) if kind == "infinite" else x
+        x = x.masked_fill(hidden, -INF) if kind in ("infinite", "lowest") else x
         return x.to(case.device, inputs.dtype_of(case.dtype))
 
     def call(self, *xs: Tensor) -> tuple[Tensor, ...]:
@@ -91,6 +91,7 @@ class Multihead(Problem):
             "attn_mask": given.get("m"),
             "need_weights": case.has("weights"),
             "average_attn_weights": not case.has("each_head"),
+            "is_causal": case.has("hint") and "m" in given,
         }
         every = (q, given.get("k", q), given.get("v", q))
         weights = {name.removeprefix("w."): x for name, x in given.items() if name.startswith("w.")}
@@ -144,7 +145,7 @@ class Multihead(Problem):
         case, seen = self.case, self.seen
         added = None
         for name in ("m", "p"):
-            if name not in given:
+            if name not in given or (name == "m" and case.has("hint") and case.causal):
                 continue
             x = given[name]
             if name == "p":

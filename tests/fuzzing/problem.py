@@ -14,6 +14,7 @@ from raybsa import BlockSparseBase, block_sparse_attention
 from tests.fuzzing import inputs, layouts, oracle
 from tests.fuzzing.case import Case
 from tests.fuzzing.given import Results
+from tests.fuzzing.misuse import MISUSES
 
 
 class Problem:
@@ -42,19 +43,26 @@ class Problem:
         if case.subject != "base":
             return None
         options = {"density": case.density, "block_size": case.q_block, "causal": case.causal, "scale": case.scale}
+        options |= {"dropout": case.dropout}
         module = BlockSparseBase(pattern=layouts.rule(case), backend=case.backend, **options)
         return copy.deepcopy(module) if case.transform == "deepcopy" else module
 
     def call(self, *xs: Tensor) -> tuple[Tensor, ...]:
         given, case = dict(zip(self.names, xs, strict=True)), self.case
         ids = (given["sq"], given["sk"]) if "sq" in given else None
-        q, k, v, mask = given["q"], given["k"], given["v"], given.get("m")
+        q, k, v = self._qkv(given)
         if self.module is not None:
-            return (self.module(q, k, v, attn_mask=mask, segment_ids=ids),)
-        found = block_sparse_attention(
-            q, k, v, self.layout, attn_mask=mask, segment_ids=ids, block_bias=given.get("b"), **self.options
-        )
-        return found if case.return_lse else (found,)  # type: ignore[return-value]
+            return (self.module(q, k, v, attn_mask=given.get("m"), segment_ids=ids),)
+        options = {"attn_mask": given.get("m"), "segment_ids": ids, "block_bias": given.get("b"), **self.options}
+        tensors = {"q": q, "k": k, "v": v, "layout": self.layout}
+        if case.misuse:
+            MISUSES[case.misuse](tensors, options)
+        found = block_sparse_attention(**tensors, **options)
+        return found if case.return_lse else (found,)
+
+    def _qkv(self, given: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        k = given.get("k", given["q"])
+        return given["q"], k, given.get("v", k)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -62,7 +70,7 @@ class Problem:
         return {
             "scale": case.scale,
             "dropout_p": case.dropout,
-            "seed": case.seed if case.dropout else None,
+            "seed": case.seed if case.dropout and not case.seedless else None,
             "deterministic": case.deterministic or None,
             "return_lse": case.return_lse,
             "backend": case.backend,
@@ -70,8 +78,8 @@ class Problem:
 
     def oracle(self, *xs: Tensor) -> tuple[Tensor, ...]:
         given, case = dict(zip(self.names, xs, strict=True)), self.case
-        q, k, v, mask = given["q"], given["k"], given["v"], given.get("m")
-        seen, added = self.seen, None
+        q, k, v = self._qkv(given)
+        mask, seen, added = given.get("m"), self.seen, None
         if mask is not None and mask.dtype == torch.bool:
             seen = seen & mask
         elif mask is not None:
@@ -95,6 +103,7 @@ class Problem:
         """Another call over the same layout, so that what is kept with it is of that one."""
         if self.module is not None or not all(x.numel() for x in self.tensors[:3]):
             return
-        xs = [x.detach().clone().requires_grad_() for x in self.tensors[:3]]
+        given = dict(zip(self.names, self.tensors, strict=True))
+        xs = [x.detach().clone().requires_grad_() for x in self._qkv(given)]
         out, lse = block_sparse_attention(*xs, self.layout, return_lse=True, scale=0.7)
         (out.sum() + lse.clamp(min=0).sum()).backward()

@@ -23,7 +23,10 @@ def second(given: Given) -> Results:
     asked = [leaves[i] for i in given.asked]
     if not asked:
         return values(given)
-    first = torch.autograd.grad(given.loss(given.f(*leaves)), asked, create_graph=True, materialize_grads=True)
+    loss = given.loss(given.f(*leaves))
+    if not loss.requires_grad:
+        return values(given)
+    first = torch.autograd.grad(loss, asked, create_graph=True, materialize_grads=True)
     total = sum(x.square().sum() for x in first)
     found = torch.autograd.grad(total, asked, materialize_grads=True) if total.requires_grad else first
     return {f"second {given.names[i]}": x.detach() for i, x in zip(given.asked, found, strict=True)}
@@ -144,8 +147,9 @@ class _Module(nn.Module):
 
 
 def by_export(given: Given) -> Results:
+    strict = given.case.seed % 2 == 0 and given.case.subject != "multihead"  # torch finds no parameters in a function
     with torch.no_grad():
-        program = torch.export.export(_Module(given.f), tuple(given.xs), strict=given.case.seed % 2 == 0)
+        program = torch.export.export(_Module(given.f), tuple(given.xs), strict=strict)
         buffer = io.BytesIO()
         torch.export.save(program, buffer)
         buffer.seek(0)

@@ -58,11 +58,14 @@ def processes_with(word: str) -> list[str]:
         (["--out", "OUT", "--space", "BROKEN"], "found '<stream end>'"),
         (["--out", "OUT", "--captured", "BROKEN"], "must hold dicts with q, k and v"),
         (["--out", "OUT", "--seq-len", "-1"], "seq_len must be a positive integer, got -1"),
+        (["--out", "s3:/bucket/results"], "a URI begins with s3://, a folder of that name with ./, got 's3:/bucket"),
+        (["--out", "OUT", "--address", "ray://127.0.0.1:10001"], "this job runs within the cluster, which 'ray://"),
         (["--out", "OUT", "--address", "127.0.0.1:1"], "wanted at '127.0.0.1:1', nothing answers there"),
     ],
     ids=[
         "unwritable out", "empty text", "no such text", "unknown objective", "objective twice", "no text to list",
-        "no learning rate", "no distance", "no share", "no YAML", "nothing captured", "no tokens", "no cluster",
+        "no learning rate", "no distance", "no share", "no YAML", "nothing captured", "no tokens",
+        "a slash too few", "Ray Client", "no cluster",
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_before_anything_starts(
@@ -94,6 +97,25 @@ def test_a_number_that_is_none_is_refused_with_its_option(
     assert code == 2
     assert option in words.splitlines()[-1]
     assert words.endswith(f"{wanted} was wanted, got {value!r}\n")
+
+
+@pytest.mark.parametrize("value", ["-1", "4294967296", "1.5", "x", ""])
+@pytest.mark.parametrize(
+    ("job", "option"),
+    [
+        ("search.py", "--seed"),
+        ("train.py", "--seed"),
+        ("benchmark.py", "--seed"),
+        ("recovery_drill.py", "--seed"),
+        ("compare.py", "--seeds"),
+    ],
+)
+def test_a_seed_that_some_generator_would_refuse_is_refused_by_every_job(
+    job: str, option: str, value: str, tmp_path: Path, refused: Callable[..., tuple[int, str]]
+) -> None:
+    code, words = refused(job, "--out", str(tmp_path), option, value)
+    assert code == 2
+    assert f"argument {option}: a seed in 0 .. 4294967295 was wanted, got {value!r}" in words.splitlines()[-1]
 
 
 def test_a_submitted_job_is_refused_a_relative_results_folder(

@@ -173,4 +173,4 @@ def test_the_compiler_s_version_is_part_of_the_library_s_name(monkeypatch: pytes
         return subprocess.CompletedProcess(command, 0, stdout=next(said))
 
     monkeypatch.setattr(cpp_build.subprocess, "run", run)
-    assert cpp_build._digest("g++") != cpp_build._digest("g++")
+    assert cpp_build._digest(["g++"]) != cpp_build._digest(["g++"])

@@ -69,7 +69,7 @@ def test_threads_that_ask_at_one_time_compile_once(kernels: Kernels, monkeypatch
     compile_it, compiled, found = cpp_build._compile, [], []
     together = threading.Barrier(4)
 
-    def counted(compiler: str, path: Path) -> None:
+    def counted(compiler: list[str], path: Path) -> None:
         compiled.append(path)
         compile_it(compiler, path)
 
@@ -91,7 +91,7 @@ def test_threads_that_ask_at_one_time_compile_once(kernels: Kernels, monkeypatch
 def test_a_process_that_compiled_meanwhile_is_no_trouble(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_it = cpp_build._compile
 
-    def another_was_faster(compiler: str, path: Path) -> None:
+    def another_was_faster(compiler: list[str], path: Path) -> None:
         monkeypatch.setattr(cpp_build, "_compile", compile_it)
         assert kernels.load() == 42
         compile_it(compiler, path)
@@ -123,6 +123,43 @@ def test_what_was_altered_is_compiled_anew(kernels: Kernels) -> None:
     made.write_bytes(altered)
     assert cpp_cache.find(kernels.cache, made.name.rpartition("-")[0]) is None
     assert kernels.load() == 42
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("command", ["{}", "env '{}'", "'{}' -O1", "'{}' -DWORDS='two words'"])
+@pytest.mark.parametrize("place", ["tools", "my tools"])
+def test_cxx_is_a_program_or_one_with_arguments_whatever_its_path_and_language(
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str, place: str
+) -> None:
+    """As ``ccache g++``; what it says of its version may be in any encoding."""
+    program = tmp_path / place / "compiler"
+    program.parent.mkdir()
+    program.write_bytes(b'#!/bin/sh\n[ "$1" = --version ] && printf "\\351\\377 1.0" && exit\nexec g++ "$@"\n')
+    program.chmod(0o700)
+    monkeypatch.setenv("CXX", command.format(program))
+    assert cpp_build.why_no_compiler() is None
+    assert kernels.load() == 42
+
+
+@needs_a_compiler
+def test_arguments_of_cxx_are_part_of_the_library_s_name(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    for command in ("g++", "g++ -O1", ""):
+        monkeypatch.setenv("CXX", command)
+        assert kernels.load() == 42
+    assert len(kernels.files()) == 2, "an empty CXX is none"
+
+
+def test_torch_s_own_compiler_is_not_asked_with_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``CXX="ccache g++"``: it would look for a program of that name, and raise deep inside."""
+    monkeypatch.setenv("CXX", "env g++")
+    layout, (q, k, v) = PROBLEMS[0].layout(), PROBLEMS[0].inputs(torch.float32)
+    with pytest.raises(NotImplementedError, match="without arguments, got CXX='env g\\+\\+'"), torch.no_grad():
+        block_sparse_attention(q, k, v, layout, backend="flex")
+
+
+def test_a_cxx_that_is_no_command_is_told_as_it_stands(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "'g++")
+    assert kernels.load() == 'needs a C++ compiler, and CXX is no command: No closing quotation, got "\'g++"'
 
 
 @needs_a_compiler

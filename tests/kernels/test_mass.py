@@ -48,3 +48,18 @@ def test_half_precision_is_summed_in_float32():
     mass = block_mass(low, lse.float())
     assert mass.dtype == torch.float32
     torch.testing.assert_close(mass.double(), wanted, atol=0.5, rtol=0.05)
+
+
+def test_a_power_is_taken_of_what_a_query_gives_to_a_block():
+    call = replace(call_of(Problem("per head", groups=4)), block_bias=None)
+    lse = run_call(call, "reference")[1]
+    layout, copies = call.layout, call.q.shape[1] // call.k.shape[1]
+    weights = (call.q @ call.k.repeat_interleave(copies, 1).transpose(-1, -2) * call.scale - lse[..., None]).exp()
+    group, row, column = layout.coordinates()
+    wanted = torch.zeros(layout.nnz_blocks, dtype=torch.float64)
+    for entry, (g, i, j) in enumerate(zip(group, row, column, strict=True)):
+        rows, keys = slice(i * layout.q_block_size, None), slice(j * layout.kv_block_size, None)
+        heads = weights.flatten(0, 1)[g :: layout.num_groups]
+        held = heads[:, rows, keys][:, : layout.q_block_size, : layout.kv_block_size]
+        wanted[entry] = held.sum(-1).pow(3.0).sum()
+    torch.testing.assert_close(block_mass(call, lse, 3.0), wanted)

@@ -44,6 +44,18 @@ def test_merge_ignores_a_side_that_saw_nothing_and_keeps_nothing_of_two() -> Non
     assert torch.equal(both[1], never)
 
 
+def test_merge_has_gradients_where_neither_side_saw_a_key() -> None:
+    out_a, out_b = torch.randn(2, 3), torch.randn(2, 3)
+    lse_a, lse_b = torch.tensor([-INF, 0.5]), torch.tensor([-INF, -INF])
+    leaves = [x.requires_grad_() for x in (out_a, lse_a, out_b, lse_b)]
+    out, lse = merge(*leaves)
+    (out.sum() + lse[1]).backward()
+    assert torch.equal(out_a.grad, torch.tensor([[0.0] * 3, [1.0] * 3]))
+    torch.testing.assert_close(lse_a.grad, torch.tensor([0.0, 1.0]))
+    assert not out_b.grad.any()
+    assert torch.equal(lse_b.grad, torch.zeros(2))
+
+
 def test_merge_does_not_overflow_where_one_side_dwarfs_the_other() -> None:
     a, b = torch.ones(1, 2), torch.full((1, 2), 5.0)
     out, lse = merge(a, torch.tensor([1000.0]), b, torch.tensor([-1000.0]))

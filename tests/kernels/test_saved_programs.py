@@ -117,6 +117,24 @@ def test_a_rule_of_another_meaning_or_of_nobody_s_is_refused(monkeypatch: pytest
         rule_in(torch.frombuffer(bytearray(text), dtype=torch.uint8))
 
 
+def test_a_program_holds_the_weights_and_the_extra_keys() -> None:
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            options: dict[str, Any] = {"pattern": "bigbird", "density": 0.4, "block_size": 8, "causal": True}
+            self.attention = create_multihead_block_sparse(
+                32, 2, batch_first=True, add_bias_kv=True, add_zero_attn=True, **options
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(x, x, x)
+
+    module, x = Whole().eval(), torch.randn(2, 2, 33, 32)
+    program = exported(module, x[0], strict=False).module()
+    with torch.no_grad():
+        torch.testing.assert_close(program(x[1]), module(x[1]))
+
+
 def test_a_backend_that_no_program_can_hold_is_refused() -> None:
     layout = BlockLayout.from_rows([[0]], q_len=4, kv_len=4, q_block_size=4)
 

@@ -169,6 +169,11 @@ def test_a_library_s_backend_is_refused_under_a_transform() -> None:
         vmap(attend("flex", "plain", torch.float32), (0, None, None))(stacked(inputs()[0]), *inputs()[1:])
 
 
+def test_an_unknown_backend_is_named_as_such_under_a_transform() -> None:
+    with pytest.raises(ValueError, match="unknown backend 'fastest'"):
+        vmap(attend("fastest", "plain", torch.float32), (0, None, None))(stacked(inputs()[0]), *inputs()[1:])
+
+
 def assert_equal(got: Any, wanted: Any, rtol: float = 1e-3, atol: float = 1e-3) -> None:
     flat_got, flat_wanted = (torch.utils._pytree.tree_leaves(x) for x in (got, wanted))
     assert len(flat_got) == len(flat_wanted)

@@ -5,7 +5,9 @@ import csv
 import pytest
 
 from raybsa.results.__main__ import main
+from raybsa.results.export import write_tensorboard
 from raybsa.results.record import SeriesPoint
+from raybsa.results.roots import one_name
 from raybsa.results.store import Store
 
 
@@ -52,6 +54,45 @@ def test_a_tensorboard_log_has_a_run_a_trial_with_its_curve_and_numbers(results,
     written = b"".join(path.read_bytes() for path in (folder / "run-1").rglob("events.*"))
     assert written.count(b"train_loss") == 4
     assert b"quality" in written
+
+
+def events(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_export_that_is_repeated_replaces_what_it_wrote_and_nothing_else(results, tmp_path, record):
+    folder = tmp_path / "logs"
+    (folder / "run-1").mkdir(parents=True)
+    (folder / "run-1" / "events.out.tfevents.1.mine").write_bytes(b"of another program")
+    assert main(["export", results, "--tensorboard", str(folder)]) == 0
+    first = events(folder)
+    Store(results).write_record(record("run-3"))
+    assert main(["export", results, "--tensorboard", str(folder)]) == 0
+    assert events(folder) == first | {f"run-3/{name}events.out.tfevents.0.raybsa" for name in ("", "hparams/")}
+    assert (folder / "run-1" / "events.out.tfevents.1.mine").read_bytes() == b"of another program"
+    written = b"".join(path.read_bytes() for path in (folder / "run-1").rglob("*.raybsa"))
+    assert written.count(b"train_loss") == 4
+
+
+HOSTILE = ["../../../evil", "..", ".", "", "/etc/evil", "a/b", "a/../../b", "n\0ul", "x" * 3000, ".hidden", "日本 \n"]
+
+
+def test_no_name_of_a_row_is_a_path_out_of_the_folder(tmp_path, record):
+    """Names are checked on writing; the rows that are read may be another's."""
+    folder = tmp_path / "deep" / "logs"
+    records = [record(name) for name in HOSTILE]
+    before = events(tmp_path)
+    write_tensorboard(records, [SeriesPoint(name, "loss", 0, 0, 1.0) for name in HOSTILE], str(folder))
+    written = events(tmp_path) - before
+    assert len(written) == 2 * len(HOSTILE), "a run each, with its hyperparameters"
+    assert all(name.startswith("deep/logs/") for name in written)
+    assert all(len(name.split("/")) in (4, 5) for name in written)
+
+
+def test_different_names_have_different_files_and_a_plain_one_keeps_its_own():
+    names = [*HOSTILE, "x" * 3001, "%", "%2E.", "..%2F", "\udce9"]
+    assert len({one_name(name) for name in names}) == len(names)
+    assert one_name("search-20261201-024908-1a2b-007") == "search-20261201-024908-1a2b-007"
 
 
 @pytest.mark.parametrize(

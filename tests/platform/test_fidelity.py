@@ -135,9 +135,9 @@ def test_a_file_of_something_else_is_refused(tmp_path):
 # ---- learning -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_distillation_finds_the_planted_block_of_every_head_and_sample(causal):
-    options = {"density": 0.3, "block_size": 4, "causal": causal, "sinks": 0, "window": 1, "sample_rows": 16}
+@pytest.mark.parametrize(("causal", "sharpness"), [(False, 4.0), (True, 1.0)])
+def test_distillation_finds_the_planted_block_of_every_head_and_sample(causal, sharpness):
+    options = {"density": 0.3, "block_size": 4, "causal": causal, "sharpness": sharpness}
     lesson, _ = planted(0, batch=64, causal=causal, **SIZES)
     test, target = planted(1, batch=3, causal=causal, **SIZES)
     recalls = {}

@@ -1,5 +1,10 @@
 """Timing: quantiles of single calls, memory that was truly held, and a lock that keeps neighbours away."""
 
+import os
+import pwd
+import signal
+import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -8,7 +13,9 @@ import time
 import pytest
 import torch
 
-from raybsa import timing
+from raybsa import locks, timing
+from raybsa.experiments.lock_watch import LockWatch
+from raybsa.locks import PATIENCE_S
 from raybsa.timing import DeviceLock, forward_backward_call, forward_call, measure_in_turn, peak_bytes
 
 MEBI = 1 << 20
@@ -179,3 +186,55 @@ def test_an_error_inside_frees_the_device(tmp_path):
         raise RuntimeError("inside")
     with lock.exclusive():
         pass
+
+
+def test_a_lock_is_everybodys_whatever_the_umask_of_who_came_first(tmp_path):
+    before = os.umask(0o077)
+    try:
+        with DeviceLock("cpu", str(tmp_path)).shared():
+            pass
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()] == [0o644, 0o644]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read anything")
+def test_a_lock_that_another_user_keeps_shut_fails_no_trial(tmp_path, capfd):
+    with DeviceLock("cpu", str(tmp_path)).shared():
+        pass
+    for file in tmp_path.iterdir():
+        file.chmod(0)
+    for _ in range(2):
+        with DeviceLock("cpu", str(tmp_path)).exclusive():
+            pass
+    assert capfd.readouterr().err.count("may only be read by its owner") == 2, "a gate and a lock, once each"
+
+
+def test_who_waits_is_told_once_who_holds_the_device_and_that_it_was_stopped(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(locks, "PATIENCE_S", 0.05)
+    script = (
+        "import sys, time; from raybsa.timing import DeviceLock\n"
+        "with DeviceLock('cpu', sys.argv[1]).shared(): print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        os.kill(holder.pid, signal.SIGSTOP)
+        waiting = threading.Thread(target=_hold_once, args=(str(tmp_path),), daemon=True)
+        waiting.start()
+        told, end, said = "", time.monotonic() + 20, []
+        watch = LockWatch(said.append, lambda: [str(path) for path in tmp_path.iterdir()])
+        while "\n" not in told and time.monotonic() < end:
+            time.sleep(0.05)
+            told += capfd.readouterr().err
+        watch.look(0.0)
+        watch.look(PATIENCE_S)
+        watch.look(2 * PATIENCE_S)
+        holder.kill()
+        waiting.join(10)
+    user = pwd.getpwuid(os.geteuid()).pw_name
+    words = f"process {holder.pid} of {user} on {socket.gethostname()}, since "
+    for line in (told.strip(), *said):
+        assert words in line
+        assert f"(stopped: kill -CONT {holder.pid} lets it go on)" in line
+    assert len(said) == 1
+    assert "waiting for" not in capfd.readouterr().err, "once"

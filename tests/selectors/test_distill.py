@@ -19,7 +19,7 @@ SIZE, Q_LEN, KV_LEN = 8, 60, 75
 SEGMENTS = ((32, 1), (64, 2))
 
 
-def dense_mass(q, k, rules, rows, visible, added):
+def dense_mass(q, k, rules, rows, visible, added, sharpness=1.0):
     """Attention of all pairs of tokens, summed by blocks."""
     blocks = rules.candidates(torch.arange(8), 10).repeat_interleave(SIZE, 0).repeat_interleave(SIZE, 1)
     seen = visible & blocks[:Q_LEN, :KV_LEN]
@@ -28,7 +28,7 @@ def dense_mass(q, k, rules, rows, visible, added):
     scores = 0.3 * q @ k.repeat_interleave(2, 1).transpose(-1, -2) + added
     weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
     weights = F.pad(weights, (0, 80 - KV_LEN, 0, 64 - Q_LEN))
-    sums = weights.unflatten(-1, (10, SIZE)).unflatten(2, (8, SIZE)).sum((3, 5))
+    sums = weights.unflatten(-1, (10, SIZE)).sum(-1).pow(sharpness).unflatten(2, (8, SIZE)).sum(3)
     return sums.unflatten(1, (2, 2)).mean(2)[:, :, rows]
 
 
@@ -51,6 +51,18 @@ def test_the_mass_of_rows_is_that_of_dense_attention_however_it_is_tiled(tile, r
         added = torch.randn(shape, dtype=torch.float64)
         found = row_mass(q, k, 0.3, rules, rows, added)
         torch.testing.assert_close(found, dense_mass(q, k, rules, rows, every, added))
+    found = row_mass(q, k, 0.3, rules, rows, sharpness=3.0)
+    torch.testing.assert_close(found, dense_mass(q, k, rules, rows, every, 0.0, 3.0))
+
+
+def test_one_query_that_needs_a_block_outweighs_many_that_look_everywhere():
+    """Seven queries of the last row look a little more at block 1 than elsewhere, the eighth at block 2 alone."""
+    q, k = torch.zeros(1, 1, 64, 4), torch.zeros(1, 1, 64, 4)
+    k[:, :, 8:16, 0], q[:, :, 56:63, 0] = 1.0, 1.5
+    k[:, :, 16:24, 1], q[:, :, 63, 1] = 1.0, 9.0
+    plain, sharp = (row_mass(q, k, 1.0, Rules(8, True), torch.tensor([7]), sharpness=p)[0, 0, 0] for p in (1.0, 4.0))
+    assert plain.argmax() == 1
+    assert sharp.argmax() == 2
 
 
 def test_the_divergence_and_its_gradient_are_those_of_two_softmaxes():

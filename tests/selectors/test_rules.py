@@ -89,7 +89,7 @@ def test_a_segment_bounds_forced_blocks_too():
         ({"sinks": -1}, "sinks must be an integer >= 0, got -1"),
         ({"window": 0}, "window must be an integer >= 1, got 0"),
         ({"max_blocks": 0}, "max_blocks must be an integer >= 1, got 0"),
-        ({"sinks": 5000}, "at most 2048 blocks, got 5000, 2"),
+        ({"sinks": 5000}, "at most 2048 blocks, got 5000, 1"),
     ],
 )
 def test_bad_numbers_are_named(arguments, message):

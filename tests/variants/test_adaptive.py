@@ -150,7 +150,7 @@ def test_distillation_leaves_q_k_and_v_alone():
 def test_what_is_distilled_is_zero_where_the_gate_is_the_attentions_own_mass():
     """One token a block, one head and a gate that multiplies q and k as they are: both are one softmax."""
     model = BlockSparseAdaptive(
-        None, None, 1, 4, density=1.0, block_size=1, sinks=0, window=1, gate_dim=4, sample_rows=9
+        None, None, 1, 4, density=1.0, block_size=1, sinks=0, window=1, gate_dim=4, sample_rows=9, sharpness=1.0
     )
     gate = model.double().source.gate
     with torch.no_grad():

@@ -81,12 +81,10 @@ def test_a_source_may_bring_a_bias_a_block():
             super().__init__()
             self.weight = nn.Parameter(torch.tensor([0.3, -1.0], dtype=torch.float64))
 
-        wants_lse = False
-
         def select(self, q, k, attn_mask=None, segment_ids=None):
             return Selection(BlockLayout.from_rows([[0, 1]], q_len=8, kv_len=16, q_block_size=8), self.weight)
 
-        def complete(self, selection, call, out, lse):
+        def complete(self, selection, call, out):
             return out
 
     module = BlockSparseBase(pattern="dense")

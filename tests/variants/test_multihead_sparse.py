@@ -100,9 +100,7 @@ def test_the_weights_follow_a_block_bias_of_the_source():
         def select(self, q, k, attn_mask=None, segment_ids=None):
             return Selection(BlockLayout.from_rows([[0, 1]], q_len=8, kv_len=16, q_block_size=8), self.weight)
 
-        wants_lse = False
-
-        def complete(self, selection, call, out, lse):
+        def complete(self, selection, call, out):
             return out
 
     theirs, ours = pair()
