@@ -20,6 +20,7 @@ from raybsa.spec import DENSE, TrialSpec
 
 _FUTILE = 500  # rejections in a row after which a space counts as exhausted
 _TIME_IS_UP = "its time is up"
+_ELSEWHERE = "another search in this folder asks the rest"
 LATE = "late"  # key of a result: the trial had to wait for room until no trial may begin any more
 
 Screen = Callable[[TrialSpec], str | None]
@@ -37,6 +38,8 @@ class Questions(Searcher):
         trials: how many in all, earlier ones included.
         deadline: ``time.monotonic()`` after which no trial begins.
         previews: what to look at before it is trained; None trains all.
+        claim: whether a question may be asked here: not where another search asks it now. It counts as a trial.
+        elsewhere: how many trials other searches have taken meanwhile.
     """
 
     def __init__(
@@ -50,10 +53,12 @@ class Questions(Searcher):
         screen: Screen = lambda spec: None,
         deadline: float = math.inf,
         previews: Previews | None = None,
+        claim: Callable[[TrialSpec], bool] = lambda spec: True,
+        elsewhere: Callable[[], int] = lambda: 0,
     ) -> None:
         super().__init__()
         self._algorithm, self._objectives, self._screen, self._deadline = algorithm, objectives, screen, deadline
-        self._space, self._previews = space, previews
+        self._space, self._previews, self._claim, self._elsewhere = space, previews, claim, elsewhere
         self.rejections = Rejections(space)
         self._under_way: dict[str, Config] = {}
         self._left = trials - sum(PREVIEW not in answered.config for answered in earlier)
@@ -74,12 +79,18 @@ class Questions(Searcher):
 
     def next(self) -> Config | None:
         """The next configuration to measure; None where the budget or the space has none left."""
-        if self._left <= 0:
-            return None
-        if time.monotonic() >= self._deadline:
-            self.ended = _TIME_IS_UP
-            return None
-        return self._trial(self._new()) if self._previews is None else self._previewed(self._previews)
+        while self._left - self._elsewhere() > 0:
+            if time.monotonic() >= self._deadline:
+                self.ended = _TIME_IS_UP
+                return None
+            config = self._trial(self._new()) if self._previews is None else self._previewed(self._previews)
+            if config is None or PREVIEW in config or self._claim(self._space.spec(config)):
+                return config
+            self._left += 1  # it is one of those elsewhere
+            self._algorithm.tell(config, None)
+        if self._left > 0:
+            self.ended = _ELSEWHERE
+        return None
 
     def _previewed(self, previews: Previews) -> Config | None:
         """A trial that is due, else a new question, if only to look at it; in the end what is left of the old ones."""

@@ -108,8 +108,6 @@ class Recorder(tune.Callback):
     def write_again(self) -> list[Record]:
         """Tries once more to write what could not be written, for the disk may have room by now, and with it what went
         with a folder that somebody deleted (but for its curves). Returns what still cannot be written."""
-        if not self._unwritten:
-            return []
         try:
             held = {record.trial_id for record in Store.create(self._store.root).read_records()}
             for record in self.records:

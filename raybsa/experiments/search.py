@@ -29,13 +29,14 @@ from raybsa.experiments.budget import Budget, is_up
 from raybsa.experiments.history import Answered, history, values_of
 from raybsa.experiments.lock_watch import LockWatch
 from raybsa.experiments.patience import Patience
-from raybsa.experiments.previews import LOOKED, PREVIEW, Previews, preview_of
+from raybsa.experiments.previews import LOOKED, PREVIEW, Previews, preview_of, previewed
 from raybsa.experiments.questions import LATE, Questions
 from raybsa.experiments.recorder import OutsideTrouble, Recorder
 from raybsa.experiments.recording import Run
 from raybsa.experiments.screen import Screen
 from raybsa.experiments.space import Config, SearchSpace
 from raybsa.experiments.strata import QUALITY, STEPS, StratifiedHalving
+from raybsa.results.claims import Claims
 from raybsa.results.pareto import Objective
 from raybsa.results.record import QUESTION, Outcome, Record, finite
 from raybsa.results.store import Store
@@ -173,18 +174,34 @@ def search(
     """
     await_resources(pool.share, max(pool.num_workers or 1, *space.world_sizes), pool.wait_s, say)
     os.environ.update(_TUNE_SETTINGS)
+    claims = Claims(store, lambda spec: space.config(previewed(spec)) is not None, yields=plan.resume, say=say)
+    with contextlib.closing(claims):
+        return _search(space, store, run, pool, plan, claims, tell, say)
+
+
+def _search(
+    space: SearchSpace,
+    store: Store,
+    run: Run,
+    pool: Pool,
+    plan: Plan,
+    claims: Claims,
+    tell: Callable[[Record], None],
+    say: Say,
+) -> Found:
     earlier = history(space, store.read_records(), plan.previews > 0, store.pass_over) if plan.resume else []
+    claims.know(answered.record.spec_hash for answered in earlier)
     screen = Screen(plan.objectives)
     weights = _weights(space, store) if plan.previews else None
     keeping = replace(pool, keep={space.spec({"family": DENSE}).digest: weights}) if weights else pool
     halving = _halving(space, plan, earlier, store)
-    recorder = Recorder(space, store, run, (screen.learn, tell))
+    recorder = Recorder(space, store, run, (screen.learn, tell, lambda record: claims.release(record.spec_hash)))
     rungs = halving.rungs if halving else []
     ranks = partial(ranks_of, space)
     patience = Patience(pool.share, ranks, pool.wait_s, say)
     trouble, interrupted = "", False
     with Budget(plan.time_budget_s, run.run_id) as budget, scratch("tune") as folder:
-        questions = make_questions(space, plan, earlier, screen, weights, deadline=budget.deadline)
+        questions = make_questions(space, plan, earlier, screen, weights, claims, deadline=budget.deadline)
         late = budget.question
         actor = tune.with_parameters(_TrialActor, space=space, pool=keeping, plan=plan, rungs=rungs, late=late)
         tuner = tune.Tuner(
@@ -218,6 +235,10 @@ def search(
             trouble = str(error)
         except TuneError as error:  # its text is a whole traceback
             trouble = f"Ray Tune could not go on: {str(error).strip().rpartition(chr(10))[2]}"
+    unwritten = recorder.write_again() if trouble else []
+    if plan.resume and not trouble and claims.elsewhere():
+        own = {record.trial_id for record in recorder.records}
+        earlier = [a for a in history(space, store.read_records()) if a.record.trial_id not in own]
     return Found(
         recorder.records,
         [answered.record for answered in earlier if PREVIEW not in answered.config],
@@ -225,7 +246,7 @@ def search(
         questions.ended,
         trouble,
         interrupted,
-        recorder.write_again(),
+        unwritten,
     )
 
 
@@ -268,11 +289,12 @@ def make_questions(
     earlier: Sequence[Answered],
     screen: Screen,
     weights: str | None = None,
+    claims: Claims | None = None,
     *,
     deadline: float = math.inf,
 ) -> Questions:
     """What the plan asks until ``deadline`` (of ``time.monotonic``), after ``earlier`` trials, which ``screen`` learns
-    too; previews borrow from ``weights``."""
+    too; previews borrow from ``weights``; ``claims`` keep what other searches ask from being asked again."""
     for answered in earlier:
         screen.learn(answered.record)
     return Questions(
@@ -284,6 +306,8 @@ def make_questions(
         screen=screen if plan.screening else lambda spec: None,
         deadline=deadline,
         previews=Previews(space, plan.objectives, weights, plan.previews, lambda: screen.model) if weights else None,
+        claim=claims.take if claims else lambda spec: True,
+        elsewhere=claims.elsewhere if claims else lambda: 0,
     )
 
 

@@ -27,6 +27,7 @@ from raybsa.results.marked import MADE, MARK
 from raybsa.results.reach import filesystem_of
 from raybsa.results.record import Record, SeriesPoint, spec_of
 from raybsa.results.rows import Row, rows_of, to_parquet, unknown_columns
+from raybsa.results.shared import SharedFolder
 from raybsa.results.whole import tidy, write_whole
 
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -173,6 +174,10 @@ class Store:
             self._fs.delete_file(f"{self._path}/{name}")
             self._fs.delete_file(f"{self._path}/{MADE}/{name}")
             self._delete_if_empty(name.rpartition("/")[0])
+
+    def shared(self, name: str) -> SharedFolder:
+        """A folder of this one, of small files that several processes make and take away."""
+        return SharedFolder(self._fs, f"{self._path}/{name}", self._local)
 
     def compact(self) -> int:
         """Joins the trials at hand into one file of records and one of series; returns the number of records.
