@@ -9,7 +9,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 FUZZ_SECONDS ?= 60
 FUZZ_SEED ?= 0
 
-.PHONY: help demo test test-quick test-gpu fuzz lint format docs benchmark clean
+.PHONY: help demo test test-quick test-gpu test-chaos fuzz lint format docs benchmark clean
 
 help:
 	@echo "make demo        search patterns on real text on a local Ray cluster, then write the report (under 4 minutes)"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-quick  the same without the tests that start Ray (a third of the time)"
 	@echo "make test-gpu    run the tests that need a CUDA device, in eight processes"
 	@echo "make fuzz        random calls against a float64 reference (make fuzz FUZZ_SECONDS=600 FUZZ_SEED=7)"
+	@echo "make test-chaos  random trouble around searches and trainings: 20 seeded scenarios, ten minutes on two quiet cores"
 	@echo "make lint        ruff and mypy"
 	@echo "make format      let ruff rewrite the code"
 	@echo "make docs        the API reference from docstrings, in build/api"
@@ -45,6 +46,9 @@ test-gpu: .venv/.ready
 
 fuzz: .venv/.ready
 	@$(BIN)/python tests/fuzz.py --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
+
+test-chaos: .venv/.ready
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --seeds 20
 
 lint: .venv/.ready
 	@$(BIN)/ruff check .

@@ -20,8 +20,11 @@ def write_page(page: str, out: str) -> str:
     path = os.path.abspath(out)
     if not is_free(path):
         raise FileExistsError(f"{path} is no page that raybsa wrote, so it stays: name another file with --out")
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    write_whole(path, marked(page.encode()))
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        write_whole(path, marked(page.encode()))
+    except OSError as error:
+        raise OSError(f"the page could not be written to {path!r}: {error.strerror or error}") from error
     return path
 
 

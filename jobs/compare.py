@@ -18,11 +18,13 @@ import torch
 from raybsa import patterns
 from raybsa.experiments.compare import answer, questions, summary, training_of
 from raybsa.experiments.options import add_adopt, at_least, json_object, name_or_json, seed, share
-from raybsa.experiments.place import FAILED, absolute, ending, exit_on_sigterm, git_commit, refusing
+from raybsa.experiments.place import FAILED, absolute, ending, git_commit, interruptible, refusing
 from raybsa.experiments.recording import Run
 from raybsa.results.store import Store
 from raybsa.spec import ADAPTIVE, DENSE, AttentionSpec, PatternSpec, TrialSpec
 from raybsa.tasks.byte_lm import about_its_text
+
+AGAIN = "the same command asks only for what is missing"
 
 
 def main() -> int:
@@ -33,7 +35,6 @@ def main() -> int:
         specs = _specs(arguments)
         training_of(specs[0], arguments.device)
         store = Store.create(absolute("--out", arguments.out), adopt=arguments.adopt)
-    exit_on_sigterm()
     records = []
     for record in answer(specs, arguments.device, Run.start("compare", arguments.git_commit), store):
         records.append(record)
@@ -126,5 +127,5 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    with ending(FAILED, ValueError, TypeError, OSError):
+    with interruptible(AGAIN), ending(FAILED, ValueError, TypeError, OSError):
         sys.exit(main())

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from raybsa.cluster.head import local_head, require_room_for_a_head
 from raybsa.experiments.options import add_adopt, at_least
-from raybsa.experiments.place import FAILED, ending, exit_on_sigterm, git_commit, refusing
+from raybsa.experiments.place import FAILED, ending, git_commit, interruptible, refusing
 from raybsa.results.roots import is_uri, local_path
 from raybsa.results.store import Store
 
@@ -35,7 +34,6 @@ def main() -> int:
         require_room_for_a_head()
         Store.create(out, adopt=arguments.adopt)
     started = time.monotonic()
-    exit_on_sigterm()
     print(f"Starting a Ray head with {arguments.num_cpus} CPUs ...", flush=True)
     with local_head(arguments.num_cpus) as head:
         search = ["python", "jobs/search.py", "--preset", "demo", "--out", str(out), *arguments.search_arguments]
@@ -64,8 +62,5 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        with ending(FAILED, RuntimeError, OSError):
-            sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+    with interruptible("add -- --resume to go on from what was measured"), ending(FAILED, RuntimeError, OSError):
+        sys.exit(main())

@@ -13,7 +13,6 @@ import argparse
 import math
 import os
 import shlex
-import signal
 import sys
 from dataclasses import replace
 from os.path import expanduser
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 
 from dashboards.report import write_own_report
+from raybsa import signals
 from raybsa.cluster.coordinator import WorkerNotMade
 from raybsa.cluster.resources import Share, TooFewResources
 from raybsa.cluster.ring_coordinator import coordinator_of
@@ -33,7 +33,7 @@ from raybsa.experiments.front import left_out, read_best, write_front
 from raybsa.experiments.history import asked_otherwise, history
 from raybsa.experiments.launch import NoCluster, cluster, worker_share
 from raybsa.experiments.options import add_adopt, at_least, not_negative, positive, seed
-from raybsa.experiments.place import BAD_INPUT, FAILED, absolute, ending, git_commit, refusing
+from raybsa.experiments.place import BAD_INPUT, FAILED, absolute, ending, git_commit, interruptible, refusing
 from raybsa.experiments.presets import PRESETS, Preset
 from raybsa.experiments.progress import Progress, summary
 from raybsa.experiments.recording import Run
@@ -60,6 +60,7 @@ SIZES = {
     "batch": int,
     "dtype": str,
 }
+AGAIN = "the same command with --resume goes on"
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
@@ -91,35 +92,84 @@ def main() -> int:
         progress = Progress(plan.trials, count=done)
         run = Run.start("search", arguments.git_commit)
         found = search(preset.space, store, run, pool, plan, tell=progress.tell)
-    return _conclude(arguments, store, plan, found)
+        with signals.deferred():
+            return _conclude(store, plan, found)
 
 
-def _conclude(arguments: argparse.Namespace, store: Store, plan: Plan, found: Found) -> int:
-    """Tells what came of it, writes the front and the report; the exit code."""
-    code = 0 if len(found.all) >= plan.trials or found.ended else 128 + signal.SIGINT
-    if not found.all:
-        print("ended before a trial was measured")
-        return code
-    front = write_front(store, found.all, plan.objectives)
-    pruned = sum(record.status == "pruned" for record in found.all)
-    stopped = f" ({pruned} stopped early)" if pruned else ""
-    goals = ", ".join(map(str, plan.objectives))
-    early = f"; the search ended early: {found.ended}" if found.ended else ""
-    print(f"{len(found.all)} of {plan.trials} trials measured{stopped}{early}")
-    print(f"{len(front)} on the Pareto front of {goals}")
-    for line in left_out(found.all, plan.objectives):
-        print(line)
+def _conclude(store: Store, plan: Plan, found: Found) -> int:
+    """Tells what came of it, writes the front and the report. 0 where something was measured and all that was asked was
+    answered, else one line on stderr says what is in the way.
+
+    Raises:
+        KeyboardInterrupt: a signal ended the search.
+    """
+    print(_summary(plan, found))
     if not found.rejected.startswith("0 "):
         print(f"questions: {found.rejected}")
     for line in advantage(found.all):
         print(line)
     print(f"results: {store.root}")
-    print(f"front:   {', '.join(front[:1])}{' ...' if len(front) > 1 else ''}")
-    if "://" not in store.root:
-        print(f"report:  {write_own_report(store.root)}")
-    else:
+    troubles = _troubles(found)
+    if found.all:
+        troubles += [trouble for draw in (_front, _report) if (trouble := draw(store, plan, found))]
+    if found.interrupted and len(found.all) < plan.trials:
+        raise KeyboardInterrupt
+    if troubles:
+        print(f"jobs/search.py: {'; '.join(troubles)}: mend that, and {AGAIN}", file=sys.stderr)
+    elif not found.measured:
+        print("jobs/search.py: no trial was measured: give it more time, or other questions", file=sys.stderr)
+    return 0 if found.measured and not troubles else FAILED
+
+
+def _summary(plan: Plan, found: Found) -> str:
+    pruned = sum(record.status == "pruned" for record in found.all)
+    failed = len(found.all) - len(found.measured)
+    return "".join(
+        (
+            f"{len(found.measured)} of {plan.trials} trials measured",
+            f" ({pruned} stopped early)" if pruned else "",
+            f", {failed} failed" if failed else "",
+            f"; the search ended early: {found.ended}" if found.ended else "",
+        )
+    )
+
+
+def _troubles(found: Found) -> list[str]:
+    """What kept the search from an answer to all that was asked, for reasons outside of its questions."""
+    troubles = [found.trouble] if found.trouble else []
+    if found.unwritten:
+        troubles.append(f"{len(found.unwritten)} trials that were measured could not be written")
+    if outside := found.unanswered:
+        error = " ".join((outside[-1].error or "").split())[:200]
+        troubles.append(f"{len(outside)} trials failed for reasons outside of them, the last: {error}")
+    return troubles
+
+
+def _front(store: Store, plan: Plan, found: Found) -> str | None:
+    """Writes the front; returns why it could not, or why there is none."""
+    goals = ", ".join(map(str, plan.objectives))
+    try:
+        front = write_front(store, found.all, plan.objectives)
+    except OSError as error:
+        return f"the front could not be written: {error}"
+    print(f"{len(front)} on the Pareto front of {goals}")
+    for line in left_out(found.all, plan.objectives):
+        print(line)
+    if front:
+        print(f"front:   {front[0]}{' ...' if len(front) > 1 else ''}")
+    return None if front or not found.measured else f"no trial is on the front of {goals}"
+
+
+def _report(store: Store, plan: Plan, found: Found) -> str | None:
+    """Writes the report; returns why it could not."""
+    if "://" in store.root:
         print(f"report:  python -m dashboards.report {shlex.quote(store.root)} --out report.html")
-    return code if front else 1
+        return None
+    try:
+        print(f"report:  {write_own_report(store.root)}")
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def _dry_run(arguments: argparse.Namespace, preset: Preset, plan: Plan, store: Store) -> int:
@@ -278,6 +328,7 @@ def _seconds(text: str) -> float:
 
 if __name__ == "__main__":
     with (
+        interruptible(AGAIN),
         ending(FAILED, ValueError, OSError, NotImplementedError, TooFewResources, WorkerNotMade),
         ending(BAD_INPUT, NoCluster),
     ):

@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 from raybsa import patterns
 from raybsa.cluster.checkpoint import folder_for
 from raybsa.cluster.journal import TrainingFailed
-from raybsa.cluster.member import MemberSettings, checkpoint_question
+from raybsa.cluster.member import ON_CHECKPOINT_ERROR, MemberSettings, checkpoint_question
 from raybsa.cluster.resources import Share, TooFewResources
 from raybsa.cluster.trace import Trace
 from raybsa.cluster.training import TrainingCoordinator, require_ring
@@ -34,14 +34,16 @@ from raybsa.experiments.options import (
     positive,
     seed,
 )
-from raybsa.experiments.place import BAD_INPUT, FAILED, absolute, ending, git_commit, refusing
+from raybsa.experiments.place import BAD_INPUT, FAILED, absolute, ending, git_commit, interruptible, refusing
 from raybsa.experiments.recording import Run
 from raybsa.experiments.trained import write_training
 from raybsa.gradients.catalog import build
-from raybsa.results.store import Store
+from raybsa.results.store import Store, StoreError
 from raybsa.spec import ADAPTIVE, AttentionSpec, PatternSpec, TrialSpec
 from raybsa.tasks.byte_lm import about_its_text
 from raybsa.variants.distributed import DistributedConfig
+
+AGAIN = "the same command with --resume goes on from the newest checkpoint"
 
 
 def main() -> int:
@@ -50,7 +52,7 @@ def main() -> int:
         Share(arguments.cpus, arguments.gpus or 0)
         spec, settings, out = _question(arguments)
         spec = about_its_text(spec)
-        store = Store.create(out, adopt=arguments.adopt)
+        Store.create(out, adopt=arguments.adopt)
     run = Run.start("train", arguments.git_commit or git_commit(Path(__file__).parent))
     settings = replace(settings, labels=run.labels(0), checkpoints=_checkpoints(arguments, spec, settings, run))
     with cluster(arguments.address, verbose=arguments.verbose):
@@ -65,11 +67,11 @@ def main() -> int:
             settings=settings,
             heartbeat_s=arguments.heartbeat,
             wait_s=arguments.wait,
+            grace_s=arguments.grace,
             tell=lambda step, loss: print(f"step {step}/{spec.train_steps}: {loss:.4f} nats a byte", flush=True),
             say=lambda text: print(text, flush=True),
         ) as coordinator:
             result = coordinator.run(resume=arguments.resume, stretch=arguments.tell_every)
-        write_training(store, run, 0, spec, settings, share.device, result)
     print(
         f"{result.bits_per_byte:.4f} bits per held-out byte after {len(result.losses)} steps on {result.world_size} "
         f"ranks in {result.train_seconds:.1f} s, {len(result.recoveries)} recoveries; a rank sent "
@@ -78,6 +80,10 @@ def main() -> int:
         )
         + f"; {result.overlap.share:.0%} of the gradients' time under way lay within backward\nresults: {out}"
     )
+    try:
+        write_training(Store.create(out), run, 0, spec, settings, share.device, result)  # made again where it has gone
+    except OSError as error:
+        raise StoreError(f"the training is done, but has no record: {error}: mend that, and {AGAIN}") from error
     if settings.trace:
         print(f"profile: {settings.trace.folder}, for chrome://tracing or ui.perfetto.dev")
     return 0
@@ -114,6 +120,7 @@ def _question(arguments: argparse.Namespace) -> tuple[TrialSpec, MemberSettings,
         num_threads=arguments.cpus,
         checkpoints=f"{out}/checkpoints",
         checkpoint_every=arguments.checkpoint_every,
+        on_checkpoint_error=arguments.on_checkpoint_error,
         verbose=arguments.verbose,
         trace=_trace(arguments, out),
     )
@@ -152,6 +159,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--heartbeat", type=float, default=2.0, help="seconds of silence after which a rank is lost")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in OUT")
     parser.add_argument("--checkpoint-every", type=int, default=50, help="steps between checkpoints")
+    parser.add_argument(
+        "--on-checkpoint-error",
+        choices=ON_CHECKPOINT_ERROR,
+        default="continue",
+        help="where a checkpoint cannot be written: train on, or end",
+    )
+    parser.add_argument(
+        "--grace", type=positive, default=25.0, help="seconds for a last checkpoint after SIGTERM, SIGHUP or Ctrl-C"
+    )
     parser.add_argument("--tell-every", type=at_least(1), default=20, help="steps between lines of progress")
     parser.add_argument(
         "--pattern", default="bigbird", help="a family of raybsa.patterns, module:Class, or adaptive: learned"
@@ -194,5 +210,9 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    with ending(FAILED, TooFewResources, TrainingFailed, RayError), ending(BAD_INPUT, NoCluster):
+    with (
+        interruptible(AGAIN),
+        ending(FAILED, OSError, TooFewResources, TrainingFailed, RayError),
+        ending(BAD_INPUT, NoCluster),
+    ):
         sys.exit(main())

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import signal
 import sys
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from raybsa.experiments.front import front_objectives
 from raybsa.experiments.keeping import keep
 from raybsa.experiments.launch import NoCluster, cluster, room_for, worker_share
 from raybsa.experiments.options import add_adopt, at_least, not_negative, positive
-from raybsa.experiments.place import BAD_INPUT, FAILED, absolute, ending, git_commit, refusing
+from raybsa.experiments.place import BAD_INPUT, FAILED, absolute, ending, git_commit, interruptible, refusing
 from raybsa.experiments.progress import Progress
 from raybsa.experiments.recording import Run
 from raybsa.experiments.validation import Verdict, questions, verdicts
@@ -61,7 +60,9 @@ def main() -> int:
     print(
         f"{held} of {len(judged)} points hold: {store.write_file(store.free_name('validation.json'), content.encode())}"
     )
-    return 0
+    if failed := [record for record in found if record.status != "ok"]:
+        print(f"{len(failed)} of {len(found)} trials failed, the last: {failed[-1].error}", file=sys.stderr)
+    return FAILED if failed else 0
 
 
 def _front(arguments: argparse.Namespace) -> tuple[list[Record], list[Objective]]:
@@ -140,8 +141,9 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        with ending(FAILED, ValueError, OSError, TooFewResources, WorkerNotMade), ending(BAD_INPUT, NoCluster):
-            sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+    with (
+        interruptible("the trials that ended are in --out; the same command asks all of them again"),
+        ending(FAILED, ValueError, OSError, TooFewResources, WorkerNotMade),
+        ending(BAD_INPUT, NoCluster),
+    ):
+        sys.exit(main())

@@ -29,6 +29,7 @@ FLOORS = {
     "raybsa.own": 0,
     "raybsa.comm": 1,
     "raybsa.events": 1,
+    "raybsa.signals": 1,
     "raybsa.timing": 1,
     "raybsa.results": 1,
     "raybsa.patterns": 2,

@@ -83,9 +83,18 @@ def test_only_the_step_that_was_named_is_traced(tmp_path: Path) -> None:
 
     trace = Trace(str(tmp_path / "profile"), step=1)
     for step in range(3):
-        with trace.of(step, rank=0):
+        with trace.of(step, rank=0, trouble=pytest.fail):
             torch.ones(4, 4) @ torch.ones(4, 4)
     (file,) = (tmp_path / "profile").iterdir()
     assert file.name == "rank0-step1.json"
     names = {event.get("name") for event in json.loads(file.read_text())["traceEvents"]}
     assert "aten::mm" in names
+
+
+def test_a_profile_that_cannot_be_written_is_told_and_the_step_stays(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    troubles: list[str] = []
+    with Trace(str(tmp_path / "file" / "profile"), step=0).of(0, rank=0, trouble=troubles.append):
+        pass
+    (trouble,) = troubles
+    assert trouble.startswith(f"the profile could not be written to {tmp_path}/file/profile/rank0-step0.json: ")

@@ -8,15 +8,15 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from raybsa.cluster.causes import whose
+from raybsa.cluster.checkpoint import CheckpointNotWritten
 from raybsa.cluster.crew import TICK_S, Crew, cause_of
 from raybsa.cluster.journal import Journal, TrainingFailed
 from raybsa.cluster.member import Progress
+from raybsa.cluster.resources import Say
 from raybsa.cluster.roster import Roster
 from raybsa.comm import Broken
-
-# What a program raises again wherever it runs with the same arguments. That memory ran out or a GPU failed is none of
-# these: it is a RuntimeError or a MemoryError.
-PROGRAM_ERRORS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, NameError, AssertionError)
+from raybsa.results.record import QUESTION
 
 
 class Wreck(Exception):
@@ -38,10 +38,11 @@ class Calls:
         crew, roster: who is asked.
         journal: takes all progress that a rank tells, also while the ring breaks.
         stop_s: how long a rank that does answer may take to leave a broken ring: it first ends what it computes.
+        say: hears what a rank could not write.
     """
 
-    def __init__(self, crew: Crew, roster: Roster, journal: Journal, stop_s: float) -> None:
-        self._crew, self._roster, self._journal, self._stop_s = crew, roster, journal, stop_s
+    def __init__(self, crew: Crew, roster: Roster, journal: Journal, stop_s: float, say: Say = print) -> None:
+        self._crew, self._roster, self._journal, self._stop_s, self._say = crew, roster, journal, stop_s, say
 
     def ask_all(self, method: str, *arguments: Any, watch: bool = False) -> list[Any]:
         """The method's result on every rank, in rank order. ``watch``: a worker that arrives meanwhile ends it."""
@@ -53,7 +54,7 @@ class Calls:
 
         Raises:
             Wreck: at the first trouble, with all who are lost; the others are free.
-            TrainingFailed: a worker refuses its arguments, or its program is wrong.
+            TrainingFailed: a worker refuses its arguments, its program is wrong, or a checkpoint cannot be written.
         """
         waiting, results = dict(references), {}
         while waiting:
@@ -98,13 +99,17 @@ class Calls:
         result = ray.get(reference)
         if isinstance(result, Progress):
             self._journal.take(result)
+            for trouble in result.troubles:
+                self._say(trouble)
         return result
 
 
 def _check_question(error: RayError) -> None:
     """Arguments that a worker refuses will be refused by any other too; and a program that is wrong may fail after each
-    step anew, where no bound on the failures of one step would end it."""
-    if isinstance(error, RayTaskError) and isinstance(error.cause, PROGRAM_ERRORS):
+    step anew, where no bound on the failures of one step would end it. A disk is as full for any other rank."""
+    if isinstance(error, RayTaskError) and isinstance(error.cause, CheckpointNotWritten):
+        raise TrainingFailed(f"{error.cause}: mend that, and the same command with --resume goes on") from error
+    if isinstance(error, RayTaskError) and whose(error) == QUESTION:
         raise TrainingFailed(f"a rank refused what it was asked for, as any other would: {cause_of(error)}") from error
 
 

@@ -13,6 +13,7 @@ import os
 import re
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -61,6 +62,10 @@ def folder_for(root: str, question: str, run: str, *, resume: bool, say: Callabl
     return f"{root}/{run}"
 
 
+class CheckpointNotWritten(OSError):
+    """A checkpoint could not be written; the message says where and why."""
+
+
 class CheckpointFolder:
     """The checkpoints of one training; the last ``keep`` of them stay.
 
@@ -85,22 +90,23 @@ class CheckpointFolder:
         """Writes a checkpoint; of it and those of earlier steps, drops the oldest beyond ``keep``.
 
         What a writer that died left half-written goes too: a folder has one writer.
+
+        Raises:
+            CheckpointNotWritten: the disk is full, the folder cannot be written or the like. Earlier ones stay.
         """
         buffer = io.BytesIO()
         state = [x.detach().cpu() for x in checkpoint.state]
         head = {"step": checkpoint.step, "question": checkpoint.question, "run": checkpoint.run}
         torch.save({**head, "state": state}, buffer)
         payload = buffer.getvalue()
-        self._fs.create_dir(self._path, recursive=True)
-        for file in self._fs.get_file_info(fs.FileSelector(self._path)):
-            if _TEMPORARY.fullmatch(file.base_name):
-                self._fs.delete_file(file.path)
-        temporary = f"{self._path}/.{uuid.uuid4().hex}.tmp"
-        with self._fs.open_output_stream(temporary) as stream:
-            stream.write(hashlib.sha256(payload).digest() + payload)
-        self._fs.move(temporary, f"{self._path}/step-{checkpoint.step:09d}.ckpt")
-        for step in [step for step in self.steps() if step <= checkpoint.step][: -self._keep]:
-            self._fs.delete_file(f"{self._path}/step-{step:09d}.ckpt")
+        try:
+            self._write(f"step-{checkpoint.step:09d}.ckpt", hashlib.sha256(payload).digest() + payload)
+            for step in [step for step in self.steps() if step <= checkpoint.step][: -self._keep]:
+                self._fs.delete_file(f"{self._path}/step-{step:09d}.ckpt")
+        except OSError as error:
+            raise CheckpointNotWritten(
+                f"the checkpoint of step {checkpoint.step} could not be written to {self._root!r}: {error}"
+            ) from error
 
     def steps(self) -> list[int]:
         """The steps at hand, ascending."""
@@ -136,6 +142,21 @@ class CheckpointFolder:
     @property
     def exists(self) -> bool:
         return self._fs.get_file_info(self._path).type != fs.FileType.NotFound
+
+    def _write(self, name: str, content: bytes) -> None:
+        self._fs.create_dir(self._path, recursive=True)
+        for file in self._fs.get_file_info(fs.FileSelector(self._path)):
+            if _TEMPORARY.fullmatch(file.base_name):
+                self._fs.delete_file(file.path)
+        temporary = f"{self._path}/.{uuid.uuid4().hex}.tmp"
+        try:
+            with self._fs.open_output_stream(temporary) as stream:
+                stream.write(content)
+            self._fs.move(temporary, f"{self._path}/{name}")
+        except OSError:
+            with suppress(OSError):  # what is half-written takes the room that others need
+                self._fs.delete_file(temporary)
+            raise
 
     def _read(self, name: str) -> Checkpoint:
         with self._fs.open_input_file(name) as stream:

@@ -19,9 +19,10 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from raybsa.cluster.causes import whose
 from raybsa.cluster.resources import Say, Share, TooFewResources, await_workers
 from raybsa.cluster.versions import require, versions
-from raybsa.results.record import Measurement, Outcome
+from raybsa.results.record import MACHINE, Measurement, Outcome
 from raybsa.spec import TrialSpec
 
 MakeWorker = Callable[[str, dict[str, Any]], Any]
@@ -151,7 +152,7 @@ class Coordinator:
             try:
                 self._start([slot])
             except (TooFewResources, WorkerNotMade) as error:
-                return Outcome(spec, None, f"{type(error).__name__}: {error}", failures)
+                return Outcome(spec, None, f"{type(error).__name__}: {error}", failures, cause=MACHINE)
         reference = self._actors[slot].run.remote(spec, until)
         return _Flight(reference, slot, spec, failures, time.monotonic() + self._trial_s)
 
@@ -162,17 +163,18 @@ class Coordinator:
             return Outcome(spec, ray.get(flight.reference, timeout=0), None, failures)
         except GetTimeoutError:
             self._kill(flight.slot)
-            return Outcome(spec, None, f"took longer than {self._trial_s:g} s", failures)
+            return Outcome(spec, None, f"took longer than {self._trial_s:g} s", failures, cause=MACHINE)
         except RayTaskError as error:
             if self._share.num_gpus:
                 self._kill(flight.slot)  # a CUDA error may have left the process unusable
-            return Outcome(spec, None, _cause(error), failures)
+            return Outcome(spec, None, _cause(error), failures, cause=whose(error))
         except RayError as error:  # whatever else Ray reports took the worker: its death, its node, its memory
             self._kill(flight.slot)
             if failures < self._retries:
                 self._say(f"a worker died, its trial goes to a fresh one (attempt {failures + 2})")
                 return None
-            return Outcome(spec, None, f"its worker died {failures + 1} times: {_first_line(error)}", failures + 1)
+            died = f"its worker died {failures + 1} times: {_first_line(error)}"
+            return Outcome(spec, None, died, failures + 1, cause=whose(error))
 
     # ---- workers -----------------------------------------------------------------------------------------------
 

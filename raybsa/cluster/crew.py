@@ -201,6 +201,16 @@ class Crew:
             return None
         return f"no sign of life for {self._heartbeat_s:g} s"
 
+    def steps(self, numbers: Sequence[int], wait_s: float) -> dict[int, int]:
+        """The steps that workers have applied, of those that answer within ``wait_s`` seconds."""
+        asked = {self._workers[n].actor.status.remote(): n for n in numbers if n in self._workers}
+        ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=wait_s) if asked else ([], [])
+        found = {}
+        for reference in ready:
+            with contextlib.suppress(RayError):
+                found[asked[reference]] = ray.get(reference).step
+        return found
+
     # ---- for ourselves ---------------------------------------------------------------------------------------------
 
     def _make(self) -> int:

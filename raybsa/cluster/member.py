@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from raybsa.cluster.checkpoint import Checkpoint, CheckpointFolder
+from raybsa.cluster.checkpoint import Checkpoint, CheckpointFolder, CheckpointNotWritten
 from raybsa.cluster.faults import Fault, FaultInjector
 from raybsa.cluster.membership import Seat
 from raybsa.cluster.metrics import StepMetrics
@@ -30,6 +30,7 @@ from raybsa.tasks.sharded import BUCKET_BYTES, ShardedTraining, send_state
 from raybsa.variants.distributed import DistributedConfig
 
 ARRIVAL_SLEEP_S = 0.002
+ON_CHECKPOINT_ERROR = ("continue", "stop")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class MemberSettings:
         num_threads: CPU threads of PyTorch.
         checkpoints: a folder or URI; None writes none.
         checkpoint_every: steps between two checkpoints.
+        on_checkpoint_error: ``"continue"`` to train on where one cannot be written, and try again when the next is due;
+            ``"stop"`` to end the training.
         timeout_s: the longest that one wait for a peer may take; only the last resort, cancelling comes first.
         marks: a folder for the marks of injected faults.
         run: names the run that writes checkpoints; the TrainingCoordinator sets it.
@@ -53,7 +56,7 @@ class MemberSettings:
         trace: the step to trace; None traces none.
 
     Raises:
-        ValueError: a count below 1, steps at the start below 0, or no time to wait.
+        ValueError: a count below 1, steps at the start below 0, no time to wait, or another word on checkpoints.
     """
 
     config: DistributedConfig = field(default_factory=DistributedConfig)
@@ -64,6 +67,7 @@ class MemberSettings:
     num_threads: int = 1
     checkpoints: str | None = None
     checkpoint_every: int = 100
+    on_checkpoint_error: str = "continue"
     timeout_s: float = 60.0
     marks: str | None = None
     run: str = ""
@@ -74,6 +78,10 @@ class MemberSettings:
     def __post_init__(self) -> None:
         for name in ("bucket_bytes", "num_threads", "checkpoint_every"):
             require_positive(name, getattr(self, name))
+        if self.on_checkpoint_error not in ON_CHECKPOINT_ERROR:
+            raise ValueError(
+                f"on_checkpoint_error must be one of {', '.join(ON_CHECKPOINT_ERROR)}, got {self.on_checkpoint_error!r}"
+            )
         if self.warmup_steps < 0 or not self.timeout_s > 0:
             raise ValueError(
                 f"warmup_steps must be at least 0 and timeout_s positive, got {self.warmup_steps} and {self.timeout_s}"
@@ -97,7 +105,7 @@ class Progress:
     """What a stretch of training led to: the step reached, the loss of each step (nats a token, of all ranks), and
     what this rank sent in its generation, by kind, in bytes, the norm of the gradients that it has not sent yet, when
     it applied each step (of ``time.time``), and how much of its gradients' travel lay within backward since it last
-    told."""
+    told. ``troubles``: what could not be written since, and that it can be again."""
 
     step: int
     losses: tuple[tuple[int, float], ...]
@@ -105,6 +113,7 @@ class Progress:
     residual_norm: float
     applied_at: tuple[tuple[int, float], ...] = ()
     overlap: Overlap = field(default_factory=Overlap)
+    troubles: tuple[str, ...] = ()
 
 
 def checkpoint_question(spec: TrialSpec, settings: MemberSettings) -> str:
@@ -145,6 +154,8 @@ class Member:
         self._metrics = self._step_metrics()
         self._asks: Fault | None = None
         self._applied_at: list[tuple[int, float]] = []
+        self._troubles: list[str] = []
+        self._saves = True  # whether the last checkpoint could be written
 
     # ---- from any thread -------------------------------------------------------------------------------------------
 
@@ -208,15 +219,22 @@ class Member:
 
         Raises:
             Broken: the ring broke; what was applied stays, the running step is forgotten.
+            CheckpointNotWritten: a checkpoint could not be written, and the training is to stop then.
         """
         training = self._training
         while training.step < until:
+            self._check_cancelled(self._generation)
             self._step()
             if self._is_due(training.step):
                 with self._communicator.phase(Phase.CHECKPOINT):
-                    self._save()
-                self._events.tell("checkpoint", step=training.step)
+                    self._save_if_it_can()
         return self._progress()
+
+    def checkpoint(self) -> int:
+        """Saves what was reached, which may be nothing; returns its step. Raises CheckpointNotWritten."""
+        if self._folder is not None and self._training.step:
+            self._save()
+        return self._training.step
 
     def evaluate(self) -> float:
         """Bits per held-out byte, over all ranks."""
@@ -234,7 +252,8 @@ class Member:
 
     def _step(self) -> None:
         training, trace, begin = self._training, self._settings.trace, time.perf_counter()
-        with trace.of(training.step, self._communicator.rank) if trace else nullcontext():
+        traced = trace.of(training.step, self._communicator.rank, self._troubles.append) if trace else nullcontext()
+        with traced:
             training.prepare()
             training.apply()
         seconds = time.perf_counter() - begin
@@ -262,6 +281,22 @@ class Member:
         training = self._training
         self._folder.save(Checkpoint(training.step, self._question, training.state(), self._settings.run))
 
+    def _save_if_it_can(self) -> None:
+        try:
+            self._save()
+        except CheckpointNotWritten as error:
+            if self._settings.on_checkpoint_error == "stop":
+                raise
+            if self._saves:
+                self._troubles.append(f"{error}; the training goes on and tries again when the next one is due")
+            self._saves = False
+            self._events.tell("checkpoint", step=self._training.step, error=str(error))
+            return
+        if not self._saves:
+            self._troubles.append(f"checkpoints are written again, that of step {self._training.step} is")
+        self._saves = True
+        self._events.tell("checkpoint", step=self._training.step)
+
     @property
     def _question(self) -> str:
         """What must agree for the same weights, up to rounding: not the number of ranks."""
@@ -272,7 +307,9 @@ class Member:
         losses, training.losses = tuple(training.losses), []
         applied_at, self._applied_at = tuple(self._applied_at), []
         overlap, training.overlap = training.overlap, Overlap()
-        return Progress(training.step, losses, dict(self._sent()), training.residual_norm(), applied_at, overlap)
+        troubles, self._troubles = tuple(self._troubles), []
+        sent, residual_norm = dict(self._sent()), training.residual_norm()
+        return Progress(training.step, losses, sent, residual_norm, applied_at, overlap, troubles)
 
     @property
     def _communicators(self) -> list[Communicator]:
@@ -296,7 +333,7 @@ class Member:
         names = [f"here-{rank}" for rank in range(seat.world_size)]
         begin = time.monotonic()
         while not store.check(names):
-            self._check_cancelled(seat)
+            self._check_cancelled(seat.generation)
             if time.monotonic() - begin > self._settings.timeout_s:
                 raise Broken(f"generation {seat.generation} did not meet within {self._settings.timeout_s:g} s")
             time.sleep(ARRIVAL_SLEEP_S)
@@ -324,8 +361,8 @@ class Member:
             try:
                 return connecting.result(ARRIVAL_SLEEP_S)
             except TimeoutError:
-                self._check_cancelled(seat)
+                self._check_cancelled(seat.generation)
 
-    def _check_cancelled(self, seat: Seat) -> None:
-        if seat.generation in self._cancelled:
-            raise Cancelled(f"generation {seat.generation}: {self._cancelled[seat.generation]}")
+    def _check_cancelled(self, generation: int) -> None:
+        if generation in self._cancelled:
+            raise Cancelled(f"generation {generation}: {self._cancelled[generation]}")

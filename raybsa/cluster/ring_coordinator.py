@@ -16,12 +16,13 @@ from typing import Any
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 
+from raybsa.cluster.causes import whose
 from raybsa.cluster.coordinator import Coordinator, WorkerNotMade, last_line
 from raybsa.cluster.crew import cause_of
 from raybsa.cluster.resources import Say, Share
 from raybsa.cluster.rings import ActorRing
 from raybsa.comm import Broken
-from raybsa.results.record import Measurement, Outcome
+from raybsa.results.record import MACHINE, Measurement, Outcome
 from raybsa.ring.timeline import Point
 from raybsa.spec import UNTRAINED, TrialSpec
 from raybsa.tasks.ring_rank import joined
@@ -106,16 +107,17 @@ class RingCoordinator:
                 return Outcome(spec, self._answer(spec, until), None, failures)
             except TimeoutError:
                 self.close()
-                return Outcome(spec, None, f"took longer than {self._trial_s:g} s", failures)
+                return Outcome(spec, None, f"took longer than {self._trial_s:g} s", failures, cause=MACHINE)
             except RayError as error:
                 self.close()
                 if isinstance(error, RayTaskError) and not isinstance(error.cause, Broken):
-                    return Outcome(spec, None, cause_of(error), failures)
+                    return Outcome(spec, None, cause_of(error), failures, cause=whose(error))
                 if isinstance(error, RayActorError) and error.actor_init_failed:
-                    return Outcome(spec, None, f"WorkerNotMade: {self._not_made(error)}", failures)
+                    return Outcome(spec, None, f"WorkerNotMade: {self._not_made(error)}", failures, cause=MACHINE)
                 failures += 1
                 if failures > self._retries:
-                    return Outcome(spec, None, f"its ring was lost {failures} times: {cause_of(error)}", failures)
+                    lost = f"its ring was lost {failures} times: {cause_of(error)}"
+                    return Outcome(spec, None, lost, failures, cause=whose(error))
                 self._say(f"a ring lost a rank, its trial goes to a fresh one (attempt {failures + 1})")
 
     def map(self, specs: Iterable[TrialSpec]) -> Iterator[Outcome]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,15 +29,19 @@ class Trace:
     step: int
 
     @contextmanager
-    def of(self, step: int, rank: int) -> Iterator[None]:
-        """Traces what runs inside, where ``step`` is the one."""
+    def of(self, step: int, rank: int, trouble: Callable[[str], None]) -> Iterator[None]:
+        """Traces what runs inside, where ``step`` is the one. ``trouble`` hears of a trace that cannot be written."""
         if step != self.step:
             yield
             return
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
         with profile(activities=activities) as traced:
             yield
-        self._write(f"rank{rank}-step{step}.json", traced)
+        name = f"rank{rank}-step{step}.json"
+        try:
+            self._write(name, traced)
+        except OSError as error:
+            trouble(f"the profile could not be written to {self.folder}/{name}: {error}")
 
     def _write(self, name: str, traced: profile) -> None:
         local = "://" not in self.folder

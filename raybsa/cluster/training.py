@@ -59,6 +59,7 @@ class TrainingCoordinator:
         min_ranks: the fewest ranks to go on with.
         max_failures: how often a step may fail before the training has.
         wait_s: the longest wait for the workers at the start.
+        grace_s: how long the last checkpoint of a training that is interrupted may take.
         plan: faults to inject: its k-th entry is armed in the k-th generation.
         tell: hears the steps applied and the last loss after each stretch.
         say: where messages go.
@@ -78,6 +79,7 @@ class TrainingCoordinator:
         min_ranks: int = 1,
         max_failures: int = 5,
         wait_s: float = 60.0,
+        grace_s: float = 25.0,
         plan: FaultPlan = (),
         tell: Callable[[int, float], None] = lambda step, loss: None,
         say: Say = print,
@@ -89,10 +91,11 @@ class TrainingCoordinator:
             self._crew, world_size=world_size, spares=spares, min_ranks=min_ranks, replace_s=replace_s, say=say
         )
         self._journal = Journal()
-        self._calls = Calls(self._crew, self._roster, self._journal, stop_s)
+        self._calls = Calls(self._crew, self._roster, self._journal, stop_s, say)
         self._marks, self._run = settings.marks, settings.labels.get("run", "")
         self._events = Events(__name__, **settings.labels)
-        self._spec, self._wait_s, self._max_failures = spec, wait_s, max_failures
+        self._spec, self._wait_s, self._max_failures, self._grace_s = spec, wait_s, max_failures, grace_s
+        self._saves = settings.checkpoints is not None
         self._plan, self._tell, self._say = plan, tell, say
         self._store: Any = None
 
@@ -124,7 +127,7 @@ class TrainingCoordinator:
     # ---- training --------------------------------------------------------------------------------------------------
 
     def run(self, *, resume: bool = False, stretch: int = 50, evaluate: bool = True) -> TrainingResult:
-        """Trains to ``spec.train_steps``.
+        """Trains to ``spec.train_steps``. Where a KeyboardInterrupt ends it, a last checkpoint is written first.
 
         Args:
             resume: begin at the newest whole checkpoint.
@@ -134,6 +137,14 @@ class TrainingCoordinator:
         Raises:
             TrainingFailed: too few ranks are left, a step fails again and again, or a rank refuses its arguments.
         """
+        try:
+            return self._to_the_end(resume, stretch, evaluate)
+        except KeyboardInterrupt:
+            if self._saves:
+                self._say(self._save_at_once())
+            raise
+
+    def _to_the_end(self, resume: bool, stretch: int, evaluate: bool) -> TrainingResult:
         step, failures, furthest, begin = None, 0, 0, time.perf_counter()
         while True:
             try:
@@ -176,6 +187,21 @@ class TrainingCoordinator:
 
     def _strike(self, worker: int, fault: Fault) -> None:
         strike(fault, worker, self._crew, self._roster.members, self._marks)
+
+    def _save_at_once(self) -> str:
+        """The rank that is furthest saves what it has; says how that went. All leave what they wait for: only between
+        two steps is there something to save."""
+        members, deadline = self._roster.members, time.monotonic() + self._grace_s
+        steps = self._crew.steps(members.workers, self._grace_s / 5)
+        self._crew.cancel(list(steps), members.generation, "the training is interrupted")
+        if not steps:
+            return "no checkpoint was written: no rank answers"
+        furthest = max(steps, key=lambda worker: steps[worker])
+        try:
+            step = ray.get(self._crew.call(furthest, "checkpoint"), timeout=max(0.0, deadline - time.monotonic()))
+        except RayError as error:
+            return f"no checkpoint was written within {self._grace_s:g} s: {cause_of(error)}"
+        return f"the checkpoint of step {step} is written" if step else "no checkpoint was written: no step is done"
 
     # ---- forming a ring --------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from raybsa.content import asked_now
 from raybsa.experiments.previews import PREVIEW, previewed
 from raybsa.experiments.space import Config, SearchSpace
 from raybsa.results.pareto import Objective
-from raybsa.results.record import Measured, Record, spec_of
+from raybsa.results.record import MACHINE, QUESTION, Measured, Record, spec_of
 from raybsa.spec import AttentionSpec, TrialSpec
 
 
@@ -29,13 +29,15 @@ def history(
     previews: bool = False,
     pass_over: Callable[[str, str], None] = lambda trial_id, reason: None,
 ) -> list[Answered]:
-    """The records that answer a question of ``space``, each question once (the last answer), in order.
+    """The records that answer a question of ``space``, each question once (the last answer), in order. A trial that
+    failed for the machine's reasons is no answer, nor one that failed for unknown ones, before it has done so twice.
 
     Args:
         previews: their previews too, whose configurations name the weights.
         pass_over: told the trial and the reason where a row's question cannot be read.
     """
     found: dict[str, Answered] = {}
+    unknown: set[str] = set()
     for record in records:
         if record.task != space.base.task or record.seq_len != space.base.seq_len:
             continue
@@ -47,10 +49,20 @@ def history(
         if spec.weights is not None and not previews:
             continue
         config = space.config(previewed(spec))
-        if config is not None:
+        if config is not None and _is_answer(record, unknown):
             of = {} if spec.weights is None else {PREVIEW: spec.weights}
             found[record.spec_hash] = Answered(config | of, previewed(spec), record)
     return list(found.values())
+
+
+def _is_answer(record: Record, unknown: set[str]) -> bool:
+    """``unknown``: questions that failed once for reasons that nobody knows; rows of older versions tell none."""
+    if record.status != "failed" or record.error_cause == QUESTION:
+        return True
+    again = record.spec_hash in unknown
+    if record.error_cause != MACHINE:
+        unknown.add(record.spec_hash)
+    return again and record.error_cause != MACHINE
 
 
 def asked_otherwise(space: SearchSpace, records: Iterable[Record]) -> int:

@@ -12,11 +12,11 @@ from ray._common.utils import get_default_ray_temp_dir
 from ray._private import ray_logging
 from ray._private import worker as ray_worker
 
+from raybsa import signals
 from raybsa.cluster.resources import Share, alive_nodes, fitting
 from raybsa.cluster.sockets import require_room
 from raybsa.events import show
 from raybsa.experiments.head_address import is_outside, require_an_answer, target_of
-from raybsa.experiments.place import exit_on_sigterm
 
 
 class NoCluster(ConnectionError):
@@ -34,7 +34,7 @@ def cluster(
 ) -> Iterator[None]:
     """A connection to the cluster at ``address`` (or RAY_ADDRESS, else one of our own), closed however the job ends.
 
-    SIGTERM, which ``ray job stop`` sends, ends the job as Ctrl-C does: in order.
+    SIGTERM, which ``ray job stop`` sends, and SIGHUP end the job as Ctrl-C does: in order (``signals.py``).
 
     Args:
         num_cpus: what a cluster of our own may hand out; None is what the machine has.
@@ -51,17 +51,18 @@ def cluster(
         show()
         ray_logging.RAY_DEDUP_LOGS = False  # two ranks' lines of one step would count as the same
     try:
-        ray.init(
-            address=target,
-            num_cpus=num_cpus if target == "local" else None,
-            include_dashboard=False if target == "local" else None,
-            log_to_driver=verbose,
-            logging_level=logging.ERROR,
-            namespace="raybsa",
-        )
+        with signals.not_for_children():
+            ray.init(
+                address=target,
+                num_cpus=num_cpus if target == "local" else None,
+                include_dashboard=False if target == "local" else None,
+                log_to_driver=verbose,
+                logging_level=logging.ERROR,
+                namespace="raybsa",
+            )
     except (ConnectionError, ValueError) as error:
         raise NoCluster(f"a running Ray cluster was wanted at {target!r}: {' '.join(str(error).split())}") from error
-    exit_on_sigterm()
+    signals.listen()  # again: Ray has a handler of its own
     with nullcontext() if deaths else without_rays_messages():  # Ray prints what it has kept when it shuts down
         try:
             yield

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from raybsa import signals
 from raybsa.printable import printable
 from raybsa.results.roots import is_uri, local_path
 
@@ -68,6 +68,13 @@ def refusing(*more: type[Exception]) -> Iterator[None]:
             raise ValueError(" ".join(str(error).split())) from error
 
 
-def exit_on_sigterm() -> None:
-    """SIGTERM leaves every ``with`` block in order, where by default it ends the process at once."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+@contextmanager
+def interruptible(again: str) -> Iterator[None]:
+    """Ctrl-C, SIGTERM or SIGHUP inside ends the job in order: one line on stderr that ends with ``again`` (how to go
+    on), and the signal's exit code."""
+    signals.listen()
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"jobs/{Path(sys.argv[0]).name}: ended by {signals.heard().name}: {again}", file=sys.stderr)
+        sys.exit(signals.exit_code())

@@ -98,6 +98,7 @@ def record_of(outcome: Outcome, run: Run, trial_id: str) -> Record:
         ray_version=_version("ray"),
         raybsa_version=_version("raybsa"),
         git_commit=run.git_commit,
+        error_cause=outcome.cause,
         **measured,
     )
 

@@ -8,35 +8,37 @@ only state: a search that was ended, however, goes on from them.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import os
-import time
-from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from ray import tune
+from ray.tune.error import TuneError
 from ray.util import get_current_placement_group
 
+from raybsa import signals
 from raybsa.cluster.resources import Say, Share, TooFewResources, await_resources
 from raybsa.cluster.ring_coordinator import coordinator_of
 from raybsa.experiments.algorithms import ALGORITHMS
+from raybsa.experiments.budget import Budget, is_up
 from raybsa.experiments.history import Answered, history, values_of
-from raybsa.experiments.keeping import keep
 from raybsa.experiments.lock_watch import LockWatch
 from raybsa.experiments.patience import Patience
 from raybsa.experiments.previews import LOOKED, PREVIEW, Previews, preview_of, previewed
 from raybsa.experiments.questions import LATE, Questions
+from raybsa.experiments.recorder import OutsideTrouble, Recorder
 from raybsa.experiments.recording import Run
 from raybsa.experiments.screen import Screen
 from raybsa.experiments.space import Config, SearchSpace
 from raybsa.experiments.strata import QUALITY, STEPS, StratifiedHalving
 from raybsa.results.claims import Claims
 from raybsa.results.pareto import Objective
-from raybsa.results.record import Outcome, Record, finite
+from raybsa.results.record import QUESTION, Outcome, Record, finite
 from raybsa.results.store import Store
 from raybsa.scratch import scratch
 from raybsa.spec import DENSE, UNTRAINED, TrialSpec
@@ -48,6 +50,7 @@ _TUNE_SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_AIR_NEW_OUTPUT": "0",  # the older output is silent at verbose=0
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # what a trial could not survive is in its record
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # whoever interrupts a search wants its front now, not in some seconds
 }
 _LOST_ACTORS = 2  # how often a trial begins again whose actor was lost with its node, or found no room for its ring
 
@@ -112,17 +115,38 @@ class Plan:
 
 @dataclass(frozen=True)
 class Found:
-    """``records`` of this run in the order in which they ended, ``earlier`` ones, and what was ``rejected``, in words.
-    ``ended``: why, where that was before all trials were asked; else empty."""
+    """What a search found.
+
+    Args:
+        records: of this run, in the order in which they ended.
+        earlier: those of earlier runs that it went on from.
+        rejected: what was not asked, in words.
+        ended: why, where the plan's own bounds ended it before all trials were asked; else empty.
+        trouble: why it could not go on, for a reason outside of it; else empty.
+        interrupted: by a signal.
+        unwritten: records that the store does not have.
+    """
 
     records: list[Record]
     earlier: list[Record]
     rejected: str
-    ended: str
+    ended: str = ""
+    trouble: str = ""
+    interrupted: bool = False
+    unwritten: Sequence[Record] = ()
 
     @property
     def all(self) -> list[Record]:
         return [*self.earlier, *self.records]
+
+    @property
+    def measured(self) -> list[Record]:
+        return [record for record in self.all if record.status != "failed"]
+
+    @property
+    def unanswered(self) -> list[Record]:
+        """Failed for reasons outside of their questions, or unknown ones: ``resume`` asks them again."""
+        return [record for record in self.all if record.status == "failed" and record.error_cause != QUESTION]
 
 
 def search(
@@ -138,7 +162,8 @@ def search(
     """Runs the plan's trials, the dense baseline first.
 
     Each record is in ``store`` before the next step of the search. A trial that fails becomes a failed record and the
-    search goes on. Ctrl-C ends the search early; what was measured stays.
+    search goes on. It ends early, with all that was measured, on a signal (``signals.py``), when records cannot be
+    written, Ray Tune cannot go on, or trial after trial fails for reasons outside of it.
 
     Args:
         tell: called with each record once it is stored.
@@ -150,7 +175,7 @@ def search(
     await_resources(pool.share, max(pool.num_workers or 1, *space.world_sizes), pool.wait_s, say)
     os.environ.update(_TUNE_SETTINGS)
     claims = Claims(store, lambda spec: space.config(previewed(spec)) is not None, yields=plan.resume, say=say)
-    with closing(claims):
+    with contextlib.closing(claims):
         return _search(space, store, run, pool, plan, claims, tell, say)
 
 
@@ -168,16 +193,17 @@ def _search(
     claims.know(answered.record.spec_hash for answered in earlier)
     screen = Screen(plan.objectives)
     weights = _weights(space, store) if plan.previews else None
-    questions = make_questions(space, plan, earlier, screen, weights, claims)
     keeping = replace(pool, keep={space.spec({"family": DENSE}).digest: weights}) if weights else pool
     halving = _halving(space, plan, earlier, store)
-    recorder = _Recorder(space, store, run, (screen.learn, tell, lambda record: claims.release(record.spec_hash)))
+    recorder = Recorder(space, store, run, (screen.learn, tell, lambda record: claims.release(record.spec_hash)))
     rungs = halving.rungs if halving else []
-    deadline = time.time() + plan.time_budget_s
-    actor = tune.with_parameters(_TrialActor, space=space, pool=keeping, plan=plan, rungs=rungs, deadline=deadline)
     ranks = partial(ranks_of, space)
-    patience, ended = Patience(pool.share, ranks, pool.wait_s, say), ""
-    with scratch("tune") as folder:
+    patience = Patience(pool.share, ranks, pool.wait_s, say)
+    trouble, interrupted = "", False
+    with Budget(plan.time_budget_s, run.run_id) as budget, scratch("tune") as folder:
+        questions = make_questions(space, plan, earlier, screen, weights, claims, deadline=budget.deadline)
+        late = budget.question
+        actor = tune.with_parameters(_TrialActor, space=space, pool=keeping, plan=plan, rungs=rungs, late=late)
         tuner = tune.Tuner(
             tune.with_resources(actor, partial(_bundles, pool.share, ranks)),
             tune_config=tune.TuneConfig(
@@ -190,27 +216,50 @@ def _search(
             run_config=tune.RunConfig(
                 name=run.run_id,
                 storage_path=folder,
-                callbacks=[recorder, patience, LockWatch(say)],
+                callbacks=[budget, patience, LockWatch(say), recorder],
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 failure_config=tune.FailureConfig(max_failures=_LOST_ACTORS),
                 verbose=0,
             ),
         )
         try:
-            tuner.fit()
+            with signals.deferred(), _without_tunes_words():
+                tuner.fit()
+        except KeyboardInterrupt:
+            interrupted = True
         except TooFewResources as error:
             if not recorder.records:
                 raise
-            ended = str(error)
-    if plan.resume and claims.elsewhere():
+            trouble = str(error)
+        except (OutsideTrouble, OSError) as error:
+            trouble = str(error)
+        except TuneError as error:  # its text is a whole traceback
+            trouble = f"Ray Tune could not go on: {str(error).strip().rpartition(chr(10))[2]}"
+    unwritten = recorder.write_again() if trouble else []
+    if plan.resume and not trouble and claims.elsewhere():
         own = {record.trial_id for record in recorder.records}
         earlier = [a for a in history(space, store.read_records()) if a.record.trial_id not in own]
     return Found(
         recorder.records,
         [answered.record for answered in earlier if PREVIEW not in answered.config],
         str(questions.rejections),
-        ended or questions.ended,
+        questions.ended,
+        trouble,
+        interrupted,
+        unwritten,
     )
+
+
+@contextlib.contextmanager
+def _without_tunes_words() -> Iterator[None]:
+    """Tune logs a page of tracebacks about what this search says in one line."""
+    logger = logging.getLogger("ray.tune")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def ranks_of(space: SearchSpace, config: Config) -> int:
@@ -241,9 +290,11 @@ def make_questions(
     screen: Screen,
     weights: str | None = None,
     claims: Claims | None = None,
+    *,
+    deadline: float = math.inf,
 ) -> Questions:
-    """What the plan asks, after ``earlier`` trials, which ``screen`` learns too; previews borrow from ``weights``;
-    ``claims`` keep what other searches ask from being asked again."""
+    """What the plan asks until ``deadline`` (of ``time.monotonic``), after ``earlier`` trials, which ``screen`` learns
+    too; previews borrow from ``weights``; ``claims`` keep what other searches ask from being asked again."""
     for answered in earlier:
         screen.learn(answered.record)
     return Questions(
@@ -253,7 +304,7 @@ def make_questions(
         trials=plan.trials,
         earlier=earlier,
         screen=screen if plan.screening else lambda spec: None,
-        deadline=time.monotonic() + plan.time_budget_s,
+        deadline=deadline,
         previews=Previews(space, plan.objectives, weights, plan.previews, lambda: screen.model) if weights else None,
         claim=claims.take if claims else lambda spec: True,
         elsewhere=claims.elsewhere if claims else lambda: 0,
@@ -276,11 +327,11 @@ class _TrialActor(tune.Trainable):
     """
 
     def setup(self, config: dict[str, Any], **parts: Any) -> None:
-        """``parts``: the search's ``space``, ``pool``, ``plan``, ``rungs`` (training steps) and ``deadline``."""
+        """``parts``: the search's ``space``, ``pool``, ``plan``, ``rungs`` (steps), and ``late`` of its Budget."""
         self._space, self._plan, pool = parts["space"], parts["plan"], parts["pool"]
         self._rungs, self._rung = [*parts["rungs"], None], 0
         self._bounds = [o for o in self._plan.objectives if o.is_bounded and o.column != "quality"]
-        self._deadline = parts["deadline"]
+        self._late = parts["late"]
         self._coordinator = coordinator_of(
             ranks_of(self._space, config),
             pool.share,
@@ -292,7 +343,7 @@ class _TrialActor(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         spec = self._space.spec(self.config)
-        if not self._rung and time.time() > self._deadline:
+        if not self._rung and is_up(self._late):
             return {**self._result(Outcome(spec, None, None, 0)), LATE: True, "done": True}
         if PREVIEW in self.config:
             return self._look(preview_of(spec, self.config[PREVIEW]))
@@ -334,52 +385,3 @@ class _TrialActor(tune.Trainable):
             if bound.excess(value) > 0:
                 return replace(timed, pruned=f"not trained: {bound.name} {value:g} breaks the bound of {bound}")
         return None
-
-
-class _Recorder(tune.Callback):
-    """Writes each answer as it comes, on the driver's side."""
-
-    def __init__(self, space: SearchSpace, store: Store, run: Run, tell: Sequence[Callable[[Record], None]]) -> None:
-        self._space, self._store, self._run, self._tell = space, store, run, tell
-        self._numbers: dict[str, int] = {}
-        self._lost: Counter[str] = Counter()
-        self.records: list[Record] = []
-
-    def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
-        """New trials are the last of the list, in the order in which they were asked."""
-        for trial in trials:
-            self._number(trial)
-
-    def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        """It begins again."""
-        self._lost[trial.trial_id] += 1
-
-    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
-        """``done`` is set by the trial itself where it came to its end, and by Tune where a scheduler stops it."""
-        if not result["done"] or result.get(LATE):
-            return
-        outcome = result["outcome"]
-        measured = outcome.measurement
-        steps = self._space.base.train_steps
-        if not outcome.error and not outcome.pruned and measured.quality is not None and measured.trained_steps < steps:
-            outcome = replace(outcome, pruned=f"stopped after {measured.trained_steps} of {steps} training steps")
-        self._keep(trial, outcome)
-
-    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        """The trial's own actor was lost, again and again, not only its worker; or it found no room for its ring."""
-        reason = str(trial.get_error()).strip().splitlines()[-1]
-        error = f"its trial actor failed {self._lost[trial.trial_id] + 1} times: {reason}"
-        self._keep(trial, Outcome(self._space.spec(trial.config), None, error, 1))
-
-    def _keep(self, trial: Any, outcome: Outcome) -> None:
-        outcome = replace(outcome, failures=outcome.failures + self._lost[trial.trial_id])
-        record = keep(self._store, outcome, self._run, self._run.trial_id(self._number(trial)))
-        if outcome.spec.weights is not None:
-            return
-        self.records.append(record)
-        for listener in self._tell:
-            listener(record)
-
-    def _number(self, trial: Any) -> int:
-        """Its own: Tune moves a trial that begins again to the end of its list."""
-        return self._numbers.setdefault(trial.trial_id, len(self._numbers))

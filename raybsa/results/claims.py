@@ -11,6 +11,7 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 from raybsa.holder import Holder
@@ -71,7 +72,8 @@ class Claims:
         """Once its answer is stored, others find that."""
         if digest in self._held:
             self._held.remove(digest)
-            self._claims.take_away(digest)
+            with suppress(OSError):  # a folder that went or can only be read: the claim ends with its process
+                self._claims.take_away(digest)
 
     def elsewhere(self) -> int:
         """How many questions of this search others ask now or have answered since it began."""
@@ -87,7 +89,8 @@ class Claims:
         """Safe to call twice."""
         for digest in list(self._held):
             self.release(digest)
-        self._searches.take_away(self._id)
+        with suppress(OSError):
+            self._searches.take_away(self._id)
 
     # ---- for ourselves -----------------------------------------------------------------------------------------
 

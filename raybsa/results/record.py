@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from raybsa.spec import TrialSpec
 
 SCHEMA_VERSION = 1
+QUESTION, MACHINE, UNKNOWN = "question", "machine", "unknown"  # whose fault a failure is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,23 +134,28 @@ class Measurement(Measured):
 @dataclass(frozen=True)
 class Outcome:
     """How a trial ended: with a measurement or with an error. ``failures`` counts the workers that died under it;
-    ``pruned`` says why a trial was stopped before its training was done."""
+    ``pruned`` says why a trial was stopped before its training was done; ``cause`` says whose fault an error is:
+    ``QUESTION``, ``MACHINE`` or ``UNKNOWN``."""
 
     spec: TrialSpec
     measurement: Measurement | None
     error: str | None
     failures: int
     pruned: str | None = None
+    cause: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record(Measured, Asked):  # the fields of the last base come first
-    """What was asked and what one trial measured, with what the job adds."""
+    """What was asked and what one trial measured, with what the job adds. ``error_cause`` of a failed trial is whose
+    fault that is: ``"question"`` (it would fail anywhere), ``"machine"`` (disk, permissions, memory, time, room) or
+    ``"unknown"``."""
 
     failures_survived: int = 0
     ray_version: str = ""
     raybsa_version: str = ""
     git_commit: str = ""
+    error_cause: str | None = None
     schema_version: int = SCHEMA_VERSION
 
 

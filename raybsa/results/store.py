@@ -102,13 +102,9 @@ class Store:
                 results, and holds something (hidden files do not count).
         """
         store = cls(root, filesystem=filesystem)
+        if not adopt:
+            store._require_own()
         try:
-            if not adopt and (others := store._others()):
-                raise StoreError(
-                    f"results must go to a folder of their own, got {store.root!r}, which holds "
-                    f"{', '.join(others[:3])}{' ...' if len(others) > 3 else ''}: name another folder, or say --adopt "
-                    f"to put them beside these, which stay as they are"
-                )
             for kind in ("records", "series"):
                 store._fs.create_dir(f"{store._path}/{kind}", recursive=True)
                 store._tidy(kind)
@@ -116,8 +112,6 @@ class Store:
                 store._put(probe, b"probe")
                 store._fs.delete_file(probe)
             store._put_deep(MARK, b"raybsa writes its results into this folder\n")
-        except StoreError:
-            raise
         except (OSError, pa.ArrowException) as error:
             raise StoreError(f"results must go to a folder that can be written, got {store.root!r}: {error}") from error
         return store
@@ -270,11 +264,15 @@ class Store:
         return f"{self._path}/{kind}/{name}.parquet"
 
     def _put(self, path: str, data: bytes) -> None:
-        if self._local:
-            write_whole(path, data)
-            return
-        with self._fs.open_output_stream(path) as stream:
-            stream.write(data)
+        try:
+            if self._local:
+                write_whole(path, data)
+                return
+            with self._fs.open_output_stream(path) as stream:
+                stream.write(data)
+        except (OSError, pa.ArrowException) as error:
+            reason = (isinstance(error, OSError) and error.strerror) or str(error)
+            raise StoreError(f"results could not be written to {path!r}: {reason}") from error
 
     def _has_question(self, record: Record) -> bool:
         try:
@@ -283,6 +281,14 @@ class Store:
             self.pass_over(record.trial_id, str(error))
             return False
         return True
+
+    def _require_own(self) -> None:
+        if others := self._others():
+            raise StoreError(
+                f"results must go to a folder of their own, got {self.root!r}, which holds "
+                f"{', '.join(others[:3])}{' ...' if len(others) > 3 else ''}: name another folder, or say --adopt "
+                f"to put them beside these, which stay as they are"
+            )
 
     def _others(self) -> list[str]:
         """The names in a folder that is none of results, but for hidden ones."""

@@ -132,6 +132,32 @@ def test_a_history_takes_only_answers_to_this_search():
     assert [answered.record for answered in history(SPACE, [*own, other, speed])] == own
 
 
+@pytest.mark.parametrize(
+    ("causes", "is_done"),
+    [
+        (["question"], True),
+        (["machine"], False),
+        (["machine"] * 9, False),
+        (["unknown"], False),
+        ([None], False),
+        ([None, "machine", "unknown"], True),
+        (["machine", "ok"], True),
+    ],
+    ids=["its own fault", "the machine's", "always", "unknown", "an older row", "unknown twice", "answered since"],
+)
+def test_a_trial_that_failed_for_an_outside_reason_is_asked_again_and_one_of_its_own_fault_is_not(causes, is_done):
+    """The dense baseline too."""
+    spec = SPACE.spec(SPACE.first_points()[0])
+    rows = [
+        answer(spec, number) if cause == "ok" else replace(answer(spec, number), status="failed", error_cause=cause)
+        for number, cause in enumerate(causes)
+    ]
+    done = history(SPACE, rows)
+    questions = Questions(SPACE, ALGORITHMS["tpe"](SPACE, GOALS, 0), GOALS, trials=5, earlier=done)
+    assert [answered.record for answered in done] == rows[-1:] * is_done
+    assert (SPACE.spec(questions.suggest("0")) == spec) is not is_done
+
+
 def test_a_row_that_a_newer_version_asked_is_passed_over_and_hides_no_other():
     found = answers(3)
     newer = json.dumps(json.loads(found[1].spec) | {"new_option": 1})

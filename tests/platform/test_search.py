@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import shutil
 from functools import partial
 from types import SimpleNamespace
 
@@ -11,16 +12,18 @@ import pytest
 from raybsa.cluster.resources import Share, TooFewResources
 from raybsa.experiments import search
 from raybsa.experiments.algorithms import Sampled
+from raybsa.experiments.budget import Budget, is_up
 from raybsa.experiments.history import values_of
 from raybsa.experiments.patience import Patience
 from raybsa.experiments.previews import PREVIEW
 from raybsa.experiments.questions import Questions
+from raybsa.experiments.recorder import OutsideTrouble, Recorder
 from raybsa.experiments.recording import Run
-from raybsa.experiments.search import Plan, Pool, _Recorder, ranks_of
+from raybsa.experiments.search import Plan, Pool, ranks_of
 from raybsa.experiments.space import SearchSpace
 from raybsa.results.pareto import DENSITY, LATENCY
-from raybsa.results.record import Measurement, Outcome
-from raybsa.results.store import Store
+from raybsa.results.record import MACHINE, QUESTION, Measurement, Outcome
+from raybsa.results.store import Store, StoreError
 from raybsa.spec import AttentionSpec, TrialSpec
 
 SPACE = SearchSpace(TrialSpec("speed", (AttentionSpec("dense"),)), {"random": {}})
@@ -60,7 +63,7 @@ def trial(name, status="RUNNING", config=None):
 def test_a_lost_trial_actor_is_recorded_with_the_reason(tmp_path):
     store, told = Store.create(tmp_path), []
     other, lost = trial("a"), trial("b")
-    recorder = _Recorder(SPACE, store, Run("run", "test"), [told.append])
+    recorder = Recorder(SPACE, store, Run("run", "test"), [told.append])
     recorder.on_step_end(0, [other, lost])
     recorder.on_trial_recover(0, [other, lost], lost)
     recorder.on_trial_error(0, [other, lost], lost)
@@ -73,7 +76,7 @@ def test_a_lost_trial_actor_is_recorded_with_the_reason(tmp_path):
 def test_a_trial_that_begins_again_keeps_its_number_and_counts_what_it_survived(tmp_path):
     """Tune moves it to the end of its list."""
     store, first, second = Store.create(tmp_path), trial("a"), trial("b")
-    recorder = _Recorder(SPACE, store, Run("run", "test"), [])
+    recorder = Recorder(SPACE, store, Run("run", "test"), [])
     recorder.on_step_end(0, [first, second])
     recorder.on_trial_recover(0, [second, first], first)
     recorder.on_step_end(1, [second, first])
@@ -102,12 +105,13 @@ def actor(monkeypatch):
     """Makes Tune's side of a trial whose Coordinator says what it was made with and asked for."""
     made = []
 
-    def make(config, deadline):
+    def make(config, is_up=False):
+        monkeypatch.setattr(search, "is_up", lambda question: is_up)
         monkeypatch.setattr(search, "get_current_placement_group", lambda: "group")
         monkeypatch.setattr(search, "coordinator_of", lambda ranks, share, **options: made.append((ranks, options)))
         one = object.__new__(search._TrialActor)
         one.config = config
-        one.setup(config, space=RINGS, pool=Pool(Share()), plan=Plan(3, (LATENCY,)), rungs=[], deadline=deadline)
+        one.setup(config, space=RINGS, pool=Pool(Share()), plan=Plan(3, (LATENCY,)), rungs=[], late=None)
         return one
 
     make.made = made
@@ -115,18 +119,18 @@ def actor(monkeypatch):
 
 
 def test_a_trial_asks_a_ring_in_its_own_placement_group(actor):
-    actor(RING, math.inf)
+    actor(RING)
     ((ranks, options),) = actor.made
     assert ranks == 3
     assert options["group"] == "group"
 
 
 def test_a_trial_that_found_no_room_before_the_time_was_up_is_not_begun_and_leaves_no_record(actor, tmp_path):
-    result = actor(RING, deadline=1.0).step()
+    result = actor(RING, is_up=True).step()
     assert result["done"]
     assert math.isnan(result["latency"])
     store = Store.create(tmp_path)
-    _Recorder(RINGS, store, Run("run", "test"), []).on_trial_result(0, [], trial("a"), result)
+    Recorder(RINGS, store, Run("run", "test"), []).on_trial_result(0, [], trial("a"), result)
     assert store.read_records() == []
     sampled = Sampled(RINGS, (LATENCY,), optuna.samplers.RandomSampler(seed=0))
     questions = Questions(RINGS, sampled, (LATENCY,), trials=1)
@@ -158,3 +162,56 @@ def test_a_search_in_which_nothing_can_run_ends_after_a_bounded_wait_and_says_wh
                     "the cluster is too small for all"] * 2  # fmt: skip
     with pytest.raises(TooFewResources, match=f"{wanted}.*; no trial can run: .*too small for all; gave up after 20 s"):
         step(6.0, waiting)
+
+
+def failed(cause):
+    return Outcome(SPACE.base, None, "took longer than 1 s", 0, cause=cause)
+
+
+def test_five_trials_in_a_row_that_fail_for_the_machine_s_reasons_end_a_search_and_others_do_not(tmp_path):
+    recorder = Recorder(SPACE, Store.create(tmp_path), Run("run", "test"), [])
+    trials = [trial(str(number)) for number in range(10)]
+    causes = [*[MACHINE] * 4, QUESTION, *[MACHINE] * 5]
+    for one, cause in zip(trials, causes, strict=True):
+        recorder.on_step_end(0, trials)
+        recorder.on_trial_result(0, trials, one, {"outcome": failed(cause), "done": True})
+    with pytest.raises(OutsideTrouble, match="5 trials in a row failed for reasons outside: took longer"):
+        recorder.on_step_end(0, trials)
+    assert [record.error_cause for record in recorder.records] == causes
+
+
+def test_an_answer_that_cannot_be_written_ends_the_search_and_is_written_once_there_is_a_folder_again(tmp_path):
+    """With what was deleted with the folder."""
+    store, told = Store.create(tmp_path / "results"), []
+    recorder = Recorder(SPACE, store, Run("run", "test"), [told.append])
+    trials = [trial("a"), trial("b")]
+    outcome = Outcome(SPACE.base, Measurement(density=1.0, curves=(("train_loss", 0, 2.0),)), None, 0)
+    recorder.on_trial_result(0, trials, trials[0], {"outcome": outcome, "done": True})
+    recorder.on_step_end(0, trials)
+    shutil.rmtree(tmp_path / "results")
+    (tmp_path / "results").write_text("a file in the way")
+    recorder.on_trial_result(0, trials, trials[1], {"outcome": outcome, "done": True})
+    with pytest.raises(StoreError, match=r"results could not be written to '.*run-001.parquet'"):
+        recorder.on_step_end(0, trials)
+    assert [record.trial_id for record in told] == ["run-000", "run-001"], "it is told, whatever the disk says"
+    assert recorder.write_again() == [told[1]]
+    (tmp_path / "results").unlink()
+    assert recorder.write_again() == []
+    assert store.read_records() == told
+    assert {point.trial_id for point in store.read_series()} == {"run-001"}
+
+
+def test_a_budget_s_end_is_told_by_the_driver_s_clock_alone(monkeypatch):
+    clock, told = [0.0], {}
+    monkeypatch.setattr("raybsa.experiments.budget.time.monotonic", lambda: clock[0])
+    verbs = {"put": told.__setitem__, "exists": told.__contains__, "del": told.__delitem__, "initialized": lambda: True}
+    for verb, stand_in in verbs.items():
+        monkeypatch.setattr(f"raybsa.experiments.budget.internal_kv._internal_kv_{verb}", stand_in)
+    with Budget(10.0, "run") as budget:
+        budget.on_step_end(0, [])
+        assert not is_up(budget.question)
+        clock[0] = 10.0
+        budget.on_step_end(1, [])
+        assert is_up(budget.question)
+    assert not told, "nothing stays in the cluster"
+    assert not is_up(Budget(math.inf, "endless").question)

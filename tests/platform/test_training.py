@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -154,15 +156,47 @@ def test_a_training_whose_driver_died_goes_on_from_its_checkpoint(
 ) -> None:
     settings = MemberSettings(checkpoints=str(tmp_path / "checkpoints"), checkpoint_every=5)
 
-    def die(step: int, loss: float) -> None:
-        if step == 8:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(spec(text), settings=settings, world_size=2, tell=die)
+    with pytest.raises(SystemExit):
+        train(spec(text), settings=settings, world_size=2, tell=raising(SystemExit))
     result, weights = train(spec(text), settings=settings, world_size=1, resume=True)
     assert list(result.losses) == list(range(5, STEPS)), "the checkpoint of step 5 is where it goes on"
     assert_same_up_to_rounding(weights, undisturbed.weights)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_training_that_is_interrupted_saves_what_it_has_at_once_and_loses_no_step(
+    text: str, undisturbed: Undisturbed, tmp_path: Path, world_size: int
+) -> None:
+    settings, said = MemberSettings(checkpoints=str(tmp_path / "checkpoints"), checkpoint_every=99), []
+    with pytest.raises(KeyboardInterrupt):
+        train(spec(text), settings=settings, world_size=world_size, tell=raising(KeyboardInterrupt), say=said.append)
+    assert said == ["the checkpoint of step 8 is written"]
+    result, weights = train(spec(text), settings=settings, world_size=2, resume=True)
+    assert list(result.losses) == list(range(8, STEPS))
+    assert_same_up_to_rounding(weights, undisturbed.weights)
+
+
+def raising(error: type[BaseException]) -> Callable[[int, float], None]:
+    """Raises it from step 8."""
+
+    def tell(step: int, loss: float) -> None:
+        if step == 8:
+            raise error
+
+    return tell
+
+
+def test_where_no_checkpoint_can_be_written_a_training_says_so_once_and_goes_on_or_stops_as_asked(
+    text: str, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    settings, said = MemberSettings(checkpoints=str(tmp_path / "file" / "checkpoints"), checkpoint_every=1), []
+    result, _ = train(spec(text), settings=settings, say=said.append)
+    assert (result.digest, result.recoveries) == (undisturbed.digest, ()), "no healthy rank is lost for it"
+    (line,) = said
+    assert re.fullmatch(r"the checkpoint of step 1 could not be written to '.*': .*; the training goes on and .*", line)
+    with pytest.raises(TrainingFailed, match=r"the checkpoint of step 1 could not be .*: mend that, and .* --resume"):
+        train(spec(text), settings=replace(settings, on_checkpoint_error="stop"))
 
 
 def test_when_all_ranks_die_at_once_it_goes_on_from_its_own_checkpoint_and_from_none_that_an_earlier_run_left(
