@@ -61,23 +61,26 @@ def with_globals(grid: Grid, num_globals: int) -> Tensor:
     return torch.where(global_rows(grid, num_globals), grid.allowed, grid.width + before + after)
 
 
-def even(lower: Tensor, upper: Tensor, total: int) -> Tensor:
+def even(lower: Tensor, upper: Tensor, total: int, *, last_first: bool = False) -> Tensor:
     """Counts between ``lower`` and ``upper`` (n,) int64 that sum to ``total``, or as near as these let them: one height
-    for all, and one more in evenly spread ones of those below ``upper``."""
-    return _filled(lambda height: lower.clamp(min=height).minimum(upper), upper, total)
+    for all, and one more in evenly spread ones of those below ``upper``, or in the last of them."""
+    pick = last if last_first else spread
+    return _filled(lambda height: lower.clamp(min=height).minimum(upper), upper, total, pick)
 
 
 def level(lower: Tensor, upper: Tensor, total: int) -> Tensor:
     """As ``even``, by equal steps up from ``lower``."""
-    return _filled(lambda step: (lower + step).minimum(upper), upper, total)
+    return _filled(lambda step: (lower + step).minimum(upper), upper, total, spread)
 
 
-def _filled(counts: Callable[[int], Tensor], upper: Tensor, total: int) -> Tensor:
+def _filled(
+    counts: Callable[[int], Tensor], upper: Tensor, total: int, pick: Callable[[Tensor, int], Tensor]
+) -> Tensor:
     height = fit(counts, 0, int(upper.max()), total)
     found = counts(height)
     room = counts(height + 1) > found
     odd = min(total - int(found.sum()), int(room.sum()))
-    return found + spread(room, odd) if odd > 0 else found
+    return found + pick(room, odd) if odd > 0 else found
 
 
 def spread(places: Tensor, count: int) -> Tensor:
@@ -85,6 +88,12 @@ def spread(places: Tensor, count: int) -> Tensor:
     number = places.cumsum(0)
     size = max(1, int(places.sum()))
     return places & (number * count // size > (number - 1) * count // size)
+
+
+def last(places: Tensor, count: int) -> Tensor:
+    """(n,) bool: the last ``count`` of the ``places`` (n,) bool."""
+    number = places.cumsum(0)
+    return places & (number > number[-1] - count)
 
 
 def fit(counts: Callable[[int], Tensor], low: int, high: int, total: int) -> int:

@@ -101,12 +101,13 @@ class Rules:
         return self.diagonal(rows, columns) + 1 if self.causal else torch.full_like(rows, columns)
 
     def budget(self, rows: Tensor, num_rows: int, columns: int, density: float) -> Tensor:
-        """(R,) int64 of ``rows`` among ``num_rows``: the same in all rows, of which evenly spread ones have one more,
-        so that the density is exact in total; but at least one, and no more than candidates or ``max_blocks``."""
+        """(R,) int64 of ``rows`` among ``num_rows``: the same in all rows, of which the last, which have most to
+        choose from, have one more, so that the density is exact in total; but at least one, and no more than candidates
+        or ``max_blocks``."""
         check_density(density)
         every = torch.arange(num_rows, device=rows.device)
         total = round(density * int(self.allowed(every, columns).sum()))
-        return even(torch.ones_like(every), self._most(every, columns), total)[rows]
+        return even(torch.ones_like(every), self._most(every, columns), total, last_first=True)[rows]
 
     def _most(self, rows: Tensor, columns: int) -> Tensor:
         """(R,) int64: the most that each row can keep."""
