@@ -32,7 +32,7 @@ SPACES: dict[str, dict[str, Any]] = {
     # Seconds: three families, so that every path runs.
     "quick": {
         "families": {"sliding_window": {}, "bigbird": {"num_globals": [1, 2]}, "strided": {}},
-        "densities": (0.2, 0.6),
+        "densities": (0.3, 0.7),
         "block_sizes": (8, 16),
     },
     # The demo's: eight rules that look different, so that some of its few trials are left for what they teach.
