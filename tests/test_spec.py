@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from raybsa.spec import AttentionSpec, PatternSpec, Ranks, TrialSpec, canonical_json
+from raybsa.spec import DENSITY_MEANING, AttentionSpec, PatternSpec, Ranks, TrialSpec, canonical_json
 
 WINDOW = PatternSpec("sliding_window", {"window": 64})
 SPARSE = AttentionSpec("base", WINDOW, density=0.25, block_size=32)
@@ -140,3 +140,17 @@ def test_a_ring_shares_a_question_that_is_otherwise_the_same():
 def test_ranks_that_are_none_are_refused(params, message):
     with pytest.raises(ValueError, match=message):
         replace(TRIAL, task_params=params)
+
+
+def test_what_a_density_means_is_part_of_the_question_and_an_earlier_meaning_can_be_read():
+    asked = TrialSpec("byte_lm", (AttentionSpec("base", PatternSpec("strided"), 0.1),))
+    data = asked.to_dict()
+    assert data.pop("density_meaning") == DENSITY_MEANING
+    earlier = TrialSpec.from_dict(data)
+    assert (earlier.is_current, asked.is_current) == (False, True)
+    assert earlier.to_dict() == data, "its hash is that of its row"
+    assert earlier != asked
+    assert earlier.digest != asked.digest
+    plain = replace(asked, attention=(AttentionSpec("dense"),))
+    assert TrialSpec.from_dict(plain.to_dict()) == plain
+    assert "density_meaning" not in plain.to_dict(), "without a density there is one meaning"

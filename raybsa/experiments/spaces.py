@@ -32,14 +32,14 @@ SPACES: dict[str, dict[str, Any]] = {
     # Seconds: three families, so that every path runs.
     "quick": {
         "families": {"sliding_window": {}, "bigbird": {"num_globals": [1, 2]}, "strided": {}},
-        "densities": (0.1, 0.5),
-        "block_sizes": (16, 32),
+        "densities": (0.3, 0.7),
+        "block_sizes": (8, 16),
     },
     # The demo's: eight rules that look different, so that some of its few trials are left for what they teach.
     "demo": {
         "families": {
             "sliding_window": {},
-            "sink_window": {"sink": [64]},
+            "sink_window": {"sink": [16]},
             "bigbird": {},
             "dilated": {"dilation_rates": [[1, 4, 16]]},
             "power_of_two": {},
@@ -47,8 +47,8 @@ SPACES: dict[str, dict[str, Any]] = {
             "vertical_slash": {"columns": [[0, 256]], "offsets": [[0, 128, 256]]},
             "random": {},
         },
-        "densities": (0.03, 0.4),
-        "block_sizes": (32, 16, 64),
+        "densities": (0.1, 0.5),
+        "block_sizes": (16, 8, 32),
     },
     # Every family, with the parameters that matter most.
     "families": {"families": DEFAULT_FAMILIES, "densities": (0.03, 0.4), "block_sizes": (16, 32, 64)},

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from math import inf, nan
 from pathlib import Path
 
 import pytest
 
+from dashboards.figures.pictures import drawing_info
 from dashboards.frames import Results, load, trial_of
+from dashboards.sections.header import header
+from dashboards.wording import EARLIER_DENSITY
 from raybsa.results.record import Record, SeriesPoint
 from raybsa.results.store import Store
 from raybsa.spec import Ranks, TrialSpec
@@ -95,3 +99,17 @@ def test_a_density_is_the_one_asked_for_or_else_the_measured_one() -> None:
     asked = lm_record("asked", sparse("bigbird", 0.1), 2.3, 9.0, density=0.1034)
     own = lm_record("own", sparse("bigbird", None), 2.3, 9.0, density=0.0721)
     assert [trial_of(r).density for r in (asked, own)] == [0.1, 0.0721]
+
+
+def test_rows_of_an_earlier_meaning_of_density_stand_apart_and_are_marked() -> None:
+    now = lm_record("now", sparse("strided", 0.1), 2.3, 9.0)
+    spec = replace(trial_of(now).spec, density_meaning=1)
+    earlier = replace(now, trial_id="then", spec=json.dumps(spec.to_dict()), spec_hash=spec.digest)
+    results = results_of(now, earlier, lm_record("dense", DENSE, 2.2, 40.0))
+    groups = [[trial.id for trial in group] for group in results.quality_groups]
+    assert sorted(groups) == [["now", "dense"], ["then", "dense"]], "the baseline stands beside both"
+    then = next(trial for trial in results.trials if trial.id == "then")
+    assert then.label.endswith("of each row")
+    assert drawing_info(then.spec).problem == f"not drawn: {EARLIER_DENSITY}"
+    assert then.sizes == ()
+    assert "Earlier rows" in str(header(results, "here"))

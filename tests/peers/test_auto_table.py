@@ -57,7 +57,7 @@ def test_cells_in_which_others_were_measured_become_a_row_a_pass() -> None:
     assert (first.capability, first.device, first.dtype) == ("sm_90", "NVIDIA H100 80GB HBM3", "bfloat16")
     assert (first.head_dim, first.block_size, first.heads, first.tokens) == (128, 64, 16, 8192)
     assert first.libraries == "triton 1.0, flex 1.0, cudnn 1.0"
-    assert first.row_skew == pytest.approx(1.0)
+    assert first.row_skew == pytest.approx(1.0, abs=0.1), "rows are even to a block"
     assert last.row_skew == pytest.approx(18.5, rel=0.01), "one row is global"
 
 
