@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from operator import attrgetter
+from typing import Any
 
-from dashboards.wording import pattern_label, trial_label
+from dashboards.wording import pattern_label, trial_label, whole_label
 from raybsa.results.record import Record, SeriesPoint, finite, not_finite, spec_of
 from raybsa.results.store import Store
 from raybsa.spec import TrialSpec, canonical_json
+from raybsa.tasks.attention import layer_size
 
 COMPRESSION = "compression"
 
 
-_asked = attrgetter(*(f.name for f in fields(TrialSpec) if f.name not in ("attention", "seed")))
+_asked = attrgetter(*(f.name for f in fields(TrialSpec) if f.name not in ("attention", "seed", "density_meaning")))
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,14 @@ class Trial:
 
     @cached_property
     def label(self) -> str:
+        """Its name for a line, cut where it is long."""
         return trial_label(self.spec)
+
+    @property
+    def whole_label(self) -> str | None:
+        """The name where ``label`` is cut, to be shown on demand; None where that is all of it."""
+        whole = whole_label(self.spec)
+        return None if whole == self.label else whole
 
     @property
     def asked_density(self) -> float | None:
@@ -67,12 +76,37 @@ class Trial:
         return self.record.density if self.asked_density is None else self.asked_density
 
     @cached_property
+    def sizes(self) -> tuple[str, ...]:
+        """What the densities of the layers came to, in words; nothing of patterns that are not raybsa's own, which only
+        code from elsewhere could tell."""
+        own = ":" not in canonical_json([layer.rule.to_dict() for layer in self.spec.attention])
+        layers = range(len(self.spec.attention))
+        return tuple(dict.fromkeys(size for i in layers if own and (size := layer_size(self.spec, i))))
+
+    @property
+    def has_density(self) -> bool:
+        """Whether a layer was asked for a density, so that what this means counts."""
+        return any(layer.density is not None for layer in self.spec.attention)
+
+    @cached_property
     def question(self) -> str:
-        """Equal for trials whose numbers may be compared: all but attention, ranks and seed agree, device included."""
+        """Equal for trials whose numbers may be compared: all but attention, ranks and seed agree, device and the
+        meaning of densities included."""
+        return canonical_json([self.asked, self.spec.density_meaning])
+
+    @property
+    def asked(self) -> list[Any]:
+        """``question`` as JSON values, less the meaning of densities."""
         asked = [dict(value) if isinstance(value, Mapping) else value for value in _asked(self.spec.alone)]
         record = self.record
         place = [record.device, record.device_name, record.num_threads, record.quality_name, record.quality_goal]
-        return canonical_json([asked, place])
+        return [asked, place]
+
+    def but(self, *names: str) -> list[Any]:
+        """All of the question but attention, seed and what is named, and the device, as JSON values."""
+        left_out = {"attention", "seed", "density_meaning", *names}
+        asked = {name: value for name, value in self.spec.to_dict().items() if name not in left_out}
+        return [asked, self.record.device_name]
 
 
 @dataclass(frozen=True)
@@ -96,11 +130,12 @@ class Results:
     @property
     def quality_groups(self) -> list[list[Trial]]:
         """Trials with a finite quality, one list a question, largest first."""
-        return _groups(
+        found = (
             trial
             for trial in self.trials
             if not trial.failed and trial.spec.task != COMPRESSION and trial.record.quality is not None
         )
+        return _groups(found, lambda trial: trial.asked)
 
     @property
     def compressed(self) -> list[Trial]:
@@ -115,26 +150,14 @@ class Results:
     @property
     def speed_groups(self) -> list[list[Trial]]:
         """Benchmark trials, one list for all that share everything but attention and length."""
-        groups: dict[str, list[Trial]] = defaultdict(list)
-        for trial in self.trials:
-            if trial.spec.task == "speed" and not trial.failed:
-                asked = trial.spec.to_dict()
-                for key in ("attention", "seed", "seq_len", "batch"):
-                    del asked[key]
-                groups[canonical_json([asked, trial.record.device_name, trial.record.num_threads])].append(trial)
-        return sorted(groups.values(), key=len, reverse=True)
+        found = (trial for trial in self.trials if trial.spec.task == "speed" and not trial.failed)
+        return _groups(found, lambda trial: [*trial.but("seq_len", "batch"), trial.record.num_threads])
 
     @property
     def ring_groups(self) -> list[list[Trial]]:
         """Trials of rings, one list for all that share heads, dtype and device."""
-        groups: dict[str, list[Trial]] = defaultdict(list)
-        for trial in self.trials:
-            if trial.spec.task == "ring" and not trial.failed:
-                asked = trial.spec.to_dict()
-                for key in ("attention", "seed", "seq_len", "task_params"):
-                    del asked[key]
-                groups[canonical_json([asked, trial.record.device_name, trial.record.devices])].append(trial)
-        return sorted(groups.values(), key=len, reverse=True)
+        found = (trial for trial in self.trials if trial.spec.task == "ring" and not trial.failed)
+        return _groups(found, lambda trial: [*trial.but("seq_len", "task_params"), trial.record.devices])
 
     @property
     def only_kernels(self) -> bool:
@@ -194,11 +217,23 @@ def benchmark_command(results: str) -> str:
     return f"python jobs/benchmark.py --out {results}"
 
 
-def _groups(trials: Iterable[Trial]) -> list[list[Trial]]:
+def _groups(trials: Iterable[Trial], question: Callable[[Trial], list[Any]]) -> list[list[Trial]]:
+    """Trials whose question is equal and whose densities mean the same, largest group first; those without a density
+    stand in the groups of either meaning."""
     groups: dict[str, list[Trial]] = defaultdict(list)
     for trial in trials:
-        groups[trial.question].append(trial)
-    return sorted(groups.values(), key=len, reverse=True)
+        groups[canonical_json(question(trial))].append(trial)
+    return sorted((part for group in groups.values() for part in _by_meaning(group)), key=len, reverse=True)
+
+
+def _by_meaning(trials: list[Trial]) -> Iterator[list[Trial]]:
+    """The trials of each meaning of density; its own ones first where it is an earlier one."""
+    earlier = [trial for trial in trials if not trial.spec.is_current]
+    current = [trial for trial in trials if trial.spec.is_current]
+    if earlier:
+        yield earlier + [trial for trial in current if not trial.has_density]
+    if not earlier or any(trial.has_density for trial in current):
+        yield current
 
 
 def line_label(trial: Trial) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from datetime import datetime
 from itertools import groupby
 
 from raybsa.spec import UNTRAINED, AttentionSpec, PatternSpec, TrialSpec
 
+EARLIER_DENSITY = "its density was a share of every row, as an earlier version kept it"
+_LONG, _LONGER = 160, 320  # letters of one pattern's name, and of all layers' together
 _UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 
 
@@ -79,19 +82,30 @@ def pattern_label(pattern: PatternSpec | None) -> str:
     return f"{pattern.name}({', '.join(f'{key}={value}' for key, value in params.items())})" if params else pattern.name
 
 
-def attention_label(attention: AttentionSpec) -> str:
-    """The pattern and, where one was asked for, its density."""
+def cut(text: str, most: int = 80) -> str:
+    """At most so many letters, the last of them an ellipsis where there were more."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def attention_label(attention: AttentionSpec, most: int = _LONG) -> str:
+    """The pattern, cut where its name is longer, and, where one was asked for, its density."""
     if attention.pattern is None:
         return attention.variant
-    name = pattern_label(attention.pattern)
+    name = cut(pattern_label(attention.pattern), most)
     return name if attention.density is None else f"{name} · {percent(attention.density)}"
 
 
 def trial_label(spec: TrialSpec) -> str:
     """One line for a trial; a model whose layers differ names each, and how many in a row are alike, a search's ring
-    how it is shared."""
-    runs = ((label, len(list(run))) for label, run in groupby(map(attention_label, spec.attention)))
-    label = " / ".join(label if count == 1 else f"{count}× {label}" for label, count in runs)
+    how it is shared, and an earlier version's density that it was another. What is too long for a line is cut:
+    ``whole_label`` has all of it."""
+    label = cut(_layers_label(spec, _LONG), _LONGER)
+    return f"{label} · {spec.ranks.label}" if spec.ranks.label else label
+
+
+def whole_label(spec: TrialSpec) -> str:
+    """The same, of any length."""
+    label = _layers_label(spec, sys.maxsize)
     return f"{label} · {spec.ranks.label}" if spec.ranks.label else label
 
 
@@ -118,6 +132,13 @@ def paste(spec: TrialSpec) -> str:
         return f"create_block_sparse_attention(**{spec.factory_arguments(0)!r})"
     layers = ",\n    ".join(repr(spec.factory_arguments(index)) for index in range(spec.num_layers))
     return f"[create_block_sparse_attention(**layer) for layer in [\n    {layers},\n]]"
+
+
+def _layers_label(spec: TrialSpec, most: int) -> str:
+    labels = (attention_label(attention, most) for attention in spec.attention)
+    runs = ((label, len(list(run))) for label, run in groupby(labels))
+    label = " / ".join(label if count == 1 else f"{count}× {label}" for label, count in runs)
+    return label if spec.is_current else f"{label} of each row"
 
 
 def _part_label(part: object) -> str:

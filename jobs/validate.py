@@ -81,7 +81,9 @@ def _front(arguments: argparse.Namespace) -> tuple[list[Record], list[Objective]
 
 
 def _of_the_newest_content(records: list[Record]) -> list[Record]:
-    """The trials that were asked about the text, data and code of the last one that measured a quality."""
+    """The trials that were asked about the text, data and code of the last one that measured a quality, by densities as
+    they are now."""
+    records = [record for record in records if spec_of(record).is_current]
     contents = [spec_of(record).content for record in records]
     judged = [content for record, content in zip(records, contents, strict=True) if record.quality_goal]
     return [r for r, content in zip(records, contents, strict=True) if not judged or content == judged[-1]]

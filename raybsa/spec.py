@@ -51,6 +51,7 @@ def stable_hash(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:16]
 
 
+DENSITY_MEANING = 2  # another number where the same density would keep other blocks; 1: a share of every row
 DENSE = "dense"
 DISTRIBUTED = "distributed"  # the variant whose ranks share the sequence
 ADAPTIVE = "adaptive"  # in the place of a pattern's name: blocks that a learned selector chooses
@@ -186,6 +187,8 @@ class TrialSpec:
             ``OVER_RANKS`` with the variant ``"distributed"``, the fields of ``Ranks`` make it a ring's.
         content: digests of what the question only names, by kind (``text``, ``file``, ``code``, ``data``): where they
             differ it is another question. Empty where nobody looked.
+        density_meaning: of the attentions' densities: 1 where the question was asked when they were a share of every
+            row, so that its row can be read, and its answer is none to the same question now.
 
     Raises:
         ValueError: a size that is not a positive integer, a learning rate that is not positive, heads that do not
@@ -209,9 +212,12 @@ class TrialSpec:
     seed: int = 0
     task_params: Mapping[str, Any] = field(default_factory=dict)
     content: Mapping[str, str] = field(default_factory=dict)
+    density_meaning: int = DENSITY_MEANING
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "attention", tuple(self.attention))
+        if all(attention.density is None for attention in self.attention):
+            object.__setattr__(self, "density_meaning", DENSITY_MEANING)
         object.__setattr__(self, "task_params", json.loads(canonical_json(dict(self.task_params))))
         object.__setattr__(self, "learning_rate", float(self.learning_rate))
         for name in ("seq_len", "train_len", "train_steps", "batch", "num_layers", "num_heads", "head_dim"):
@@ -232,6 +238,11 @@ class TrialSpec:
             )
         _ = self.ranks  # refuses what is none
 
+    @property
+    def is_current(self) -> bool:
+        """Whether its densities mean what they mean now."""
+        return self.density_meaning == DENSITY_MEANING
+
     def layer(self, index: int) -> AttentionSpec:
         """The attention of layer ``index``."""
         return self.attention[index % len(self.attention)]
@@ -239,11 +250,14 @@ class TrialSpec:
     def to_dict(self) -> dict[str, Any]:
         data = asdict(self)
         data["attention"] = [spec.to_dict() for spec in self.attention]
-        return data if self.content else _without(data, "content")
+        data = data if self.content else _without(data, "content")
+        old = self.density_meaning == 1 or all(spec.density is None for spec in self.attention)
+        return _without(data, "density_meaning") if old else data  # as it was written before there was another
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TrialSpec:
-        values = _known(cls, data)
+        """What ``to_dict`` gave. Densities without a ``density_meaning`` have the first one."""
+        values = {"density_meaning": 1} | _known(cls, data)
         if "attention" not in values:
             raise ValueError(f"a trial dict names its 'attention', got {sorted(data)}")
         values["attention"] = tuple(AttentionSpec.from_dict(spec) for spec in values["attention"])

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from dashboards.app.folder import Folder
+from dashboards.app.prefix import prefix_of
 from raybsa.printable import printable
 from raybsa.results.store import StoreError
 
@@ -23,11 +24,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine only)"
     )
     parser.add_argument("--port", type=int, default=8050, help="0: any free one (default: %(default)s)")
+    parser.add_argument(
+        "--prefix", metavar="PATH", help="behind a proxy: what its paths begin with, as /user/ann/proxy/8050/"
+    )
     parser.add_argument("--own-patterns", action="store_true", help="import and draw patterns named as module:Class")
     options = parser.parse_args(arguments)
     if not 0 <= options.port <= 65535:
         wanted = "--port must be in 1..65535, or 0 for any free one"
         print(f"error: {wanted}, got {options.port}", file=sys.stderr)
+        return 2
+    try:
+        prefix = prefix_of(options.prefix)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     try:
         port = free_port(options.host, options.port)
@@ -40,14 +49,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: the app needs Dash: pip install 'raybsa[dashboard]' ({error})", file=sys.stderr)
         return 1
     try:
-        app = make_app(Folder(options.results), own_patterns=options.own_patterns, warm=True)
+        app = make_app(Folder(options.results), own_patterns=options.own_patterns, warm=True, prefix=prefix)
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
-        print(f"http://{options.host}:{port} shows {options.results}; Ctrl-C ends it", flush=True)
+        print(f"{address_of(options.host, port, prefix)} shows {options.results}; Ctrl-C ends it", flush=True)
         app.run(host=options.host, port=port)
     except (StoreError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def address_of(host: str, port: int, prefix: str) -> str:
+    """What a browser on this machine opens."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}{'' if prefix == '/' else prefix}"
 
 
 def free_port(host: str, port: int) -> int:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from dashboards.app.address import FILTERS, Address
 from dashboards.frames import Results, Trial
 from dashboards.theme import DENSITY_LABELS, density_class
+from dashboards.wording import cut
 
 
 class Option(NamedTuple):
@@ -44,7 +45,7 @@ def told(address: Address) -> str:
 
 
 def _label(name: str, value: str) -> str:
-    return _DENSITIES.get(value, value) if name == "density" else value
+    return _DENSITIES.get(value, value) if name == "density" else cut(value)
 
 
 def filtered(results: Results, address: Address) -> Results:

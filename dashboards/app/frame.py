@@ -10,6 +10,7 @@ import threading
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
+from urllib.parse import unquote
 
 from dash import ALL, Dash, Input, Output, State, ctx, dcc, html, no_update
 from dash.development.base_component import Component
@@ -20,6 +21,7 @@ from dashboards.app.components import components
 from dashboards.app.filters import Option, options
 from dashboards.app.folder import Folder
 from dashboards.app.pages import benchmark, compare, compression, forecast, memory, recovery, ring, search
+from dashboards.app.prefix import Unprefixed, dash_reads_none, prefix_of, without_prefix
 from dashboards.app.view import Control, Shown, View, view_of
 from dashboards.markup import Markup, element, join
 from dashboards.page import STYLE, Page
@@ -38,6 +40,7 @@ PAGES: dict[str, ModuleType] = {
 }
 LOOK_MS = 2000  # between two looks at the folder
 _KEPT = 8  # drawings
+_UNSEEN = "\u200b"
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data:"
 )
@@ -48,36 +51,46 @@ _DARK = """function(_, before) {
 }"""
 
 
-def make_app(folder: Folder, *, own_patterns: bool = False, warm: bool = False) -> Dash:
+def make_app(folder: Folder, *, own_patterns: bool = False, warm: bool = False, prefix: str | None = None) -> Dash:
     """The app over one folder.
 
     Args:
         own_patterns: imports code that rows name; see ``dashboards.report``.
         warm: draws the first view at once.
+        prefix: what the path of every address begins with behind a proxy, ``/user/ann/proxy/8050/``; None takes that of
+            Dash's environment variables. The app also answers without it, for proxies that take it away.
+
+    Raises:
+        ValueError: the prefix is no path of a URL.
     """
-    app = Dash(
-        "dashboards",
-        title="raybsa",
-        update_title="",
-        suppress_callback_exceptions=True,
-        assets_folder="no assets",
-        eager_loading=True,
-    )
+    prefix = prefix_of(prefix)
+    with dash_reads_none():
+        app = Dash(
+            "dashboards",
+            title="raybsa",
+            update_title="",
+            suppress_callback_exceptions=True,
+            assets_folder="no assets",
+            eager_loading=True,
+            routes_pathname_prefix="/",
+            requests_pathname_prefix=prefix,
+        )
+    app.server.wsgi_app = Unprefixed(app.server.wsgi_app, prefix)
     app.index_string = app.index_string.replace("{%css%}", f"<style>{_style()}</style>{{%css%}}")
     app.layout = _layout(folder)
     app.server.after_request(_guarded)
-    drawings = Drawings(folder, own_patterns)
+    drawings = Drawings(folder, own_patterns, prefix)
     if warm:
         drawings.warm_up()
-    _connect(app, folder, drawings)
+    _connect(app, folder, drawings, prefix)
     return app
 
 
 class Drawings:
     """What was drawn lately of a folder: the first view, which is there when a reader comes, and pages gone back to."""
 
-    def __init__(self, folder: Folder, own_patterns: bool) -> None:
-        self._folder, self._own_patterns = folder, own_patterns
+    def __init__(self, folder: Folder, own_patterns: bool, prefix: str = "/") -> None:
+        self._folder, self._own_patterns, self._prefix = folder, own_patterns, prefix
         self._drawing = threading.Lock()  # Plotly looks for half-imported modules when two threads draw their first
         self.page, self.chosen = lru_cache(_KEPT)(self._page), lru_cache(_KEPT)(self._chosen)
 
@@ -97,7 +110,7 @@ class Drawings:
             shown = PAGES[address.page].show(view) if address.page in PAGES else _no_page(address.page)
             top = join(*map(note, _not_offered(address, shown.controls)), shown.top)
             parts = [_made(part, view, dark) for part in (top, shown.rest)]
-        return _nav(address), _controls(address, options(results, address), shown), parts[0], parts[1]
+        return _nav(address, self._prefix), _controls(address, options(results, address), shown), parts[0], parts[1]
 
     def _chosen(self, name: str, query: str, version: int, dark: bool) -> tuple[list, list]:
         """The card and the figures of the trial that the address names, where its page shows one."""
@@ -139,7 +152,7 @@ def _layout(folder: Folder) -> Component:
     )
 
 
-def _connect(app: Dash, folder: Folder, drawings: Drawings) -> None:
+def _connect(app: Dash, folder: Folder, drawings: Drawings, prefix: str) -> None:
     app.clientside_callback(_DARK, Output("dark", "data"), Input("look", "n_intervals"), State("dark", "data"))
     where = (Input("address", "pathname"), Input("address", "search"), Input("version", "data"), Input("dark", "data"))
 
@@ -157,7 +170,7 @@ def _connect(app: Dash, folder: Folder, drawings: Drawings) -> None:
         State("drawn", "data"),
     )
     def draw(pathname: str, query: str, version: int | None, dark: bool | None, drawn: list | None) -> Any:
-        address = _address(pathname, query)
+        address = _address(pathname, query, prefix)
         now = [address.page, address.without("trial").search, version, dark]
         if now == drawn or version is None or dark is None:
             return no_update
@@ -165,7 +178,7 @@ def _connect(app: Dash, folder: Folder, drawings: Drawings) -> None:
 
     @app.callback(Output("chosen", "children"), Output("detail", "children"), *where)
     def choose(pathname: str, query: str, version: int | None, dark: bool | None) -> Any:
-        address = _address(pathname, query)
+        address = _address(pathname, query, prefix)
         if version is None or dark is None:
             return no_update
         return drawings.chosen(address.page, address.search, version, dark)
@@ -179,14 +192,14 @@ def _connect(app: Dash, folder: Folder, drawings: Drawings) -> None:
         prevent_initial_call=True,
     )
     def walk(values: list, clicks: list, pathname: str, query: str) -> Any:
-        before = _address(pathname, query)
+        before = _address(pathname, query, prefix)
         after = _walked(before, ctx.triggered_id, ctx.triggered[0]["value"])
         return no_update if after == before else after.search
 
 
-def _address(pathname: str, query: str) -> Address:
+def _address(pathname: str, query: str, prefix: str = "/") -> Address:
     """The address of a URL: the first page where it names none; runs that are compared are not filtered by run."""
-    address = parse(pathname, query)
+    address = parse(without_prefix(unquote(pathname or ""), unquote(prefix)), query)
     if not address.page:
         return Address(next(iter(PAGES)), address.chosen)
     return address.without("run") if address.page == "compare" else address
@@ -198,7 +211,7 @@ def _walked(address: Address, who: Any, value: Any) -> Address:
         return address
     if who["type"] == "front":
         return address.with_choice("trial", [str(value["points"][0]["customdata"])])
-    values = [value] if isinstance(value, str) else value
+    values = [_meant(one) for one in ([value] if isinstance(value, str) else value)]
     after = address.with_choice(who["name"], values)
     return after.without("trial") if who["name"] == "question" and after != address else after
 
@@ -222,11 +235,13 @@ def _not_offered(address: Address, controls: tuple[Control, ...]) -> list[str]:
     ]
 
 
-def _nav(address: Address) -> list[Component]:
+def _nav(address: Address, prefix: str) -> list[Component]:
     """The filters go along to every page."""
     kept = address.filters.search
     return [
-        dcc.Link(page.TITLE, href=f"/{name}{kept}", className="here" if name == address.page else "", id=f"to-{name}")
+        dcc.Link(
+            page.TITLE, href=f"{prefix}{name}{kept}", className="here" if name == address.page else "", id=f"to-{name}"
+        )
         for name, page in PAGES.items()
     ]
 
@@ -249,11 +264,28 @@ def _choice(control: Control) -> Component:
     return _dropdown(control.name, control.label, control.options, control.value, multi=False)
 
 
+def _offer(option: Option) -> dict[str, str]:
+    """What a dropdown shows; a value that is longer than its label is there on demand."""
+    offer = {"value": _sent(option.value), "label": option.label}
+    return offer | {"title": option.value} if len(option.value) > len(option.label) else offer
+
+
+def _sent(value: str) -> str:
+    """A value as the browser gets it: no object of JavaScript can have a name ``__proto__``, and Dash's dropdown throws
+    over it."""
+    return f"{_UNSEEN}{value}" if value.lstrip(_UNSEEN) == "__proto__" else value
+
+
+def _meant(value: str) -> str:
+    """What ``_sent`` was given."""
+    return value[1:] if value.startswith(_UNSEEN) and _sent(value) != value else value
+
+
 def _dropdown(name: str, label: str, offered: list[Option], value: Any, *, multi: bool) -> Component:
     dropdown = dcc.Dropdown(
         id={"type": "choice", "name": name},
-        options=[{"value": option.value, "label": option.label} for option in offered],
-        value=value,
+        options=[_offer(option) for option in offered],
+        value=[_sent(one) for one in value] if multi else _sent(value),
         multi=multi,
         clearable=multi,
         placeholder="all",

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from dashboards.theme import AXIS, base_figure, colour
+from dashboards.wording import EARLIER_DENSITY, cut
 from raybsa import patterns
 from raybsa.layout import BlockLayout
 from raybsa.spec import ADAPTIVE, AttentionSpec, PatternSpec, TrialSpec
@@ -52,7 +53,9 @@ def drawing_info(spec: TrialSpec, own_patterns: bool = False, most: int = MAX_PA
     layers = list(dict.fromkeys(spec.attention))[:most]
     foreign = [name for layer in layers if layer.pattern for name in _family_names(layer.pattern) if ":" in name]
     if foreign and not own_patterns:
-        return Drawing(tokens, (), f"not drawn: {foreign[0]} is not raybsa's own; --own-patterns imports it")
+        return Drawing(tokens, (), f"not drawn: {cut(str(foreign[0]))} is not raybsa's own; --own-patterns imports it")
+    if not spec.is_current:
+        return Drawing(tokens, (), f"not drawn: {EARLIER_DENSITY}")
     drawn = [_draw(layer, tokens, spec.num_heads, spec.causal, most) for layer in layers]
     problems = [problem for problem in drawn if isinstance(problem, str)]
     panels = [panels for panels in drawn if not isinstance(panels, str)]
@@ -108,9 +111,11 @@ def _draw(attention: AttentionSpec, tokens: int, num_heads: int, causal: bool, m
     try:
         rule = patterns.build(attention.rule)
         block, density = attention.block_size, attention.density
-        layout = rule.layout(tokens, num_heads=num_heads, q_block_size=block, causal=causal, density=density)
+        layout = rule.layout(
+            tokens, num_heads=num_heads, q_block_size=block, causal=causal, density=density, or_least=True
+        )
     except Exception as error:
-        return f"not drawn: {type(error).__name__}: {error}"
+        return cut(f"not drawn: {type(error).__name__}: {error}", 200)
     return _panels(layout, most)
 
 

@@ -20,7 +20,8 @@ def failures_section(results: Results) -> Markup:
 
 def _row(trial: Trial, words: str) -> list[Markup | str]:
     record = trial.record
-    return [trial.id, moment(record.created_at or "–"), record.task, trial.label, element("pre", words)]
+    name = element("span", trial.label, title=trial.whole_label)
+    return [trial.id, moment(record.created_at or "–"), record.task, name, element("pre", words)]
 
 
 def _error(trial: Trial) -> str:

@@ -6,7 +6,7 @@ from dashboards.frames import Results
 from dashboards.markup import Markup, element
 from dashboards.sections.frame import asked, listed
 from dashboards.theme import DENSITY_LABELS
-from dashboards.wording import moment
+from dashboards.wording import EARLIER_DENSITY, moment
 
 
 def header(results: Results, folder: str) -> Markup:
@@ -17,6 +17,8 @@ def header(results: Results, folder: str) -> Markup:
         ("When", _when(results)),
         ("Runs", f"{_count(results)}; {listed(t.record.run_id for t in results.trials)}; results in {folder}"),
     ]
+    if earlier := sum(not trial.spec.is_current for trial in results.trials):
+        facts.append(("Earlier rows", f"{earlier} whose {EARLIER_DENSITY[4:]}: they stand apart"))
     pairs = (part for name, value in facts for part in (element("dt", name), element("dd", value)))
     question = "Which block-sparse pattern gives the best quality for its cost?"
     if results.only_kernels:

@@ -42,4 +42,4 @@ def distinct_patterns(results: Results) -> list[Trial]:
 def _card(page: Page, trial: Trial) -> Markup:
     drawing = page.drawing_of(trial)
     body = note(drawing.problem) if drawing.problem else page.figure(picture_plot(drawing), trial.label)
-    return element("div", element("h4", trial.label), body, class_="card")
+    return element("div", element("h4", trial.label, title=trial.whole_label), body, class_="card")

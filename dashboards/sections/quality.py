@@ -117,6 +117,12 @@ def _title(point: Point) -> str:
     return f"{rank}{point.trial.label}{' (baseline)' if point.trial.is_dense else ''}"
 
 
+def _kept(point: Point) -> str:
+    """``10 % at block 16, window of 416 tokens``."""
+    record = point.trial.record
+    return ", ".join([f"{percent(record.density)} at block {record.block_size}", *point.trial.sizes])
+
+
 def _facts(info: ParetoInfo, point: Point) -> list[tuple[str, str]]:
     record = point.trial.record
     return [
@@ -125,7 +131,7 @@ def _facts(info: ParetoInfo, point: Point) -> list[tuple[str, str]]:
         ("speed-up over dense", times(info.speed_up(point))),
         ("peak memory", size(record.peak_bytes)),
         ("memory over dense", times(ratio(record.peak_bytes, record.dense_peak_bytes))),
-        ("blocks kept", f"{percent(record.density)} at block {record.block_size}"),
+        ("blocks kept", _kept(point)),
         ("computed by", f"{record.variant}, {record.backend}"),
         ("trial", record.trial_id),
         ("made by", _made_by(record)),

@@ -17,7 +17,7 @@ from dashboards.frames import Results, Trial
 from dashboards.markup import Column, Markup, element, join, table
 from dashboards.page import Page
 from dashboards.sections.frame import note, section
-from dashboards.wording import milliseconds, number, percent, question_label, ratio, size, tokens
+from dashboards.wording import cut, milliseconds, number, percent, question_label, ratio, size, tokens
 from raybsa.results.record import efficiencies
 from raybsa.ring.timeline import from_series
 
@@ -64,7 +64,7 @@ def _point(trial: Trial) -> RingPoint:
 
 def _scaling(page: Page, trials: Sequence[Trial]) -> Markup:
     record = trials[0].record
-    heading = element("h3", f"{question_label(trials[0].spec)}, on {record.device_name or record.device}")
+    heading = element("h3", f"{question_label(trials[0].spec)}, on {cut(record.device_name or record.device)}")
     info = ring_scaling_info(ring_lines(trials))
     if info is None:
         return join(heading, note("Measured on one rank only."))

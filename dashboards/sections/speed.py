@@ -9,7 +9,7 @@ from dashboards.frames import Results, Trial, benchmark_command, line_label
 from dashboards.markup import Column, Markup, element, join, table
 from dashboards.page import Page
 from dashboards.sections.frame import note, nothing_yet, section
-from dashboards.wording import milliseconds, number, percent, question_label, ratio, size, times
+from dashboards.wording import cut, milliseconds, number, percent, question_label, ratio, size, times
 
 
 def speed_section(page: Page, results: Results, folder: str) -> Markup:
@@ -27,7 +27,7 @@ def _comparison(page: Page, trials: Sequence[Trial]) -> Markup:
         "Lines of one colour differ in their points."
     )
     return join(
-        element("h3", f"{question_label(trials[0].spec)}, on {record.device_name or record.device}"),
+        element("h3", f"{question_label(trials[0].spec)}, on {cut(record.device_name or record.device)}"),
         note(caption),
         *rows,
         element("h3", "The same in numbers"),
@@ -42,7 +42,7 @@ def speed_memory(page: Page, results: Results) -> Markup | None:
     for trials in results.speed_groups:
         cards = (_card(page, name, own, trials, MEMORY) for name, own in split_by_pattern(trials).items())
         record = trials[0].record
-        heading = element("h3", f"{question_label(trials[0].spec)}, on {record.device_name or record.device}")
+        heading = element("h3", f"{question_label(trials[0].spec)}, on {cut(record.device_name or record.device)}")
         parts += [heading, element("div", *cards, class_="cards")]
     return join(*parts) if parts else None
 

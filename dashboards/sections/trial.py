@@ -23,7 +23,7 @@ def trial_card(page: Page, info: ParetoInfo, point: Point) -> Markup:
     shown = told(info, point)
     facts = (part for name, value in shown.facts for part in (element("dt", name), element("dd", value)))
     return join(
-        element("h3", shown.label),
+        element("h3", shown.label, title=shown.trial.whole_label),
         element("div", data_drawing=page.drawing(shown.trial), class_="pictures"),
         element("dl", *facts),
         element("pre", paste(shown.trial.spec), class_="copied"),
@@ -34,7 +34,7 @@ def trial_detail(page: Page, results: Results, info: ParetoInfo, point: Point) -
     """Its figures, each a card."""
     trial = point.trial
     return join(
-        element("h3", f"Blocks of {trial.label}"),
+        element("h3", f"Blocks of {trial.label}", title=trial.whole_label),
         _pictures(page, trial),
         element(
             "div",

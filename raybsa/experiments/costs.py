@@ -54,6 +54,7 @@ class CostModel:
         there are too few."""
         records = list(map(finite, records))
         rows = [r for r in records if r.forward_ms_p50 and r.forward_backward_ms_p50 and r.variant == "base"]
+        rows = [r for r in rows if spec_of(r).is_current]
         rows = [r for r in rows if (r.device_name, r.num_threads) == (rows[-1].device_name, rows[-1].num_threads)]
         rows = rows[-_MOST:]
         if len(rows) < ENOUGH:

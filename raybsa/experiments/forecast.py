@@ -87,8 +87,9 @@ def sizes_of(spec: TrialSpec) -> Sizes:
 
 
 def ring_rows(records: Iterable[Record]) -> list[RingRow]:
-    """The records of rings that finished and were timed."""
-    return [RingRow(r) for r in records if r.task == "ring" and r.status == "ok" and r.forward_backward_ms_p50]
+    """The records of rings that finished and were timed, of densities as they are now."""
+    timed = (r for r in records if r.task == "ring" and r.status == "ok" and r.forward_backward_ms_p50)
+    return [row for row in map(RingRow, timed) if row.spec.is_current]
 
 
 def fit_rows(rows: Sequence[RingRow], series: Iterable[SeriesPoint]) -> Hardware:

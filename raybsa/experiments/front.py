@@ -14,6 +14,7 @@ from raybsa.results.pareto import Objective, pareto_front
 from raybsa.results.record import Measured, Record, finite, not_finite, spec_of
 from raybsa.results.store import Store
 from raybsa.spec import TrialSpec
+from raybsa.tasks.attention import layer_size
 
 FOLDER = "front"
 _BEST = re.compile(rf"{FOLDER}(-\d+)?/\d+/best\.json")
@@ -62,7 +63,7 @@ def best(record: Record, objectives: Sequence[Objective], path: str) -> dict[str
     """The content of a point's file, which lies at ``path``.
 
     ``attention`` holds the arguments of ``create_block_sparse_attention``, where layers differ a list of them, one a
-    layer; ``layers`` is always such a list.
+    layer; ``layers`` is always such a list; ``sizes`` says what their densities came to at the timed length.
     """
     spec, measured = spec_of(record), asdict(finite(record))
     layers = [spec.factory_arguments(index) for index in range(spec.num_layers)]
@@ -72,6 +73,7 @@ def best(record: Record, objectives: Sequence[Objective], path: str) -> dict[str
         "layers": layers,
         "spec": spec.to_dict(),
         "spec_hash": record.spec_hash,
+        "sizes": [layer_size(spec, index) for index in range(spec.num_layers)],
         "objectives": {str(objective): objective.value(record) for objective in objectives},
         "metrics": {name: measured[name] for name in asdict(Measured()) if measured[name] is not None},
         "trial_id": record.trial_id,
@@ -103,7 +105,10 @@ def front_objectives(store: Store) -> list[str]:
     try:
         return list(_parsed(store.read_file(name), name).objectives)
     except FileNotFoundError as error:
-        raise ValueError(f"a search with a Pareto front was wanted, found none under {store.root!r}") from error
+        raise ValueError(
+            f"a search with a Pareto front was wanted, found none under {store.root!r}: one that was killed writes it "
+            "when it goes on (--resume); --objectives quality,latency takes its trials as they are"
+        ) from error
 
 
 def _parsed(text: bytes, path: str) -> Best:

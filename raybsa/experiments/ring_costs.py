@@ -38,7 +38,7 @@ def overhead(records: Iterable[Record], hardware: Hardware) -> Seconds:
     beyond = []
     for record in records:
         spec = spec_of(record)
-        if spec.ranks.world_size > 1 and record.forward_ms_p50 and record.forward_backward_ms_p50:
+        if spec.is_current and spec.ranks.world_size > 1 and record.forward_ms_p50 and record.forward_backward_ms_p50:
             forward, both = step_seconds(spec, hardware)
             beyond.append((record.forward_ms_p50 / 1e3 - forward, record.forward_backward_ms_p50 / 1e3 - both))
     forward, both = (max(0.0, median(found)) for found in zip(*beyond, strict=True)) if beyond else (0.0, 0.0)

@@ -100,6 +100,8 @@ def _is_denser(record: Record, spec: TrialSpec) -> bool:
     if record.pattern == "dense":
         return True
     answered = spec_of(record)
+    if answered.density_meaning != spec.density_meaning:
+        return False
     if answered.ranks.codec["name"] != "none" and answered.ranks.codec != spec.ranks.codec:
         return False
     same = len(answered.attention) == len(spec.attention)

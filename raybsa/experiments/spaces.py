@@ -15,7 +15,7 @@ from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
 _WINDOWS: dict[str, dict[str, list[Any]]] = {
     "sliding_window": {},
     "sink_window": {"sink": [16, 64, 128]},
-    "bigbird": {"num_globals": [1, 2], "num_random": [1, 2, 3]},
+    "bigbird": {"num_globals": [1, 2]},
     "chunked": {"shift": [0, 64]},
     "dilated": {"dilation_rates": [[1, 2, 4], [1, 4, 16]]},
 }
@@ -63,7 +63,7 @@ SPACES: dict[str, dict[str, Any]] = {
     "long-context": {
         "families": {
             "sink_window": {"sink": [64, 128, 256]},
-            "bigbird": {"num_globals": [1, 2], "num_random": [1, 3]},
+            "bigbird": {"num_globals": [1, 2]},
             "dilated": {"dilation_rates": [[1, 2, 4], [1, 4, 16], [1, 8, 64]]},
             "vertical_slash": {"columns": [[0, 1024], [0, 4096]], "offsets": [[0, 1024, 4096], [0, 512, 2048]]},
             "power_of_two": {},
@@ -80,7 +80,7 @@ SPACES: dict[str, dict[str, Any]] = {
         "families": {
             **DEFAULT_FAMILIES,
             "sink_window": {"sink": [16, 64, 128, 256]},
-            "bigbird": {"num_globals": [1, 2, 4], "num_random": [1, 2, 3]},
+            "bigbird": {"num_globals": [1, 2, 4]},
             "dilated": {"dilation_rates": [[1, 2, 4], [1, 4, 16], [1, 8, 64]]},
             "vertical_slash": {"columns": [[0], [0, 256], [0, 1024]], "offsets": [[0, 128, 256], [0, 512, 2048]]},
             "strided": {"stride": [4, 8, 16]},

@@ -16,9 +16,11 @@ from raybsa.gradients.codec import wide
 from raybsa.spec import UNTRAINED, AttentionSpec, TrialSpec, canonical_json
 from raybsa.variants.source import adaptive_options
 
+_NOTHING = 1e-12  # a density: the smallest member
 _COMPARED_BLOCKS = 512  # longer sequences are compared by their first so many blocks
 TOO_SHORT = "fewer than two blocks"
 DIAGONAL = "its density keeps the diagonal alone"
+UNREACHED = "a density below its family's smallest blocks"
 NO_RULE = "no rule stands for it"
 TOO_MANY_RANKS = "more ranks than blocks"
 UNSPLIT = "a selector that ranks cannot share"
@@ -67,12 +69,27 @@ def why_not(spec: TrialSpec) -> str | None:
     for attention in spec.attention:
         if attention.pattern is None:
             continue
-        blocks = min(_lengths(spec)) // attention.block_size
-        if blocks < 2:
+        length = min(_lengths(spec))
+        if length // attention.block_size < 2:
             return TOO_SHORT
-        if attention.density is not None and round(attention.density * blocks) < 2:
-            return DIAGONAL
+        if attention.density is not None and (reason := _why_not_kept(attention, length, spec.causal)):
+            return reason
     return _why_not_shared(spec) if spec.ranks.world_size > 1 else None
+
+
+def _why_not_kept(attention: AttentionSpec, length: int, causal: bool) -> str | None:
+    """Why no pattern of the family keeps the density at a length; None where one does."""
+    assert attention.density is not None
+    blocks = num_blocks(length, attention.block_size)
+    allowed = blocks * (blocks + 1) // 2 if causal else blocks**2
+    if round(attention.density * allowed) <= blocks:
+        return DIAGONAL
+    if adaptive_options(attention.pattern) is not None:
+        return None
+    smallest = patterns.build(attention.rule).layout(
+        length, q_block_size=attention.block_size, causal=causal, density=_NOTHING, or_least=True
+    )
+    return UNREACHED if attention.density * allowed < smallest.nnz_blocks / smallest.num_groups - 0.5 else None
 
 
 def _why_not_shared(spec: TrialSpec) -> str | None:
@@ -116,5 +133,6 @@ def _blocks(spec: TrialSpec, attention: AttentionSpec, length: int) -> list[str]
         q_block_size=attention.block_size,
         causal=spec.causal,
         density=attention.density,
+        or_least=True,  # the first blocks of a longer sequence may be too few for what that keeps
     )
     return [attention.variant, attention.backend, layout.digest()]

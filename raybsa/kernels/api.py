@@ -129,6 +129,8 @@ def make_call(
 def run_call(call: AttentionCall, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """out and lse (only where the call asks for it) of a call made elsewhere; raises as ``block_sparse_attention``."""
     if torch.compiler.is_compiling() or not is_ordinary(call):
+        if is_distributed(call):  # a rank's part has sizes of its own; torch's views of an empty one loop for ever
+            return _run_otherwise(call, backend)
         return in_sizes_of_kernels(call, partial(_run_otherwise, backend=backend))
     chosen = _chosen(call, backend)
     if call.q.is_meta or not torch.is_autocast_enabled(call.q.device.type):

@@ -42,7 +42,10 @@ def gradients(
     grad_lse: Tensor | None,
     wanted: tuple[bool, bool],
 ) -> tuple[Tensor | None, ...]:
-    """As ``node.run`` asks for them."""
+    """As ``node.run`` asks for them. Rows that are at hand whole are normalised anew: where a mask hides all their keys
+    by a finite number (HF's ``finfo.min``) their lse is too large to hold the logarithm of how many these are."""
+    if all(chunk.whole for chunk in plan_chunks(call).chunks):
+        lse = None
     sums = _Backward(call, wanted, lse, row_delta(out, grad_out, grad_lse), grad_out).run()
     like = (call.q, call.k, call.v, call.attn_mask, call.block_bias)
     return tuple(None if x is None or t is None else x.to(t.dtype) for x, t in zip(sums, like, strict=True))

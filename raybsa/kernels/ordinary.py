@@ -12,8 +12,7 @@ _ORDINARY = frozenset((Tensor, nn.Parameter))
 _active = torch._C._are_functorch_transforms_active
 _modes = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._is_tracing
-_included = torch._C._dispatch_tls_is_dispatch_key_included
-_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+_modes_before_dispatch = torch._ops._len_torch_dispatch_stack_pre_dispatch
 
 
 def is_ordinary(call: AttentionCall) -> bool:
@@ -36,7 +35,7 @@ def is_ordinary(call: AttentionCall) -> bool:
 
 
 def _somebody_looks_on() -> bool:
-    return bool(_active() or _modes() or _tracing() or forward_ad._current_level >= 0 or _included(_PRE_DISPATCH))
+    return bool(_active() or _modes() or _tracing() or forward_ad._current_level >= 0 or _modes_before_dispatch())
 
 
 def why_no_numbers(*tensors: Tensor) -> str | None:

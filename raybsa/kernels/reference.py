@@ -22,11 +22,18 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
     scores = masked_scores(call)
     weights = softmax(scores)
     blind = (scores == float("-inf")).all(-1)
-    lse = torch.logsumexp(scores.masked_fill(blind[..., None], 0.0), -1).masked_fill(blind, float("-inf"))
+    lse = _logsumexp(scores.masked_fill(blind[..., None], 0.0)).masked_fill(blind, float("-inf"))
     if call.dropout_p:
         weights = weights * dropout_factor(call, token_positions(call)[1])
     values = call.v.to(weights.dtype).repeat_interleave(call.queries_per_kv, dim=1)
     return (weights @ values).to(call.q.dtype), lse
+
+
+def _logsumexp(scores: Tensor) -> Tensor:
+    """torch's own has gradients ``exp(score - lse)``, which sum to more than 1 where lse is so large (a mask of
+    ``finfo.min``) that it holds no logarithm beside it."""
+    top = scores.detach().amax(-1, keepdim=True)
+    return torch.log(torch.exp(scores - top).sum(-1)) + top[..., 0]
 
 
 def masked_scores(call: AttentionCall) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from raybsa.patterns.catalog import CATALOG, build
+from raybsa.patterns.pattern import Pattern
 from raybsa.printable import printable
 
 
@@ -28,9 +29,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             density=args.density,
         )
         print(rule.spec.to_dict())
+        if args.density is not None and (size := _member(rule, args).size):
+            print(f"density {args.density:g}: {size}")
         print(layout.describe(group=args.head if layout.num_groups > 1 else 0))
     except (TypeError, ValueError) as error:
         parser.error(str(error))
+
+
+def _member(rule: Pattern, args: argparse.Namespace) -> Pattern:
+    return rule.member(
+        args.seq_len, args.kv_len, density=args.density, q_block_size=args.block_size, causal=args.causal
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

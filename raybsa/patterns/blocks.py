@@ -24,7 +24,8 @@ _GEOMETRY = ("q_len", "kv_len", "q_block_size", "kv_block_size")
 class Blocks(Pattern):
     """The blocks listed in a file that ``save_blocks`` wrote. It fits the lengths and block sizes that it was made for.
 
-    Under a density the listed blocks nearest to the diagonal come first, then the nearest of the others.
+    A density below that of the list cuts the longest rows to one length, by their farthest blocks; one above it adds
+    the nearest of the other blocks, equally many in all rows.
 
     Args:
         path: a Parquet file of the columns ``group, q_block, kv_block`` (one row a block) with the layout's geometry in

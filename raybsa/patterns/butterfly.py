@@ -20,7 +20,9 @@ class Butterfly(Pattern):
     """Tokens see one another iff the numbers of their KV blocks differ in at most one bit: the flat sum of all levels
     of an FFT's butterfly.
 
-    Under a density the blocks that differ in one bit come first, then in two, in three, ...; low bits before high ones.
+    A density sets how many partners a row has: the same number in all rows, as far as they see so many blocks, and one
+    more in evenly spread ones. Those that differ in one bit come first, then in two, in three, ...; low bits before
+    high ones.
     """
 
     family: ClassVar[str] = "butterfly"
@@ -30,6 +32,9 @@ class Butterfly(Pattern):
         reach = max(grid.num_kv_blocks, grid.q_len // grid.kv_block_size + 1)
         partners = unit[:, None] ^ 2 ** torch.arange(reach.bit_length(), device=grid.device)
         return row.repeat_interleave(partners.shape[1]), partners.reshape(-1)
+
+    def own(self, grid: Grid) -> Tensor:
+        return grid.allowed  # rows are even
 
     def order(self, slots: Slots) -> Tensor:
         flips = _flips(slots.grid)

@@ -15,12 +15,16 @@ from raybsa.patterns.ranking import Slots, evenly
 
 @dataclass(frozen=True)
 class Dense(Pattern):
-    """Every token sees every token. Under a density a row keeps evenly spread blocks of all that it may see."""
+    """Every token sees every token. A density sets how many evenly spread blocks of all that it may see a row keeps:
+    the same number in all rows, as far as they see so many, and one more in evenly spread ones."""
 
     family: ClassVar[str] = "dense"
 
     def blocks(self, grid: Grid) -> tuple[Tensor, Tensor]:
         return grid.runs(grid.rows, torch.zeros_like(grid.rows), grid.allowed - 1)
+
+    def own(self, grid: Grid) -> Tensor:
+        return grid.allowed
 
     def order(self, slots: Slots) -> Tensor:
         free = slots.budget[slots.row] - slots.width

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
+from itertools import combinations
+from math import lcm
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from raybsa.patterns.budgets import fit
 from raybsa.patterns.grid import Grid
 from raybsa.patterns.parameters import integers
 from raybsa.patterns.pattern import Pattern
@@ -19,9 +23,9 @@ class Dilated(Pattern):
     """Tokens see one another iff for some pair (segment length, dilation rate) they share a segment and the distance of
     their KV blocks is a multiple of the rate.
 
-    Under a density all segments are scaled alike, so that their natural blocks (``length / rate`` of each pair) fill
-    the largest row's budget; the rates stay. The pairs take turns, each with its nearest block in the row's segment;
-    when all segments are spent, the pairs go on past their ends at their rates.
+    A density scales the segments, all alike, to whole blocks; the rates stay, and of the lengths only their proportions
+    count. What that leaves of it goes to evenly spread rows, which go on past their segments at the rates. Without
+    causality all rows keep the same number: the pairs take turns, each with its nearest block in the row's segment.
 
     Args:
         segment_lengths: tokens.
@@ -45,16 +49,49 @@ class Dilated(Pattern):
     def _pairs(self) -> list[tuple[int, int]]:
         return list(zip(self.segment_lengths, self.dilation_rates, strict=True))
 
+    @property
+    def size(self) -> str:
+        return f"segments of {', '.join(f'{length:,}' for length in self.segment_lengths)} tokens"
+
     def blocks(self, grid: Grid) -> tuple[Tensor, Tensor]:
         found = [_pair_blocks(grid, segment, rate) for segment, rate in self._pairs]
         return torch.cat([row for row, _ in found]), torch.cat([col for _, col in found])
 
+    def at(self, grid: Grid, total: int) -> Dilated:
+        if not grid.causal:
+            scale = max(1, total // grid.num_rows) / sum(segment / rate for segment, rate in self._pairs)
+            return self._of(grid, [max(rate + 1, round(scale * segment)) for segment, rate in self._pairs])
+        shortest, longest = min(self.segment_lengths), max(self.segment_lengths)
+        most = -(-grid.num_kv_blocks * longest // shortest)
+        size = fit(lambda size: self._scaled(grid, size).own(grid), 1, most, total)
+        return self._scaled(grid, size)
+
+    def own(self, grid: Grid) -> Tensor:
+        """Of causal rows alone: a distance counts where it is a multiple of a pair's rate within its segment."""
+        found = grid.width
+        ways = [(grid.first - grid.first // size * size, rate) for size, rate in self._sizes(grid)]
+        for count in range(1, len(ways) + 1):
+            for some in combinations(ways, count):  # what pairs share: inclusion and exclusion
+                reach = reduce(torch.minimum, [left for left, _ in some])
+                found = found - (-1) ** count * (reach // lcm(*(rate for _, rate in some)))
+        return found
+
     def order(self, slots: Slots) -> Tensor:
-        scale = slots.budget.max() / sum(segment / rate for segment, rate in self._pairs)
-        sizes = [(scale * segment).round().long().clamp(min=rate + 1) for segment, rate in self._pairs]
-        ways = [_Way(slots, size, rate) for size, rate in zip(sizes, self.dilation_rates, strict=True)]
+        ways = [_Way(slots, size, rate) for size, rate in self._sizes(slots.grid)]
         spent = torch.stack([way.left + way.right for way in ways]).amax(0)
         return torch.stack([torch.where(slots.rank < spent, way.inside(), way.beyond(spent)) for way in ways], 1)
+
+    def _scaled(self, grid: Grid, longest: int) -> Dilated:
+        """The member whose longest segment has so many blocks."""
+        most = max(self.segment_lengths)
+        return self._of(grid, [max(1, round(longest * segment / most)) for segment in self.segment_lengths])
+
+    def _of(self, grid: Grid, sizes: list[int]) -> Dilated:
+        return replace(self, segment_lengths=tuple(size * grid.kv_block_size for size in sizes))
+
+    def _sizes(self, grid: Grid) -> list[tuple[int, int]]:
+        """Each pair's segment in whole blocks, and its rate."""
+        return [(max(1, segment // grid.kv_block_size), rate) for segment, rate in self._pairs]
 
 
 def _pair_blocks(grid: Grid, segment: int, rate: int) -> tuple[Tensor, Tensor]:
@@ -67,12 +104,12 @@ def _pair_blocks(grid: Grid, segment: int, rate: int) -> tuple[Tensor, Tensor]:
 
 
 class _Way:
-    """A pair's way out from the diagonal in steps of its rate, through a segment of ``size`` () int64 blocks.
+    """A pair's way out from the diagonal in steps of its rate, through a segment of ``size`` blocks.
 
     ``left`` and ``right``, (n,) int64, count its steps before the segment's ends.
     """
 
-    def __init__(self, slots: Slots, size: Tensor, rate: int) -> None:
+    def __init__(self, slots: Slots, size: int, rate: int) -> None:
         self.slots, self.rate = slots, rate
         self.low = slots.first // size * size
         self.high = torch.minimum((slots.last // size + 1) * size, slots.allowed) - 1

@@ -20,8 +20,9 @@ class Document(Pattern):
     """Tokens see one another iff they lie in one document. Blocks that two documents share are kept: give
     ``segment_ids`` to the attention for a cut that is exact to the token.
 
-    Under a density a row keeps evenly spread blocks of its document; where the budget allows for all of it, also evenly
-    spread blocks of the rest that it may see.
+    The documents are what they are: a density sets how many evenly spread blocks of its document a row keeps, the same
+    number in all rows as far as their documents hold so many. A density beyond all documents adds evenly spread blocks
+    of the rest that a row may see, equally many in all rows. Odd blocks go to evenly spread rows.
 
     Args:
         lengths: tokens of the documents in order; they repeat until the sequence is covered.
@@ -36,16 +37,23 @@ class Document(Pattern):
     def blocks(self, grid: Grid) -> tuple[Tensor, Tensor]:
         return grid.token_runs(self._begin(grid.first_token), self._end(grid.last_token) - 1)
 
+    def own(self, grid: Grid) -> Tensor:
+        low, high = self._columns(grid)
+        return high - low + 1
+
     def order(self, slots: Slots) -> Tensor:
-        grid = slots.grid
-        low = self._begin(grid.first_token)[slots.row] // grid.kv_block_size
-        high = (self._end(grid.last_token)[slots.row] - 1) // grid.kv_block_size
-        low, high = torch.minimum(low, slots.first), torch.minimum(high, slots.allowed - 1)
+        low, high = (ends[slots.row] for ends in self._columns(slots.grid))
         free = slots.budget[slots.row] - slots.width
         own = evenly(low, high, (slots.first, slots.last), slots.rank, free)
         past = high - low + 1 - slots.width
         begin, end = torch.zeros_like(low), slots.allowed - 1
         return torch.where(own >= 0, own, evenly(begin, end, (low, high), slots.rank - past, free - past))
+
+    def _columns(self, grid: Grid) -> tuple[Tensor, Tensor]:
+        """(num_rows,) int64 each: the first and the last column of every row's document."""
+        low = self._begin(grid.first_token) // grid.kv_block_size
+        high = (self._end(grid.last_token) - 1) // grid.kv_block_size
+        return torch.minimum(low, grid.first), torch.minimum(high, grid.allowed - 1)
 
     def _begin(self, token: Tensor) -> Tensor:
         """First token of each token's document."""

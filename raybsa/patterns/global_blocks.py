@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from raybsa.patterns.budgets import global_budget, global_rows
+from raybsa.patterns.budgets import global_budget, global_rows, whole_globals, with_globals
 from raybsa.patterns.grid import Grid
 from raybsa.patterns.parameters import integer
 from raybsa.patterns.pattern import Pattern
@@ -19,8 +19,8 @@ from raybsa.patterns.ranking import Slots, skip_diagonal
 class GlobalBlocks(Pattern):
     """Query token i sees key token j iff one of them lies in the first ``num_globals`` KV blocks; each row its own too.
 
-    Under a density the number of globals is what the total budget allows; the last may be a part of one. Exact in total
-    for each head: global rows keep all.
+    A density sets the number of globals; the last may be a part of one, its column in evenly spread rows. Global rows
+    keep all, the others the globals and their diagonal.
 
     Args:
         num_globals: KV blocks.
@@ -28,18 +28,29 @@ class GlobalBlocks(Pattern):
 
     num_globals: int = 1
     family: ClassVar[str] = "global_blocks"
+    free: ClassVar[tuple[str, ...]] = ("num_globals",)
 
     def __post_init__(self) -> None:
         integer("num_globals", self.num_globals)
 
+    @property
+    def size(self) -> str:
+        return f"{self.num_globals:,} global blocks"
+
     def blocks(self, grid: Grid) -> tuple[Tensor, Tensor]:
         return global_blocks(grid, self.num_globals)
+
+    def at(self, grid: Grid, total: int) -> GlobalBlocks:
+        return replace(self, num_globals=whole_globals(grid, total, grid.num_kv_blocks))
+
+    def least(self, grid: Grid) -> Tensor:
+        return with_globals(grid, 1)
 
     def order(self, slots: Slots) -> Tensor:
         return skip_diagonal(slots, slots.rank)
 
-    def budget(self, grid: Grid, density: float) -> Tensor:
-        return global_budget(grid, density, most_globals=grid.num_kv_blocks)
+    def share_out(self, grid: Grid, total: int) -> Tensor:
+        return global_budget(grid, total, most_globals=grid.num_kv_blocks)
 
 
 def global_blocks(grid: Grid, num_globals: int) -> tuple[Tensor, Tensor]:

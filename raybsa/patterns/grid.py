@@ -45,6 +45,16 @@ class Grid:
         """The same geometry for other heads."""
         return replace(self, heads=tuple(heads))
 
+    @cached_property
+    def one_head(self) -> Grid:
+        """The geometry of the first head, with its tensors on the CPU: for what is counted."""
+        return replace(self, heads=self.heads[:1], device=torch.device("cpu"))
+
+    @cached_property
+    def allowed_blocks(self) -> int:
+        """Blocks of one head that may be kept."""
+        return int(self.one_head.allowed.sum())
+
     @property
     def num_q_blocks(self) -> int:
         return num_blocks(self.q_len, self.q_block_size)
@@ -137,11 +147,20 @@ class Grid:
 
     def layout(self, row: Tensor, col: Tensor) -> BlockLayout:
         """The layout of any blocks, repeats and columns out of reach included, and the diagonal."""
+        key = self._distinct(row, col)
+        return self._layout(self._counts(key), key % self.num_kv_blocks)
+
+    def counts(self, row: Tensor, col: Tensor) -> Tensor:
+        """(num_rows,) int64: columns that each row of that layout keeps."""
+        return self._counts(self._distinct(row, col))
+
+    def _distinct(self, row: Tensor, col: Tensor) -> Tensor:
         row, col = (torch.cat(parts) for parts in zip((row, col), self.diagonal, strict=True))
         seen = (col >= 0) & (col < self.allowed[row])
-        key = torch.unique(row[seen] * self.num_kv_blocks + col[seen])
-        counts = torch.bincount(key // self.num_kv_blocks, minlength=self.num_rows)
-        return self._layout(counts, key % self.num_kv_blocks)
+        return torch.unique(row[seen] * self.num_kv_blocks + col[seen])
+
+    def _counts(self, key: Tensor) -> Tensor:
+        return torch.bincount(key // self.num_kv_blocks, minlength=self.num_rows)
 
     def layout_of_rows(self, counts: Tensor, col: Tensor) -> BlockLayout:
         """The layout that keeps ``counts`` (num_rows,) distinct columns a row, listed row after row in any order."""

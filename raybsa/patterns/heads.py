@@ -15,7 +15,7 @@ from raybsa.patterns.pattern import Pattern, check_parts
 
 @dataclass(frozen=True)
 class PerHead(Pattern):
-    """Head h follows rule ``h % len(parts)``, with the budget of that rule under a density.
+    """Head h follows rule ``h % len(parts)``; under a density each is the member of its family for that density.
 
     Args:
         parts: the rules.
@@ -41,11 +41,29 @@ class PerHead(Pattern):
             found.append((its_rows[row], col))
         return torch.cat([row for row, _ in found]), torch.cat([col for _, col in found])
 
-    def budget(self, grid: Grid, density: float) -> Tensor:
-        budget = torch.zeros_like(grid.rows)
+    def at(self, grid: Grid, total: int) -> PerHead:
+        return PerHead(tuple(part.at(grid, total) for part in self.parts))
+
+    def least(self, grid: Grid) -> Tensor:
+        return torch.stack([part.least(grid) for part in self.parts]).amax(0)
+
+    def smallest(self, grid: Grid) -> int:
+        return max(part.smallest(grid) for part in self.parts)
+
+    def budgets(self, grid: Grid, total: int) -> Tensor:
+        budgets = torch.zeros(grid.num_rows, dtype=torch.int64, device="cpu")
         for part, its_grid, its_rows in self._shares(grid):
-            budget[its_rows] = part.budget(its_grid, density)
-        return budget
+            budgets[its_rows.cpu()] = part.budgets(its_grid, total)
+        return budgets
+
+    @property
+    def size(self) -> str:
+        return " / ".join(dict.fromkeys(part.size for part in self.parts if part.size))
+
+    def check(self, density: float) -> float:
+        for part in self.parts:
+            part.check(density)
+        return super().check(density)
 
     def ranked(self, grid: Grid, budget: Tensor) -> Tensor:
         begin = budget.cumsum(0) - budget

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from raybsa.layout import BlockLayout
 from raybsa.patterns import ranking
-from raybsa.patterns.budgets import row_budget
+from raybsa.patterns.budgets import share_out
 from raybsa.patterns.grid import Grid
 from raybsa.patterns.parameters import integer
 from raybsa.patterns.ranking import Slots
@@ -23,10 +23,21 @@ class Pattern(ABC):
     """A rule. A family is a frozen dataclass whose fields are JSON values, and gives ``blocks`` and mostly ``order``.
 
     A family of your own is named ``"module:Class"`` in specs: derive from Pattern, give ``blocks``, and where the
-    nearest of its blocks should not be kept first under a density, ``order``.
+    nearest of its blocks should not be kept first under a density, ``order``. Under a density the longest of its rows
+    are cut to one length; where it asks for more than all of the rule's blocks, every row gets equally many more.
+
+    A density is a number of blocks, of which a family with a free parameter (the width of a window, …) makes one of its
+    own members: ``at``. What the member's blocks leave of the number is spread evenly over the rows.
+
+    Class attributes:
+        family: the name in the catalog; empty in a rule of your own.
+        free: the parameters that a density sets, which therefore cannot be given beside it.
+        one_budget: rows of all heads keep as many blocks, though heads differ.
     """
 
     family: ClassVar[str] = ""
+    free: ClassVar[tuple[str, ...]] = ()
+    one_budget: ClassVar[bool] = False
 
     @abstractmethod
     def blocks(self, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -43,9 +54,30 @@ class Pattern(ABC):
         row, col = self.blocks(slots.grid)
         return ranking.among(slots, row, col)
 
-    def budget(self, grid: Grid, density: float) -> Tensor:
-        """(num_rows,) int64: columns that each row keeps at a density."""
-        return row_budget(grid, density)
+    def at(self, grid: Grid, total: int) -> Pattern:
+        """The member of the family that keeps ``total`` blocks of one head, or as few less as its parameters allow.
+
+        ``order`` and ``budgets`` are asked of it. The rule itself where the family has no free parameter.
+        """
+        return self
+
+    def least(self, grid: Grid) -> Tensor:
+        """(num_q_blocks,) int64: columns that each row of the family's smallest member keeps. ``grid``: of one head."""
+        return torch.ones_like(grid.rows)
+
+    def own(self, grid: Grid) -> Tensor:
+        """(num_q_blocks,) int64: columns that each row keeps by the rule's own parameters. ``grid``: of one head."""
+        return grid.counts(*self.blocks(grid))
+
+    def budgets(self, grid: Grid, total: int) -> Tensor:
+        """(num_rows,) int64 on the CPU: columns that each row keeps, ``total`` in each head."""
+        heads = grid.heads[:1] if self.one_budget or not self.varies_by_head else grid.heads
+        found = [self.share_out(grid.one_head.for_heads([head]), total) for head in heads]
+        return torch.cat(found).repeat(len(grid.heads) // len(heads))
+
+    def share_out(self, grid: Grid, total: int) -> Tensor:
+        """(num_q_blocks,) int64: columns that each row of a head keeps, of ``total``."""
+        return share_out(grid, total, self.least(grid), self.own(grid))
 
     def ranked(self, grid: Grid, budget: Tensor) -> Tensor:
         """(budget.sum(),) int64: each row's ``budget`` columns in order of preference, row after row."""
@@ -55,6 +87,11 @@ class Pattern(ABC):
     def varies_by_head(self) -> bool:
         """Whether heads differ; where they do not, a layout has one group for all."""
         return False
+
+    @property
+    def size(self) -> str:
+        """The parameters that a density sets, in words: ``window of 416 tokens``; empty where there are none."""
+        return ""
 
     def params(self) -> dict[str, Any]:
         """The parameters as JSON values."""
@@ -76,6 +113,7 @@ class Pattern(ABC):
         kv_block_size: int | None = None,
         causal: bool = False,
         density: float | None = None,
+        or_least: bool = False,
         device: torch.device | str | None = None,
     ) -> BlockLayout:
         """The layout of the rule at a length, made in O(nnz) on ``device``. Every row keeps its diagonal.
@@ -86,29 +124,91 @@ class Pattern(ABC):
             num_heads: groups of the layout where the rule differs between heads.
             q_block_size, kv_block_size: tokens of a block, powers of two; KV blocks are as query blocks where None.
             causal: keep no block above the diagonal.
-            density: kept / allowed blocks, in (0, 1]: exactly ``max(1, round(density * allowed))`` in every row, or in
-                total where the family's rows differ (global_blocks, bigbird); the order of preference is the
-                family's. The diagonal comes first, from its first block on. None keeps what the parameters give.
+            density: kept / allowed blocks, in (0, 1]: each head keeps ``round(density * allowed)``, by the parameters
+                that ``member`` has. The diagonal comes first, from its first block on. None keeps what the parameters
+                give.
+            or_least: where the sequence is too short for the density, the family's smallest member instead of an error.
             device: where the layout is made and stays; torch's default where None.
 
         Raises:
-            ValueError: a size, the density or a parameter is out of range.
+            ValueError: a size, the density or a parameter is out of range; a density below the family's smallest
+                member; or a density beside a parameter that it sets.
         """
-        integer("num_heads", num_heads)
-        grid = Grid(
-            q_len,
-            q_len if kv_len is None else kv_len,
-            q_block_size,
-            q_block_size if kv_block_size is None else kv_block_size,
-            bool(causal),
-            num_heads,
-            tuple(range(num_heads if self.varies_by_head else 1)),
-            torch.empty(0, device=device).device,
-        )
+        device = torch.empty(0, device=device).device
+        grid = self._grid(q_len, kv_len, q_block_size, kv_block_size, causal, num_heads, device)
         if density is None:
             return grid.layout(*self.blocks(grid))
-        budget = self.budget(grid, check_density(density))
-        return grid.layout_of_rows(budget, self.ranked(grid, budget))
+        total = self._total(grid, density, or_least)
+        member = self.at(grid.one_head, total)
+        budget = member.budgets(grid, total).to(device)
+        return grid.layout_of_rows(budget, member.ranked(grid, budget))
+
+    def member(
+        self,
+        q_len: int,
+        kv_len: int | None = None,
+        *,
+        density: float,
+        q_block_size: int = 64,
+        kv_block_size: int | None = None,
+        causal: bool = False,
+        or_least: bool = False,
+    ) -> Pattern:
+        """What a density comes to: the same family with the parameters by which ``layout`` keeps its blocks.
+
+        The member's own layout keeps a little less: what its parameters leave of the density is spread over the rows.
+        Arguments and errors are those of ``layout``.
+        """
+        grid = self._grid(q_len, kv_len, q_block_size, kv_block_size, causal, 1, torch.device("cpu"))
+        return self.at(grid, self._total(grid, density, or_least))
+
+    def check(self, density: float) -> float:
+        """The density, for which this rule has room.
+
+        Raises:
+            ValueError: it does not lie in (0, 1], or a parameter that a density sets was given another value than its
+                default.
+        """
+        for parameter in fields(self):
+            value = getattr(self, parameter.name)
+            if parameter.name in self.free and value != parameter.default:
+                raise ValueError(
+                    f"{self.family or type(self).__name__} was given {parameter.name}={value!r} and density={density}, "
+                    f"and a density sets {parameter.name}: give one of the two"
+                )
+        return check_density(density)
+
+    def smallest(self, grid: Grid) -> int:
+        """Blocks of one head of the family's smallest member."""
+        return int(self.least(grid).sum())
+
+    def _grid(
+        self,
+        q_len: int,
+        kv_len: int | None,
+        q_block_size: int,
+        kv_block_size: int | None,
+        causal: bool,
+        num_heads: int,
+        device: torch.device,
+    ) -> Grid:
+        integer("num_heads", num_heads)
+        kv_len = q_len if kv_len is None else kv_len
+        kv_block_size = q_block_size if kv_block_size is None else kv_block_size
+        heads = tuple(range(num_heads if self.varies_by_head else 1))
+        return Grid(q_len, kv_len, q_block_size, kv_block_size, bool(causal), num_heads, heads, device)
+
+    def _total(self, grid: Grid, density: float, or_least: bool) -> int:
+        """Blocks that each head keeps at a density."""
+        allowed, smallest = grid.allowed_blocks, self.smallest(grid.one_head)
+        total = round(self.check(density) * allowed)
+        if total < smallest and not or_least:
+            raise ValueError(
+                f"{self.family or type(self).__name__} keeps at least {smallest} of the {allowed} blocks at "
+                f"{grid.q_len} x {grid.kv_len} tokens in blocks of {grid.q_block_size} x {grid.kv_block_size}: a "
+                f"density from {smallest / allowed:.4g} on was wanted, got {density:g}; or smaller blocks"
+            )
+        return max(total, smallest)
 
     def __or__(self, other: Pattern) -> Union:
         """The rule that keeps the blocks of either."""
@@ -118,6 +218,9 @@ class Pattern(ABC):
 @dataclass(frozen=True)
 class Union(Pattern):
     """The blocks of any part. Under a density the parts take turns, each in its own order.
+
+    Every part is the member of its family for an equal share of the density; what they keep both goes to the nearest
+    blocks of the row.
 
     Args:
         parts: the rules.
@@ -133,11 +236,43 @@ class Union(Pattern):
         found = [part.blocks(grid) for part in self.parts]
         return torch.cat([row for row, _ in found]), torch.cat([col for _, col in found])
 
+    def at(self, grid: Grid, total: int) -> Union:
+        return Union(tuple(part.at(grid, self._share(part, grid, total)) for part in self.parts))
+
+    def least(self, grid: Grid) -> Tensor:
+        beyond_diagonal = torch.stack([part.least(grid) - 1 for part in self.parts]).sum(0)
+        return torch.minimum(1 + beyond_diagonal, grid.allowed)
+
+    def budgets(self, grid: Grid, total: int) -> Tensor:
+        """As much as the parts keep one beside the other."""
+        alone, lists = grid.one_head, self._lists(grid, total)
+        least = self.least(alone)
+        heads = torch.stack(lists).sum(0).split(grid.num_q_blocks)
+        wanted = [torch.minimum(own, alone.allowed).maximum(least) for own in heads]
+        return torch.cat([share_out(alone, total, least, own) for own in wanted])
+
     def ranked(self, grid: Grid, budget: Tensor) -> Tensor:
-        lists = [part.ranked(grid, budget) for part in self.parts]
+        total = int(budget[: grid.num_q_blocks].sum())
+        counts = [found.to(grid.device) for found in self._lists(grid, total)]
+        lists = [(its, part.ranked(grid, its)) for part, its in zip(self.parts, counts, strict=True)]
         return ranking.ranked(
-            grid, budget, lambda slots: torch.stack([ranking.listed(slots, budget, col) for col in lists], 1)
+            grid, budget, lambda slots: torch.stack([ranking.listed(slots, *found) for found in lists], 1)
         )
+
+    @property
+    def size(self) -> str:
+        return " | ".join(part.size for part in self.parts if part.size)
+
+    def check(self, density: float) -> float:
+        for part in self.parts:
+            part.check(density)
+        return super().check(density)
+
+    def _lists(self, grid: Grid, total: int) -> list[Tensor]:
+        return [part.budgets(grid, self._share(part, grid.one_head, total)) for part in self.parts]
+
+    def _share(self, part: Pattern, grid: Grid, total: int) -> int:
+        return max(total // len(self.parts), part.smallest(grid))
 
     @property
     def varies_by_head(self) -> bool:

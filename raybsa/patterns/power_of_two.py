@@ -17,8 +17,9 @@ from raybsa.patterns.ranking import Slots
 class PowerOfTwo(Pattern):
     """Tokens see one another iff the distance of their KV blocks is 0 or a power of two.
 
-    Under a density the distances get finer evenly on the logarithmic scale: first the powers of two, then the middle of
-    each octave, then its quarters, its eighths, ...; short distances before long ones at each step.
+    A density sets how many distances a row sees: the same number in all rows, as far as they see so many blocks, and
+    one more in evenly spread ones. The distances get finer evenly on the logarithmic scale: first the powers of two,
+    then the middle of each octave, then its quarters, its eighths, ...; short distances before long ones at each step.
     """
 
     family: ClassVar[str] = "power_of_two"
@@ -29,6 +30,9 @@ class PowerOfTwo(Pattern):
         powers = 2 ** torch.arange(reach.bit_length(), device=grid.device)
         cols = torch.cat([unit[:, None] - powers, unit[:, None] + powers], 1)
         return row.repeat_interleave(cols.shape[1]), cols.reshape(-1)
+
+    def own(self, grid: Grid) -> Tensor:
+        return grid.allowed  # rows are even
 
     def order(self, slots: Slots) -> Tensor:
         distance = _distances(slots.grid)

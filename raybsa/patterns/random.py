@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from raybsa.counter import Stream, hash_u32
 from raybsa.patterns import ranking
+from raybsa.patterns.budgets import fit
 from raybsa.patterns.grid import Grid, ragged
 from raybsa.patterns.parameters import integer
 from raybsa.patterns.pattern import Pattern
@@ -21,28 +22,41 @@ from raybsa.patterns.ranking import Slots, skip_diagonal
 class Random(Pattern):
     """Each row keeps its diagonal and ``num_random`` other blocks, drawn without repeats for each head and row.
 
-    Draws come from (seed, head, query block) alone, so that they are the same on every device and rank. Under a density
-    their number is what the budget leaves.
+    Draws come from (seed, head, query block) alone, so that they are the same on every device and rank. A density sets
+    their number: the same in all rows, as far as they see so many, and one more in evenly spread ones.
 
     Args:
-        num_random: blocks.
+        num_random: blocks, from 0.
         seed: any integer from 0.
     """
 
     num_random: int = 3
     seed: int = 0
     family: ClassVar[str] = "random"
+    free: ClassVar[tuple[str, ...]] = ("num_random",)
+    one_budget: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        integer("num_random", self.num_random)
+        integer("num_random", self.num_random, least=0)
         integer("seed", self.seed, least=0)
 
     @property
     def varies_by_head(self) -> bool:
         return True
 
+    @property
+    def size(self) -> str:
+        return f"{self.num_random:,} random blocks a row"
+
     def blocks(self, grid: Grid) -> tuple[Tensor, Tensor]:
         return random_blocks(grid, self.num_random, self.seed)
+
+    def at(self, grid: Grid, total: int) -> Random:
+        num_random = fit(lambda count: (grid.width + count).minimum(grid.allowed), 0, grid.num_kv_blocks, total)
+        return replace(self, num_random=num_random)
+
+    def own(self, grid: Grid) -> Tensor:
+        return grid.allowed  # rows are even
 
     def order(self, slots: Slots) -> Tensor:
         return draw(slots, self.seed)

@@ -49,11 +49,6 @@ class Slots:
     def allowed(self) -> Tensor:
         return self.grid.allowed[self.row]
 
-    @cached_property
-    def density(self) -> Tensor:
-        """() float64: the share of the allowed columns that the budgets keep."""
-        return self.budget.sum().double() / self.grid.allowed.sum()
-
 
 Order = Callable[[Slots], Tensor]
 """(n,) slots -> (n,) or (n, choices) int64 columns, -1 for none; the choices of one rank are taken in turn."""

@@ -18,9 +18,8 @@ from raybsa.cache import LayoutCache
 from raybsa.layout import BlockLayout
 from raybsa.patterns.catalog import build
 from raybsa.patterns.pattern import Pattern
-from raybsa.spec import canonical_json
+from raybsa.spec import DENSITY_MEANING, canonical_json
 
-MEANING = 1  # of what is written: another number where the same words would give another layout
 _STEP = 256  # bytes come in multiples of this, so that graphs over most rules have inputs of one size
 _LIVING = WeakTensorKeyDictionary()  # tensor -> a weak reference to the rule that it is of
 
@@ -30,7 +29,7 @@ class WrittenRule:
 
     Args:
         rule: the pattern.
-        density: as in ``Pattern.layout``.
+        density: as in ``Pattern.layout``, as far as a length allows it.
         block_size: tokens of a query and of a KV block.
         causal: query i sees key j only if ``j <= i``.
         cache_size: layouts to keep at hand.
@@ -44,7 +43,7 @@ class WrittenRule:
     ) -> None:
         self.rule, self.density, self.block_size, self.causal = rule, density, block_size, causal
         self._cache: LayoutCache[BlockLayout] = LayoutCache(cache_size)
-        words = {"block_size": block_size, "causal": causal, "density": density, "meaning": MEANING}
+        words = {"block_size": block_size, "causal": causal, "density": density, "meaning": DENSITY_MEANING}
         text = canonical_json(words | {"pattern": rule.spec.to_dict()}).encode()
         text = text.ljust(-(-len(text) // _STEP) * _STEP)
         with torch.inference_mode(False):
@@ -56,7 +55,8 @@ class WrittenRule:
         return type(self), (self.rule, self.density, self.block_size, self.causal, self._cache.maxsize)
 
     def layout(self, q_len: int, kv_len: int, num_heads: int, device: torch.device) -> BlockLayout:
-        """The rule's layout, from the cache where it is there."""
+        """The rule's layout, from the cache where it is there; at a length too short for the density that of the
+        family's smallest member, since an attention serves every length."""
 
         def make() -> BlockLayout:
             return self.rule.layout(
@@ -66,6 +66,7 @@ class WrittenRule:
                 q_block_size=self.block_size,
                 causal=self.causal,
                 density=self.density,
+                or_least=True,
                 device=device,
             )
 
@@ -86,9 +87,9 @@ def rule_in(tensor: Tensor) -> WrittenRule:
 @lru_cache(maxsize=64)
 def _made(text: bytes) -> WrittenRule:
     words = json.loads(text)
-    if words["meaning"] != MEANING:
+    if words["meaning"] != DENSITY_MEANING:
         raise ValueError(
-            f"a pattern written with meaning {MEANING} of a layout was wanted, got {words['meaning']}: this program "
-            "was saved by another version of raybsa, which would have kept other blocks; export it again"
+            f"a pattern written with meaning {DENSITY_MEANING} of a layout was wanted, got {words['meaning']}: this "
+            "program was saved by another version of raybsa, which would have kept other blocks; export it again"
         )
     return WrittenRule(build(words["pattern"]), words["density"], words["block_size"], words["causal"])

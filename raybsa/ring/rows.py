@@ -10,6 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+
+from raybsa.patterns.budgets import even
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +71,7 @@ def rows_of(
     Args:
         family: ``"dense"``, ``"sliding_window"``, ``"sink_window"`` or ``"random"``.
         num_blocks: blocks of the whole sequence.
-        density: kept / allowed blocks of each row; or
+        density: kept / allowed blocks, the same number in all rows as far as they see so many; or
         window: blocks that a row sees to each side of its own, whatever the length.
         sinks: blocks at the start that all rows of ``"sink_window"`` see.
 
@@ -87,7 +90,8 @@ def rows_of(
     if window is not None:
         return _run(np.maximum(i - window, 0), np.minimum(i + window + 1, allowed), first_sinks, causal)
     assert density is not None
-    kept = np.maximum(1, np.round(density * allowed)).astype(np.int64)
+    least = torch.from_numpy(1 + np.minimum(i, first_sinks))
+    kept = even(least, torch.from_numpy(allowed), round(density * int(allowed.sum()))).numpy()
     if family == "random":
         return Rows(i, i + 1, np.zeros_like(i), (kept - 1).astype(float), causal, heads_differ=True)
     return _budgeted(i, kept, allowed, first_sinks, causal)
@@ -105,4 +109,5 @@ def _budgeted(i: np.ndarray, kept: np.ndarray, allowed: np.ndarray, sinks: int, 
     before = np.minimum(np.minimum(kept - 1, sinks), i)
     width = kept - before
     first = i + 1 - width if causal else np.clip(i - width // 2, before, allowed - width)
-    return Rows(first, first + width, before, np.zeros(len(i)), causal)
+    end = np.maximum.accumulate(first + width)  # at the sequence's ends an odd block more or less
+    return Rows(np.maximum.accumulate(first), end, before, np.zeros(len(i)), causal)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from raybsa.axis import check_geometry
-from raybsa.patterns.budgets import level
+from raybsa.patterns.budgets import even
 from raybsa.patterns.dilated import Dilated
 from raybsa.patterns.parameters import integer
 from raybsa.patterns.pattern import check_density
@@ -35,8 +35,6 @@ class Rules:
         sinks: blocks at the start.
         window: blocks up to this distance, the own one included; 1 is the diagonal alone.
         max_blocks: the most that a row keeps, whatever the density; bounds work and memory to O(N).
-        even: all rows keep the same number, as far as they have candidates, with the density exact in total; else each
-            keeps its share of what it may see, so that a causal sequence's first rows keep least.
 
     Raises:
         ValueError: a number out of range.
@@ -48,7 +46,6 @@ class Rules:
     sinks: int = 0
     window: int = 1
     max_blocks: int | None = None
-    even: bool = True
 
     def __post_init__(self) -> None:
         check_geometry(1, 1, self.block_size, self.block_size)
@@ -104,15 +101,13 @@ class Rules:
         return self.diagonal(rows, columns) + 1 if self.causal else torch.full_like(rows, columns)
 
     def budget(self, rows: Tensor, num_rows: int, columns: int, density: float) -> Tensor:
-        """(R,) int64 of ``rows`` among ``num_rows``: the same in all rows, of which the first have one more, or without
-        ``even`` ``max(1, round(density * allowed))``; but no more than there are candidates or ``max_blocks``."""
+        """(R,) int64 of ``rows`` among ``num_rows``: the same in all rows, of which the last, which have most to
+        choose from, have one more, so that the density is exact in total; but at least one, and no more than candidates
+        or ``max_blocks``."""
         check_density(density)
-        if not self.even:
-            wanted = (density * self.allowed(rows, columns).double()).round().long().clamp(min=1)
-            return torch.minimum(wanted, self._most(rows, columns))
         every = torch.arange(num_rows, device=rows.device)
         total = round(density * int(self.allowed(every, columns).sum()))
-        return level(torch.ones_like(every), self._most(every, columns), total)[rows]
+        return even(torch.ones_like(every), self._most(every, columns), total, last_first=True)[rows]
 
     def _most(self, rows: Tensor, columns: int) -> Tensor:
         """(R,) int64: the most that each row can keep."""

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raybsa import patterns
 from raybsa.layout import BlockLayout
-from raybsa.spec import DENSE, DISTRIBUTED, TrialSpec
+from raybsa.spec import ADAPTIVE, DENSE, DENSITY_MEANING, DISTRIBUTED, TrialSpec
 from raybsa.variants.factory import create_block_sparse_attention, create_multihead_block_sparse
 from raybsa.variants.source import layout_source
 
@@ -28,6 +29,7 @@ class DenseAttention(nn.Module):
 
 def build_attention(spec: TrialSpec, index: int) -> nn.Module:
     """The module of layer ``index``: forward(q, k, v) -> (B, H, S, D)."""
+    require_current(spec)
     attention = spec.layer(index)
     if attention.variant == DENSE:
         return DenseAttention(spec.causal)
@@ -85,6 +87,7 @@ def timed_attention(spec: TrialSpec, index: int, *, dense: bool = False) -> nn.M
 def layer_layout(spec: TrialSpec, index: int, length: int | None = None) -> BlockLayout:
     """The blocks of layer ``index`` at ``length`` tokens (``seq_len``), on the CPU: those of the dense baseline all, of
     a learned pattern as many as it keeps."""
+    require_current(spec)
     attention, length = spec.layer(index), length or spec.seq_len
     source = layout_source(
         attention.rule,
@@ -98,6 +101,27 @@ def layer_layout(spec: TrialSpec, index: int, length: int | None = None) -> Bloc
         num_kv_heads=spec.num_kv_heads,
     )
     return source.layout(length, length, spec.num_heads, torch.device("cpu"))
+
+
+def layer_size(spec: TrialSpec, index: int) -> str:
+    """What the density of layer ``index`` came to at ``seq_len``, in words: ``window of 416 tokens``; empty where there
+    is nothing to say."""
+    attention = spec.layer(index)
+    if attention.density is None or attention.rule.name == ADAPTIVE or not spec.is_current:
+        return ""
+    rule, size = patterns.build(attention.rule), attention.block_size
+    return rule.member(
+        spec.seq_len, density=attention.density, q_block_size=size, causal=spec.causal, or_least=True
+    ).size
+
+
+def require_current(spec: TrialSpec) -> None:
+    """Raises ValueError for a question whose densities had an earlier meaning: its blocks are no longer made."""
+    if not spec.is_current:
+        raise ValueError(
+            f"this question was asked when a density was a share of every row (meaning {spec.density_meaning}), and "
+            f"now it is one of all blocks in the pattern's own shape (meaning {DENSITY_MEANING}): ask it anew"
+        )
 
 
 def layer_density(spec: TrialSpec, index: int) -> float:

@@ -28,7 +28,7 @@ class BlockSparseAdaptive(nn.Module):
         block_size: tokens of a block, a power of two.
         causal: query i sees key j only if ``j <= i``, and no choice looks at a later token.
         dropout, scale, backend: as in ``BlockSparseBase``.
-        options: the others of ``BlockSelector``: method, gate_dim, sinks, window, max_blocks, even, top_p, warmup,
+        options: the others of ``BlockSelector``: method, gate_dim, sinks, window, max_blocks, top_p, warmup,
             anneal, temperature, sample_rows, seed.
 
     Attributes:

@@ -38,9 +38,19 @@ def attends_by_hand(cls: Any) -> str | None:
     called = _called(cls)
     if INTERFACE in called:
         return None
-    whole = sorted(called & WHOLE)
-    if whole:
-        return whole[0]
+    return next(iter(sorted(called & WHOLE)), None) or _product(cls, called)
+
+
+@lru_cache(maxsize=4096)
+def writes_out(cls: Any) -> str | None:
+    """The same, of a class named for attention that calls neither torch's attention nor an interface: ``swap`` sees
+    nothing of it."""
+    called = _called(cls)
+    named = "att" in cls.__name__.lower() and not issubclass(cls, nn.MultiheadAttention)
+    return None if INTERFACE in called or called & WHOLE or not named else _product(cls, called)
+
+
+def _product(cls: Any, called: frozenset[str]) -> str | None:
     product = sorted(called & PRODUCTS)
     other = cls.__module__.startswith("transformers.") and "att" not in cls.__name__.lower()
     return f"softmax and {product[0]}" if "softmax" in called and product and not other else None

@@ -34,7 +34,6 @@ NOT_SERVED = (
     "cu_seq_lens_q",
     "indices",
     "output_attentions",
-    "position_bias",
     "s_aux",
     "sinks",
     "softcap",
@@ -110,6 +109,7 @@ class HFAttention:
         dropout: float = 0.0,
         scaling: float | None = None,
         is_causal: bool | None = None,
+        position_bias: Tensor | None = None,
         **others: Any,
     ) -> tuple[Tensor, None]:
         """(B, Sq, H, Dv) and no weights; 0 for queries that are padding.
@@ -122,6 +122,7 @@ class HFAttention:
                 (True = attend) or added to the scores.
             dropout, scaling: as ``dropout_p`` and ``scale`` of ``block_sparse_attention``.
             is_causal: None is the module's.
+            position_bias: (B or 1, H, Sq, Skv), added to the scores.
 
         Raises:
             NotImplementedError: the model asks for what is not served, ``NOT_SERVED`` among it.
@@ -135,6 +136,7 @@ class HFAttention:
         given, (q_len, kv_len) = self._source(module), (query.shape[2], key.shape[2])
         seen = seen_by(attention_mask, kv_len)
         causal = self._is_causal(module, is_causal, seen, given, q_len, kv_len)
+        seen = seen.with_keys().with_bias(None if position_bias is None else position_bias[..., :kv_len])
         cross = not causal and (q_len != kv_len or is_cross(module))
         source = self._for_cross(module, given) if cross else self._for(given, causal)
         options: dict[str, Any] = {"scale": scaling, "dropout_p": dropout}
@@ -146,7 +148,7 @@ class HFAttention:
             return attend(source, q, k, v, attn_mask=mask, backend=self.backend, **options)
 
         if seen.keys is None or cross:
-            return attend_alone(q, k, v, _both(seen)).transpose(1, 2).contiguous(), None
+            return attend_alone(q, k, v, seen.as_mask()).transpose(1, 2).contiguous(), None
         if isinstance(source, FixedPattern):
             return eagerly(one_by_one, attend_alone, q, k, v, seen.whole, seen.keys), None
         if q_len < kv_len:
@@ -166,8 +168,8 @@ class HFAttention:
     ) -> bool:
         if seen.causal is not None:
             return seen.causal
-        causal = getattr(module, "is_causal", True) if asked is None else asked
-        return is_causal_call(seen.whole, q_len, kv_len, source_causal=source.causal, model_causal=bool(causal))
+        causal = getattr(module, "is_causal", None) if asked is None else asked
+        return is_causal_call(seen.whole, q_len, kv_len, source_causal=source.causal, model_causal=causal)
 
     def _for(self, source: LayoutSource, causal: bool) -> LayoutSource:
         """The source as a causal one, or as one that is not."""
@@ -219,14 +221,6 @@ def _twin(source: FixedPattern) -> FixedPattern:
 
 def _keeps_all(source: FixedPattern) -> bool:
     return source.density == 1.0 if source.density is not None else source.rule.family == DENSE
-
-
-def _both(seen: Seen) -> Tensor | None:
-    """The mask of a call that counts padded tokens like others, and hides them."""
-    if seen.keys is None:
-        return seen.whole
-    keys = seen.keys[:, None, None, :]
-    return keys if seen.whole is None else seen.whole & keys
 
 
 def _cannot_decode(queries: int, tokens: int) -> NotImplementedError:

@@ -7,7 +7,42 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+# What the type of a mask (B, Skv) of ours says: whether the call is causal, and whether some token may be padding.
+_KINDS = {
+    torch.int16: (True, True),
+    torch.uint8: (False, True),
+    torch.int64: (True, False),
+    torch.int32: (False, False),
+}
+_HIDDEN = -1e4  # what is added to a score and hides its key, or less: models write it themselves
 _PADDING = -1  # in a whole mask of ours, int8: the column of a key that is padding; else 1 = attend, 0 = hidden
+
+
+class Told(Tensor):
+    """A mask of ours, which says what no mask of transformers does: ``seen_by`` reads it, no model by itself."""
+
+    _MAY = frozenset(("__get__", "__set__", "dim", "size", "to", "detach", "is_floating_point", "contiguous", "numel"))
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name not in cls._MAY:
+            raise NotImplementedError(
+                "a model that hands its mask on to attention layers was wanted, got one that itself reads it "
+                f"({name}), and raybsa's says other things; load it with attn_implementation='eager'"
+            )
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def _told(mask: Tensor) -> Tensor:
+    return mask if torch.compiler.is_compiling() else mask.as_subclass(Told)
+
+
+def _untold(mask: Tensor | None) -> Tensor | None:
+    if not isinstance(mask, Told):
+        return mask
+    with torch._C.DisableTorchFunctionSubclass():
+        return mask.as_subclass(Tensor)
 
 
 class Seen(NamedTuple):
@@ -23,6 +58,28 @@ class Seen(NamedTuple):
     whole: Tensor | None = None
     causal: bool | None = None
 
+    def with_keys(self) -> Seen:
+        """With a whole mask that only hides keys, the same from every query, as the keys that it does not hide."""
+        if self.whole is None or self.whole.shape[1:3] != (1, 1) or torch.compiler.is_compiling():
+            return self
+        hides = ~_allowed(self.whole)
+        plain = self.whole.dtype == torch.bool or not bool(self.whole[~hides].any())
+        return self._replace(whole=None, keys=_padded(~hides[:, 0, 0])) if plain else self
+
+    def with_bias(self, bias: Tensor | None) -> Seen:
+        """With a bias (B or 1, H, Sq, Skv) that is added to the scores, as T5's of positions."""
+        if bias is None:
+            return self
+        bias = bias if self.whole is None else _both(self.whole, bias)
+        return self._replace(whole=bias)
+
+    def as_mask(self) -> Tensor | None:
+        """``attn_mask`` of a call that counts padded tokens as others are, and hides them."""
+        if self.keys is None:
+            return self.whole
+        keys = self.keys[:, None, None, :]
+        return keys if self.whole is None else _both(keys, self.whole)
+
 
 def make_mask(
     *,
@@ -35,14 +92,16 @@ def make_mask(
     mask_function: Any,
     **others: Any,
 ) -> Tensor | None:
-    """None or (B, Skv), the keys that count, where a model asks for causal attention (bool) or bidirectional (uint8)
-    and no more; None leaves the choice of the two to the layer. (B, 1, Sq, Skv) for all else (packed sequences, sliding
-    windows, prefixes): bool, True = attend; int8 where it also knows of padding. ``seen_by`` reads them.
+    """(B, Skv), the keys that count, where a model asks for causal or bidirectional attention and no more; its type
+    says which (``_KINDS``), as a layer's own word for that may be another. (B, 1, Sq, Skv) for all else (packed
+    sequences, sliding windows, prefixes): bool, True = attend; int8 where it also knows of padding. ``seen_by`` reads
+    them.
 
     Called by transformers before the first layer, with the arguments of its mask functions (``sdpa_mask``).
 
     Raises:
-        NotImplementedError: a cache whose keys do not begin at the first token and end at the last.
+        NotImplementedError: a cache whose keys do not begin at the first token and end at the last; padding, and a
+            model that itself reads the mask.
     """
     from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
@@ -52,12 +111,14 @@ def make_mask(
             "a cache that holds all tokens so far and no more was wanted (DynamicCache without sliding layers), got "
             f"keys {key} to {key + kv_length} for queries {query} to {query + q_length}"
         )
+    attention_mask = _untold(attention_mask)
     if attention_mask is not None and not torch.compiler.is_compiling() and bool(attention_mask.all()):
         attention_mask = None  # a compiled graph would end with a look at its numbers
-    if mask_function is causal_mask_function:
-        return _keys(attention_mask, batch_size, kv_length, torch.bool, others, "allow_is_causal_skip")
-    if mask_function is bidirectional_mask_function:
-        return _keys(attention_mask, batch_size, kv_length, torch.uint8, others, "allow_is_bidirectional_skip")
+    plain = {causal_mask_function: True, bidirectional_mask_function: False}.get(mask_function)
+    causal, bidirectional = (others.get(f"allow_is_{kind}_skip", True) for kind in ("causal", "bidirectional"))
+    reads_it = plain is not None and not (causal if plain else bidirectional)
+    if plain is not None and not reads_it:
+        return _keys(attention_mask, (batch_size, kv_length), plain, others["device"])
     whole = sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -68,17 +129,23 @@ def make_mask(
         mask_function=mask_function,
         **others,
     )
-    if whole is None or attention_mask is None:
+    if whole is None:
+        return _keys(None, (batch_size, kv_length), causal, others["device"])
+    if attention_mask is None:
         return whole
-    return whole.to(torch.int8).masked_fill(~attention_mask.bool()[:, None, None, :kv_length], _PADDING)
+    if reads_it:
+        raise NotImplementedError(
+            "a batch without padding was wanted, as this model itself reads the mask, in which raybsa says what is "
+            "padding, got one with padding"
+        )
+    return _told(whole.to(torch.int8).masked_fill(~attention_mask.bool()[:, None, None, :kv_length], _PADDING))
 
 
-def _keys(
-    keys: Tensor | None, batch: int, kv_len: int, dtype: torch.dtype, asked: dict[str, Any], may_skip: str
-) -> Tensor | None:
-    if keys is not None:
-        return keys[:, :kv_len].to(dtype)
-    return None if asked.get(may_skip, True) else torch.ones(batch, kv_len, dtype=dtype, device=asked.get("device"))
+def _keys(keys: Tensor | None, shape: tuple[int, int], causal: bool, device: torch.device) -> Tensor:
+    kind = next(dtype for dtype, known in _KINDS.items() if known == (causal, keys is not None))
+    if keys is None:
+        return _told(torch.ones((), dtype=kind, device=device).expand(shape))
+    return _told(keys[:, : shape[1]].to(kind))
 
 
 def seen_by(mask: Tensor | None, kv_len: int) -> Seen:
@@ -87,12 +154,14 @@ def seen_by(mask: Tensor | None, kv_len: int) -> Seen:
     Raises:
         ValueError: it is not for these keys.
     """
+    mask = _untold(mask)
     if mask is None:
         return Seen()
     if mask.dim() not in (2, 4) or mask.shape[-1] != kv_len:
         raise ValueError(f"a mask (B, {kv_len}) or (B, H, Sq, {kv_len}) was wanted, got {tuple(mask.shape)}")
     if mask.dim() == 2:
-        return Seen(keys=_padded(mask.bool()), causal=mask.dtype == torch.bool)
+        causal, padded = _KINDS.get(mask.dtype, (None, True))
+        return Seen(keys=_padded(mask.bool()) if padded else None, causal=causal)
     if mask.dtype == torch.int8:
         return Seen(keys=_padded((mask != _PADDING).any(2)[:, 0]), whole=mask > 0)
     return Seen(whole=mask)
@@ -103,17 +172,23 @@ def _padded(keys: Tensor) -> Tensor | None:
     return None if not torch.compiler.is_compiling() and bool(keys.all()) else keys
 
 
-def is_causal_call(whole: Tensor | None, q_len: int, kv_len: int, *, source_causal: bool, model_causal: bool) -> bool:
-    """Whether the layout of a call is to be causal: where the model is, and no whole mask shows later keys.
+def is_causal_call(
+    whole: Tensor | None, q_len: int, kv_len: int, *, source_causal: bool, model_causal: bool | None
+) -> bool:
+    """Whether the layout of a call is to be causal: where the layer is, and no whole mask shows later keys.
+
+    ``model_causal`` None: the layer does not say; it is causal where no mask shows later keys.
 
     Raises:
-        ValueError: such a mask, and a source that was given as causal; or a cache with room ahead. A compiled graph,
-            which cannot look, raises RuntimeError when it runs.
+        ValueError: such a mask, of a layer that says it is causal, and a source that was given as causal; or a cache
+            with room ahead. A compiled graph, which cannot look, raises RuntimeError when it runs.
     """
-    if whole is None or not model_causal:
-        return model_causal
+    if whole is None or model_causal is False:
+        return model_causal is not False
+    if model_causal is None and whole.shape[-2] < q_len:
+        return False
     later = _shows_later(whole, q_len, kv_len)
-    if source_causal or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (source_causal and model_causal):
         _refuse(later, "a mask within causality was wanted, as the source is causal: got one that shows later keys")
     elif bool(later):
         return False
@@ -126,8 +201,15 @@ def is_causal_call(whole: Tensor | None, q_len: int, kv_len: int, *, source_caus
     return True
 
 
+def _both(mask: Tensor, other: Tensor) -> Tensor:
+    """What both of two masks say, each bool or added to the scores."""
+    if other.dtype == torch.bool:
+        return mask & other if mask.dtype == torch.bool else torch.where(other, mask, -torch.inf)
+    return torch.where(mask, other, -torch.inf) if mask.dtype == torch.bool else mask + other
+
+
 def _allowed(mask: Tensor) -> Tensor:
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+    return mask if mask.dtype == torch.bool else mask > max(torch.finfo(mask.dtype).min, _HIDDEN)
 
 
 def _shows_later(mask: Tensor, q_len: int, kv_len: int) -> Tensor:

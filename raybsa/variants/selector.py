@@ -36,7 +36,7 @@ METHODS = ("distill", "bias", "compressed", "mean-pool")
 class BlockSelector(nn.Module):
     """Chooses blocks by pooled q and k, one choice a sample and KV head, which its query heads share.
 
-    All rows keep the same number of blocks, as far as they have candidates (``even``), with the density exact in total:
+    All rows keep the same number of blocks, as far as they have candidates, with the density exact in total:
     the diagonal, sinks and a local window first, then the best by the gate. A causal row chooses by the tokens before
     its own block and its first token, so no output depends on a later token. Samples do not influence each other, nor
     do tokens that masks hide from one another: ``Visibility`` says what a row may look at then.
@@ -60,7 +60,7 @@ class BlockSelector(nn.Module):
         causal: keep no block above the diagonal.
         method: as above.
         gate_dim: numbers that the gate compares, at most ``head_dim``.
-        sinks, window, max_blocks, even: as in ``Rules``.
+        sinks, window, max_blocks: as in ``Rules``.
         top_p: keep no more of a row's free blocks than hold this share of the gate's probability, in (0, 1]; rows then
             keep at most their number. Reads sizes back from a GPU. None: no cap.
         warmup, anneal: training steps at density 1, and from there to ``density``.
@@ -94,7 +94,6 @@ class BlockSelector(nn.Module):
         sinks: int = Rules.sinks,
         window: int = Rules.window,
         max_blocks: int | None = Rules.max_blocks,
-        even: bool = Rules.even,
         top_p: float | None = None,
         warmup: int = 0,
         anneal: int = 0,
@@ -120,7 +119,7 @@ class BlockSelector(nn.Module):
         self.method, self.top_p, self.seed = method, top_p, seed
         self.sample_rows, self.sharpness = sample_rows, float(sharpness)
         segments = segment_pairs(segment_lengths, dilation_rates)
-        self.rules = Rules(block_size, bool(causal), segments, sinks, window, max_blocks, even)
+        self.rules = Rules(block_size, bool(causal), segments, sinks, window, max_blocks)
         self.density = Schedule(1.0 if warmup or anneal else check_density(density), density, warmup, anneal)
         self.temperature = Schedule(temperature[0], temperature[1], warmup, anneal)
         learns = method != "mean-pool"

@@ -14,7 +14,7 @@ from raybsa.axis import check_geometry
 from raybsa.kernels.call import AttentionCall
 from raybsa.kernels.ordinary import has_numbers, has_one_layout
 from raybsa.layout import BlockLayout
-from raybsa.patterns.pattern import Pattern, check_density
+from raybsa.patterns.pattern import Pattern
 from raybsa.patterns.written import WrittenRule
 from raybsa.spec import ADAPTIVE, PatternSpec
 from raybsa.variants.selection import Selection
@@ -62,13 +62,15 @@ class FixedPattern:
 
     Args:
         pattern: a rule, its PatternSpec or that spec's dict, or a family's name.
-        density: share of the allowed blocks to keep, in (0, 1]; None keeps what the rule gives by itself.
+        density: share of the allowed blocks to keep, in (0, 1]; None keeps what the rule gives by itself. A sequence
+            too short for it keeps the smallest member of the family.
         block_size: tokens of a query and of a KV block, a power of two.
         causal: query i sees key j only if ``j <= i``.
         cache_size: layouts to keep at hand.
 
     Raises:
-        ValueError, TypeError: an unknown pattern or parameter, or a density or block size out of range.
+        ValueError, TypeError: an unknown pattern or parameter, a density or block size out of range, or a density
+            beside a parameter that it sets.
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class FixedPattern:
     ) -> None:
         check_geometry(1, 1, block_size, block_size)
         self.rule = patterns.build(pattern)
-        self.density = None if density is None else check_density(density)
+        self.density = None if density is None else self.rule.check(density)
         self.block_size = block_size
         self.causal = causal
         self.written = WrittenRule(self.rule, self.density, block_size, causal, cache_size)

@@ -2,9 +2,9 @@
 
 Seen is what attends inside of the forward of the model or of a module in it: an ``nn.MultiheadAttention``, and each
 call of ``F.scaled_dot_product_attention`` by whatever name. Not seen are FlexAttention, a product and softmax written
-out by hand, and what a forward has threads of its own compute, unless they call modules of the model. A compiled,
-scripted or exported model is refused; ``torch.compile`` leaves a swapped one as it is. An attending module has a
-number: its place in the order of first calls.
+out by hand (refused in a class that is named for attention), and what a forward has threads of its own compute, unless
+they call modules of the model. A compiled, scripted or exported model is refused; ``torch.compile`` leaves a swapped
+one as it is. An attending module has a number: its place in the order of first calls.
 
     swap_attention(model, best["layers"], lambda: model(inputs))    # the point of a search, in the module it was for
 """
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from raybsa.kernels.call import AttentionCall
 from raybsa.layout import BlockLayout
 from raybsa.spec import DENSE, AttentionSpec
+from raybsa.variants.by_hand import writes_out
 from raybsa.variants.selection import Selection
 from raybsa.variants.selector import BlockSelector
 from raybsa.variants.source import FixedPattern, layout_source
@@ -133,12 +134,20 @@ def served_by(
 
     Raises:
         ValueError: another number of attentions, or one that is not of ``VARIANTS``.
+        NotImplementedError: beside what attends so, a class named for attention writes it out, and would stay dense.
     """
     if not found:
         raise ValueError(
             "a model was wanted that calls F.scaled_dot_product_attention or has an nn.MultiheadAttention at work, got "
             f"{type(model).__name__}, which has neither: attention written out as a product and a softmax is not seen"
         )
+    for name, module in model.named_modules():
+        cls: Any = type(module)
+        if writes_out(cls) is not None:
+            raise NotImplementedError(
+                f"{named(name)}: a call of F.scaled_dot_product_attention was wanted, got {cls.__name__}, whose "
+                f"attention is written out ({writes_out(cls)}) and would stay dense beside the swapped ones"
+            )
     if len(attentions) not in (1, len(found)):
         raise ValueError(
             f"one attention for all, or one for each module that attends, was wanted: got {len(attentions)} for "

@@ -26,7 +26,7 @@ MACHINE = Hardware(
 def ring_spec(
     world_size: int,
     seq_len: int = 2048,
-    density: float | None = 0.1,
+    density: float | None = 0.2,
     partition: str = "balanced",
     family: str = "sink_window",
 ) -> TrialSpec:
@@ -73,7 +73,7 @@ def ring_record(trial_id: str, spec: TrialSpec, **values: object) -> Record:
 
 def a_ring_benchmark() -> list[Record]:
     """Three lengths and a second density over 1, 2 and 4 ranks, and a partition that only several ranks have."""
-    asked = [(n, 0.1, "balanced") for n in (2048, 4096, 8192)] + [(4096, 0.3, "balanced"), (4096, 0.1, "contiguous")]
+    asked = [(n, 0.2, "balanced") for n in (2048, 4096, 8192)] + [(4096, 0.3, "balanced"), (4096, 0.2, "contiguous")]
     return [
         ring_record(f"ring-{n}-{density}-{partition}-{world}", ring_spec(world, n, density, partition))
         for n, density, partition in asked

@@ -18,7 +18,7 @@ from dashboards.app.address import Address, parse
 from dashboards.app.components import components, themed, thumbnail
 from dashboards.app.filters import filtered, options
 from dashboards.app.folder import Folder
-from dashboards.app.frame import PAGES, Drawings, make_app
+from dashboards.app.frame import PAGES, Drawings, _meant, _walked, make_app
 from dashboards.app.pages import search
 from dashboards.app.view import Shown, View, view_of
 from dashboards.figures.pictures import drawing_info
@@ -62,6 +62,19 @@ def texts(parts: object) -> str:
     if isinstance(parts, list | tuple):
         return " ".join(map(texts, parts))
     return texts(parts.children) if isinstance(parts, Component) and hasattr(parts, "children") else str(parts or "")
+
+
+def strings(parts: object, name: str) -> list[str]:
+    """The texts that any component, or option of a dropdown, has for a property."""
+    if isinstance(parts, list | tuple):
+        return [text for part in parts for text in strings(part, name)]
+    if isinstance(parts, dict):
+        return [str(parts[name])] if name in parts else []
+    if not isinstance(parts, Component):
+        return []
+    value = getattr(parts, name, None)
+    own = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+    return own + strings([getattr(parts, "children", None), getattr(parts, "options", None)], name)
 
 
 def kinds_of(parts: object) -> set[str]:
@@ -120,6 +133,43 @@ def test_a_filter_that_is_set_has_a_control_that_offers_all_its_values(tmp_path:
         assert controls[name].value == chosen
         assert set(chosen) <= {option["value"] for option in controls[name].options}
     assert {"value": "3", "label": "≤ 15 %"} in controls["density"].options
+
+
+def test_no_dropdown_is_sent_the_one_name_over_which_javascript_throws(tmp_path: Path) -> None:
+    """Every other name, of a run or a device, is sent as it is; what comes back is what was meant."""
+    names = ["__proto__", "\u200b__proto__", "constructor", "toString", "plain"]
+    folder = folder_of(
+        tmp_path, *(lm_record(f"t{n}", DENSE, 2.2, 40.0, device_name=name) for n, name in enumerate(names))
+    )
+    dropdown = framed(folder, "search", "?device=__proto__&device=plain")[1]["device"]
+    sent = [option["value"] for option in dropdown.options]
+    assert "__proto__" not in [*sent, *dropdown.value]
+    assert [_meant(value) for value in dropdown.value] == ["__proto__", "plain"]
+    assert sorted(_meant(value) for value in sent) == sorted(names)
+    assert {"constructor", "toString", "plain"} <= set(sent)
+    walked = _walked(Address("search"), {"type": "choice", "name": "device"}, dropdown.value)
+    assert walked.chosen["device"] == ("__proto__", "plain")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_names_of_any_length_are_cut_and_whole_on_demand(tmp_path: Path, page: str) -> None:
+    columns = sparse("vertical_slash", 0.2, columns=list(range(0, 4096, 8)), diagonals=[0])
+    name = "mine:" + "X" * 3000
+    long = [
+        lm_record("columns", columns, 2.3, 9.0),
+        lm_record("letters", sparse(name), 2.2, 8.0, device_name="D" * 999),
+    ]
+    folder = folder_of(tmp_path, lm_record("d", DENSE, 2.2, 40.0), *long, lm_failure("failed", columns, "boom"))
+    _, controls, top, rest = Drawings(folder, own_patterns=False).page(page, "", folder.version, False)
+    shown = [*strings(top, "children"), *strings(rest, "children"), *strings(controls, "label")]
+    names = [text for text in shown if "create_block_sparse_attention" not in text]  # which is to be copied whole
+    assert max(map(len, names), default=0) <= 330
+    if page == "search":
+        card, detail = Drawings(folder, own_patterns=False).chosen(page, "?trial=letters", folder.version, False)
+        assert any(name in text for text in strings([card, detail], "title"))
+        beside = strings([card, detail], "children")
+        assert max(len(text) for text in beside if "create_block_sparse_attention" not in text) <= 330
+        assert any("D" * 999 in text for text in strings(controls, "title"))
 
 
 @pytest.mark.parametrize("page", PAGES)

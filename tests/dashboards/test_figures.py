@@ -229,9 +229,9 @@ def test_one_point_is_a_curve_too() -> None:
 
 
 def test_a_picture_shows_the_blocks_of_the_layout() -> None:
-    spec = TrialSpec("byte_lm", (sparse("sink_window", 0.2),), seq_len=1024)
+    spec = TrialSpec("byte_lm", (sparse("sink_window", 0.3),), seq_len=1024)
     (panel,) = drawing_info(spec).panels
-    dense = patterns.build("sink_window").layout(1024, causal=True, density=0.2).to_dense()[0]
+    dense = patterns.build("sink_window").layout(1024, causal=True, density=0.3).to_dense()[0]
     marks = [["4" if kept else "0" for kept in row] for row in dense.tolist()]
     wanted = ["".join(row[: index + 1]) + ABOVE * (15 - index) for index, row in enumerate(marks)]
     assert (list(panel.rows), panel.caption) == (wanted, "all heads")

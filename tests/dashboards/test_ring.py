@@ -164,16 +164,20 @@ def test_rows_of_one_rank_are_enough_to_fit_and_those_of_several_take_no_part(ro
         ring_record(f"slow-{i}", row.spec, forward_ms_p50=1e6) for i, row in enumerate(rows) if row.world_size > 1
     )
     alone = [row for row in rows if row.world_size == 1]
-    assert fit_rows([*alone, *slow], []).kernels == pytest.approx(fit_rows(rows, []).kernels)
+    for kernel, wanted in zip(fit_rows([*alone, *slow], []).kernels, fit_rows(rows, []).kernels, strict=True):
+        assert kernel.direction == wanted.direction
+        assert (kernel.rate, kernel.row_blocks, kernel.call_s) == pytest.approx(
+            (wanted.rate, wanted.row_blocks, wanted.call_s)
+        )
 
 
 def test_the_forecast_goes_from_what_was_measured_to_many_ranks(rows: list[RingRow], fitted: Hardware) -> None:
     as_measured, large, weak = measured_scalings(rows, fitted, 256)
-    window = next(line for line in as_measured.lines if line.name.startswith("sink window · 10"))
+    window = next(line for line in as_measured.lines if line.name.startswith("sink window · 20"))
     assert [point.ranks for point in window.measured] == [1, 2, 4]
     assert [point.ranks for point in window.forecast] == [1, 2, 4, 8, 16, 32, 64, 128], "a rank needs a block"
     assert all(not line.measured and line.forecast[-1].ranks == 256 for line in large.lines)
-    grown = next(line for line in weak.lines if "10" in line.name)
+    grown = next(line for line in weak.lines if "20" in line.name)
     assert [point.ranks for point in grown.measured] == [1, 2, 4]
 
 
@@ -184,7 +188,7 @@ def test_what_has_no_statistics_is_left_out_and_a_pattern_of_its_own_width_is_no
 
     own_width = asked("sliding_window", None)
     assert [can_forecast(asked(*question)) for question in (("butterfly", 0.2), ("random", None))] == [False, False]
-    assert not can_forecast(asked("sink_window", 0.1, "striped"))
+    assert not can_forecast(asked("sink_window", 0.2, "striped"))
     assert can_forecast(own_width)
     ring, _ = forecast(own_width.spec, MACHINE, world_size=2, seq_len=2048)
     assert ring == predict(own_width.work, own_width.sizes, MACHINE)

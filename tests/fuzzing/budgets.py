@@ -58,9 +58,9 @@ class Compared:
         scale = largest(self.wanted[name])
         if name.startswith(("grad", "second", "tangent")):  # sums of terms that may cancel, each about as large as 1
             scale += 1 + max(largest(x) for other, x in self.wanted.items() if other.split()[0] == name.split()[0])
-        if name in ("grad m", "grad b"):
+        if name in ("grad k", "grad m", "grad b"):
             scale *= 1 + math.sqrt(self.case.batch * self.case.heads * self.case.q_len)
-        return ROUNDINGS * epsilon * scale * (1 + self.case.magnitude)
+        return ROUNDINGS * epsilon * scale * (1 + self.case.magnitude**2)  # scores are as large as that
 
 
 def largest(x: Tensor) -> float:

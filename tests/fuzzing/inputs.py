@@ -11,6 +11,7 @@ from raybsa import BlockLayout
 from tests.fuzzing.case import Case
 
 INF = float("inf")
+LOWEST = torch.finfo(torch.float32).min
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -110,7 +111,9 @@ def mask(case: Case) -> Tensor:
 def _added(case: Case, shows: Tensor) -> Tensor:
     dtype = dtype_of(case.dtype if case.mask_dtype == "same" else case.mask_dtype)
     x = normal(case, tuple(shows.shape), 6).to(case.device, dtype)
-    hidden = {"infinite": -INF, "lowest": torch.finfo(dtype).min}.get(case.mask)
+    hidden = {"infinite": -INF, "lowest": max(torch.finfo(dtype).min, LOWEST if case.dtype != "float64" else -INF)}.get(
+        case.mask
+    )
     return x if hidden is None else x.masked_fill(~shows, hidden)
 
 

@@ -35,9 +35,16 @@ def attend(
     scores = torch.where(seen, scores, -INF)
     scores = torch.where(alive, scores, 0.0)
     weights = torch.softmax(scores, -1) * alive
-    lse = torch.where(alive[..., 0], torch.logsumexp(scores, -1), -INF) if k.shape[2] else scores.sum(-1) - INF
+    lse = torch.where(alive[..., 0], _logsumexp(scores), -INF) if k.shape[2] else scores.sum(-1) - INF
     kept = weights if factor is None else weights * factor
     return kept @ v, lse, kept
+
+
+def _logsumexp(scores: Tensor) -> Tensor:
+    """torch's own has gradients ``exp(score - lse)``, which sum to more than 1 where lse is too large to hold a
+    logarithm beside it."""
+    top = scores.detach().amax(-1, keepdim=True)
+    return torch.log(torch.exp(scores - top).sum(-1)) + top[..., 0]
 
 
 def dropped(seed: int, p: float, shape: tuple[int, int, int, int], device: torch.device) -> Tensor:

@@ -92,6 +92,6 @@ def _work(pipe: Connection) -> None:
 
     faulthandler.enable()
     warnings.simplefilter("ignore")
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
+    with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
         while True:
             pipe.send(tuple(check.run(Case.of(pipe.recv()))))

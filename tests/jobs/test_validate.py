@@ -89,6 +89,7 @@ def test_a_folder_without_a_front_is_not_validated(job, tmp_path):
     code, told = job("validate.py", tmp_path / "none", "--out", tmp_path / "out")
     assert code == 2
     assert told.startswith("jobs/validate.py: a search with a Pareto front was wanted, found none under ")
+    assert told.endswith("(--resume); --objectives quality,latency takes its trials as they are\n")
     assert not (tmp_path / "out").exists()
 
 

@@ -170,6 +170,20 @@ def test_rows_with_nothing_to_attend_get_zero_gradients(device: str) -> None:
     assert all(x.grad.isfinite().all() for x in (q, k, v))
 
 
+@pytest.mark.parametrize("backend", ["blocked", "reference"])
+@pytest.mark.parametrize("hidden", [torch.finfo(torch.float32).min, -1e9])
+def test_rows_that_a_finite_mask_hides_whole_have_the_gradients_of_a_mean(hidden: float, backend: str) -> None:
+    """Their lse is too large to hold the logarithm of their number of keys."""
+    q, k, v = (torch.randn(1, 1, 4, 8, requires_grad=True) for _ in range(3))
+    layout = BlockLayout.from_rows([[0]], q_len=4, kv_len=4, q_block_size=4)
+    mask = torch.full((4, 4), hidden)
+    out, lse = block_sparse_attention(q, k, v, layout, attn_mask=mask, scale=1e-9, return_lse=True, backend=backend)
+    (out.sum() + 1e9 * lse.sum()).backward()
+    torch.testing.assert_close(out, v.mean(2, keepdim=True).expand_as(v))
+    torch.testing.assert_close(v.grad, torch.ones_like(v))
+    torch.testing.assert_close(k.grad, q.detach().mean(2, keepdim=True).expand_as(k))
+
+
 def test_a_future_token_never_changes_an_earlier_output(device: str) -> None:
     problem = Problem("causal", kind="dense", causal=True, q_len=117, kv_len=117)
     layout, (q, k, v) = problem.layout(device), problem.inputs(torch.float32, device)

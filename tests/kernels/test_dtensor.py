@@ -50,6 +50,9 @@ for groups, layout in LAYOUTS.items():
             for mine, theirs in zip(ours, one, strict=True):
                 check(name, mine.grad, theirs.grad)
 
+empty = [distribute_tensor(torch.zeros(0, h, 40, 16), mesh, [Shard(1)]) for h in (4, 2, 2)]
+assert block_sparse_attention(*empty, LAYOUTS[1]).shape == (0, 4, 40, 16)
+
 module = BlockSparseBase(pattern="bigbird", density=0.5, block_size=16, causal=True)
 check("module", module(*spread(Shard(1))), module(*whole))
 check("compiled", torch.compile(module, backend="aot_eager")(*spread(Shard(1))), module(*whole))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from raybsa import BlockLayout, block_sparse_attention, create_multihead_block_sparse
 from raybsa.kernels.cpp_build import why_no_compiler
-from raybsa.patterns import SlidingWindow
+from raybsa.patterns import SinkWindow
 from raybsa.patterns.written import WrittenRule, rule_in
 
 LENGTHS = (96, 130)
@@ -96,7 +96,7 @@ def test_a_program_compiled_ahead_of_time_holds_its_pattern_too(tmp_path: Path) 
 
 
 def test_a_rule_is_found_by_its_tensor_and_made_from_its_bytes() -> None:
-    rule = WrittenRule(SlidingWindow(window=20), 0.3, 16, True)
+    rule = WrittenRule(SinkWindow(sink=20), 0.3, 16, True)
     assert rule_in(rule.tensor) is rule
     again = rule_in(rule.tensor.clone())
     assert again is not rule
@@ -105,13 +105,13 @@ def test_a_rule_is_found_by_its_tensor_and_made_from_its_bytes() -> None:
 
 
 def test_a_rule_of_another_meaning_or_of_nobody_s_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    rule = WrittenRule(SlidingWindow(window=21), 0.3, 16, True)
-    monkeypatch.setattr("raybsa.patterns.written.MEANING", 2)
+    rule = WrittenRule(SinkWindow(sink=21), 0.3, 16, True)
+    monkeypatch.setattr("raybsa.patterns.written.DENSITY_MEANING", 3)
     with pytest.raises(ValueError, match="saved by another version of raybsa"):
         rule_in(rule.tensor.clone())
     monkeypatch.undo()
-    text = bytes(WrittenRule(SlidingWindow(window=20), 0.3, 16, True).tensor.numpy()).replace(
-        b'"sliding_window"', b'"nowhere:Nothing"'
+    text = bytes(WrittenRule(SinkWindow(sink=20), 0.3, 16, True).tensor.numpy()).replace(
+        b'"sink_window"', b'"nowhere:Nothing"'
     )
     with pytest.raises(ValueError, match="nowhere:Nothing"):
         rule_in(torch.frombuffer(bytearray(text), dtype=torch.uint8))

@@ -131,7 +131,7 @@ def test_a_module_or_class_that_does_not_serve_is_named(own_module, name, error,
 def test_the_command_line_prints_the_picture(capsys):
     main(["fixed", "--seq-len", "256", "--block-size", "32", "--causal", "--param", "span=4"])
     spec, summary, *picture = capsys.readouterr().out.splitlines()
-    assert spec == "{'name': 'fixed', 'params': {'span': 4, 'summary': 1}}"
+    assert spec == "{'name': 'fixed', 'params': {'near': None, 'span': 4, 'summary': 1}}"
     assert "256 x 256 tokens" in summary
     assert "causal" in summary
     assert picture == [

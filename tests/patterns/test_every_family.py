@@ -4,7 +4,6 @@ import copy
 import json
 import pickle
 
-import numpy as np
 import pytest
 import torch
 
@@ -20,11 +19,10 @@ SPECS["dilated_shifted_chunks"] = {
     "params": {
         "parts": [
             {"name": "dilated", "params": {"segment_lengths": [64, 192], "dilation_rates": [1, 3]}},
-            {"name": "chunked", "params": {"chunk": 96, "shift": 40}},
+            {"name": "chunked", "params": {"shift": 400}},
         ]
     },
 }
-EXACT_IN_TOTAL = ("global_blocks", "bigbird")
 GEOMETRIES = {  # q_len, kv_len, q_block_size, kv_block_size
     "square": (1024, 1024, 32, 32),
     "ragged": (1000, 1000, 32, 32),
@@ -34,14 +32,13 @@ GEOMETRIES = {  # q_len, kv_len, q_block_size, kv_block_size
     "large_kv_blocks": (900, 1000, 16, 128),
     "one_block": (40, 40, 64, 64),
 }
-DENSITIES = (0.01, 0.07, 0.25, 0.6, 1.0)
 
 every_rule = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 every_geometry = pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
 both_causalities = pytest.mark.parametrize("causal", [False, True], ids=["both_sides", "causal"])
 
 
-def make(spec, geometry, causal=False, density=None, num_heads=3, device=None):
+def make(spec, geometry, causal=False, density=None, num_heads=3, device=None, or_least=True):
     q_len, kv_len, q_block_size, kv_block_size = geometry
     return patterns.build(spec).layout(
         q_len,
@@ -51,6 +48,7 @@ def make(spec, geometry, causal=False, density=None, num_heads=3, device=None):
         kv_block_size=kv_block_size,
         causal=causal,
         density=density,
+        or_least=or_least,
         device=device,
     )
 
@@ -77,23 +75,6 @@ def test_every_row_keeps_its_diagonal_and_nothing_above_it(spec, geometry, causa
                 assert kept == min(len(diagonal), int(row.sum())), "the diagonal is dropped last"
                 assert row[diagonal[:kept]].all(), "the first of its blocks is kept longest"
                 assert not row[allowed:].any()
-
-
-@every_rule
-@every_geometry
-@both_causalities
-def test_density_is_exact(spec, geometry, causal):
-    allowed = np.array([count for _, count in diagonal_and_allowed(geometry, causal)])
-    for density in DENSITIES:
-        made = make(spec, geometry, causal, density)
-        parts = spec["params"]["parts"] if spec["name"] == "per_head" else [spec]
-        for head, counts in enumerate(made.row_counts.numpy()):
-            if parts[head % len(parts)]["name"] in EXACT_IN_TOTAL:
-                assert counts.sum() == max(len(allowed), round(density * int(allowed.sum())))
-                assert (counts >= 1).all()
-                assert (counts <= allowed).all()
-            else:
-                np.testing.assert_array_equal(counts, [max(1, round(density * int(n))) for n in allowed])
 
 
 @every_rule
@@ -175,7 +156,7 @@ def test_a_layout_that_cannot_be_says_what_was_wanted(spec, wrong, message):
         ("strided", {"stride": "4"}, "stride must be an integer >= 1, got '4'"),
         ("fixed", {"span": 4, "summary": 5}, "summary must be at most span = 4 blocks, got 5"),
         ("random", {"seed": -1}, "seed must be an integer >= 0, got -1"),
-        ("random", {"num_random": True}, "num_random must be an integer >= 1, got True"),
+        ("random", {"num_random": True}, "num_random must be an integer >= 0, got True"),
         ("bigbird", {"window": None}, "window must be an integer >= 1, got None"),
         ("chunked", {"chunk": 64, "shift": 64}, "shift must be less than chunk = 64 tokens, got 64"),
         ("vertical_slash", {"columns": 3}, "columns must be a non-empty list of integers, got 3"),

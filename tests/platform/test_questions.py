@@ -38,11 +38,11 @@ from raybsa.variants.distributed import share_partition
 from raybsa.variants.factory import create_block_sparse_attention
 
 BASE = TrialSpec("byte_lm", (AttentionSpec("dense"),), seq_len=512, train_len=256, train_steps=90)
-SPACE = SearchSpace(BASE, {"sliding_window": {}, "random": {}, "strided": {"stride": [2, 4]}}, block_sizes=(16, 32))
+SPACE = SearchSpace(BASE, {"sliding_window": {}, "random": {}, "strided": {"stride": [2, 4]}}, block_sizes=(8, 16))
 GOALS = (quality_objective("min"), LATENCY)
 PAIR_MS = 0.01
 RINGS = replace(SPACE, world_sizes=(1, 2), codecs=("none", "int8"))
-RING = {"family": "random", "density": 0.2, "block_size": 16, "world_size": 2, "codec": RINGS.choices("codec")[0]}
+RING = {"family": "random", "density": 0.2, "block_size": 8, "world_size": 2, "codec": RINGS.choices("codec")[0]}
 
 
 def milliseconds(spec):
@@ -104,7 +104,7 @@ def test_chance_does_not_draw_again_what_a_random_search_of_the_same_seed_drew()
 
 
 def test_a_small_space_ends_when_all_of_it_was_asked():
-    space = SearchSpace(BASE, {"sliding_window": {}}, densities=(0.2, 0.2), block_sizes=(16, 32))
+    space = SearchSpace(BASE, {"sliding_window": {}}, densities=(0.2, 0.2), block_sizes=(8, 16))
     questions = Questions(space, ALGORITHMS["grid"](space, GOALS, 0), GOALS, trials=99)
     assert [questions.suggest(str(n)) == "FINISHED" for n in range(4)] == [False, False, False, True]
     assert questions.ended

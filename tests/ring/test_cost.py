@@ -59,16 +59,18 @@ def test_the_work_is_what_the_hops_of_every_rank_compute_and_receive(family: str
 @pytest.mark.parametrize("strategy", ["contiguous", "zigzag", "balanced"])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both-sides"])
 def test_statistics_agree_with_the_plan(family: str, strategy: str, causal: bool) -> None:
-    """Stated tolerance: exact for windows, sinks and dense; for what is drawn at random 5 %, 10 % of the time. A causal
-    balanced partition swaps blocks, so of that only the busiest rank's work is told, to 10 %."""
-    tolerance = 0.05 if family == "random" else 1e-9
+    """Stated tolerance: exact for windows, sinks and dense, but for odd blocks at the ends of two-sided ones (2 %); for
+    what is drawn at random 5 %, 10 % of the time. A causal balanced partition swaps blocks, so of that only the
+    busiest rank's work is told, to 10 %."""
+    exact = 1e-9 if causal or family == "dense" else 0.02
+    tolerance = 0.05 if family == "random" else exact
     told = 0.1 if strategy == "balanced" and causal else tolerance
     density = None if family == "dense" else 0.1
     rows = rows_of(family, 128, causal=causal, density=density)
     for world_size in (1, 2, 4, 8):
         known = work_of(plan_of(family, world_size, strategy, causal=causal))
         found = estimate(rows, world_size, partition=strategy, block_size=64, heads=4, heads_joined=2)
-        assert found.active.sum() == pytest.approx(known.active.sum())
+        assert found.active.sum() == pytest.approx(known.active.sum(), rel=exact)
         assert found.active.sum(0).max() == pytest.approx(known.active.sum(0).max(), rel=told)
         if strategy != "balanced":
             assert found.rows.sum() == pytest.approx(known.rows.sum(), rel=tolerance)

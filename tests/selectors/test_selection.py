@@ -63,7 +63,7 @@ def test_everything_is_every_candidate(segments):
 
 
 def test_the_nearest_blocks_have_the_counts_of_a_selection():
-    shape = Shape.make(Rules(16, True, sinks=0, window=1, even=False), 256, 256, 0.25, "cpu")
+    shape = Shape.make(Rules(16, True, sinks=0, window=1), 256, 256, 0.4, "cpu")
     layout = shape.nearest().validate()
     assert torch.equal(layout.row_counts[0], shape.counts)
     assert layout.to_dense()[0, 15].nonzero()[:, 0].tolist() == [12, 13, 14, 15]

@@ -157,11 +157,9 @@ def _grads(loss, inputs):
 
 
 def test_its_text_says_what_it_does():
-    module = BlockSparseBase(
-        pattern=SlidingWindow(window=16), density=0.5, block_size=8, dropout=0.1, backend="blocked"
-    )
-    text = "pattern=SlidingWindow(window=16), density=0.5, block_size=8, causal=False, dropout=0.1, backend='blocked'"
-    assert repr(module) == f"BlockSparseBase({text})"
+    module = BlockSparseBase(pattern=SinkWindow(sink=16), density=0.5, block_size=8, dropout=0.1, backend="blocked")
+    text = "density=0.5, block_size=8, causal=False, dropout=0.1, backend='blocked'"
+    assert repr(module) == f"BlockSparseBase(pattern=SinkWindow(sink=16, window=512), {text})"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from raybsa import (
     create_block_sparse_attention,
     create_multihead_block_sparse,
 )
-from raybsa.patterns import SlidingWindow
+from raybsa.patterns import Dilated, SlidingWindow
 from raybsa.spec import AttentionSpec
 
 GENERAL = """\
@@ -137,10 +137,10 @@ def test_density_and_sparsity_ratio_are_two_words_for_the_share_that_is_kept(mak
 
 
 def test_an_attention_spec_is_the_factorys_arguments():
-    spec = AttentionSpec("base", SlidingWindow(window=16).spec, density=0.5, block_size=8, backend="reference")
+    spec = AttentionSpec("base", Dilated((16, 64), (1, 2)).spec, density=0.5, block_size=8, backend="reference")
     module = create_block_sparse_attention(**spec.to_dict(), causal=True)
     wanted = BlockSparseBase(
-        pattern=SlidingWindow(window=16), density=0.5, block_size=8, backend="reference", causal=True
+        pattern=Dilated((16, 64), (1, 2)), density=0.5, block_size=8, backend="reference", causal=True
     )
     assert repr(module) == repr(wanted)
     q = torch.randn(1, 2, 40, 8)

@@ -174,8 +174,8 @@ def test_without_a_pattern_it_is_a_sliding_window_at_a_tenth():
 
 
 def test_its_text_names_pattern_density_block_size_and_causality():
-    source = FixedPattern(SlidingWindow(window=16), density=0.25, block_size=8, causal=True)
-    assert repr(source) == "pattern=SlidingWindow(window=16), density=0.25, block_size=8, causal=True"
+    source = FixedPattern(SlidingWindow(), density=0.25, block_size=8, causal=True)
+    assert repr(source) == "pattern=SlidingWindow(window=512), density=0.25, block_size=8, causal=True"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from dashboards.app.view import Control, Shown, View, waiting
 from dashboards.frames import Results, Trial, search_command
 from dashboards.sections.frame import section
 from dashboards.sections.two_runs import two_runs_section
-from dashboards.wording import moment
+from dashboards.wording import cut, moment
 
 TITLE = "Compare"
 
@@ -47,4 +47,4 @@ def _alike(runs: dict[str, list[Trial]], name: str) -> list[str]:
 
 def _label(name: str, trials: list[Trial]) -> str:
     first = trials[0].record
-    return f"{name} · {first.job} · {moment(first.created_at or '–')} · {len(trials):,} trials"
+    return f"{cut(name)} · {first.job} · {moment(first.created_at or '–')} · {len(trials):,} trials"
