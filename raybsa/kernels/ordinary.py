@@ -51,7 +51,7 @@ def why_no_numbers(*tensors: Tensor) -> str | None:
     if _tracing():
         return "torch.jit.trace would keep what follows from this one input for every other"
     keys = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
-    if any(torch._C._get_dispatch_mode(key) is not None for key in keys):
+    if _modes() and any(torch._C._get_dispatch_mode(key) is not None for key in keys):
         return "under FakeTensorMode, make_fx or torch.export there are none"
     for tensor in tensors:
         kind = type(tensor)

@@ -58,15 +58,13 @@ class Visibility:
         k: Tensor,
         attn_mask: Tensor | None,
         segment_ids: tuple[Tensor, Tensor] | None,
-    ) -> Visibility | None:
-        """Of a call with q (B, H, Sq, D) and k (B, Hkv, Skv, D); None where it has no masks.
+    ) -> Visibility:
+        """Of a call with q (B, H, Sq, D) and k (B, Hkv, Skv, D), and masks.
 
         Raises:
             ValueError, TypeError: masks that do not fit.
         """
         check_masks(q, k, attn_mask, segment_ids)
-        if attn_mask is None and segment_ids is None:
-            return None
         found = cls(content)
         if segment_ids is not None:
             found = found._with_segments(rules, *(ids.long().contiguous() for ids in segment_ids))

@@ -157,10 +157,11 @@ class BlockSelector(nn.Module):
             NotImplementedError: tensors without numbers to choose by, or a copy that ``nn.DataParallel`` trains.
         """
         q, k = self._seen("q", q, self.num_heads), self._seen("k", k, self.num_kv_heads)
-        visible = Visibility.of(self.content, self.rules, q, k, attn_mask, segment_ids)
+        plain = attn_mask is None and segment_ids is None
+        visible = None if plain else Visibility.of(self.content, self.rules, q, k, attn_mask, segment_ids)
         u, w = compare_whole(self.gate, q, k, self.rules, visible)
         found = self._keep(u, w, self._shape(q.shape[2], k.shape[2], self.density.value, q.device), visible)
-        return found._replace(attn_mask=with_infinity(attn_mask))
+        return found if attn_mask is None else found._replace(attn_mask=with_infinity(attn_mask))
 
     def query_stats(self, q: Tensor, taken: Tensor | None = None) -> Tensor:
         """(B, H, n, 3, D) what the gate sees of q, of the tokens ``taken`` as in ``block_stats``; without a gradient
