@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -28,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from raybsa import patterns
+from raybsa import patterns, signals
 from raybsa.events import show
 from raybsa.experiments import peer_table
 from raybsa.experiments.options import (
@@ -44,7 +43,7 @@ from raybsa.experiments.options import (
 from raybsa.experiments.peer_cells import cells, parts_of
 from raybsa.experiments.peer_rows import rows_of
 from raybsa.experiments.peer_suite import PeerSuite
-from raybsa.experiments.place import BAD_INPUT, FAILED, absolute, ending, git_commit, refusing
+from raybsa.experiments.place import BAD_INPUT, FAILED, absolute, ending, git_commit, interruptible, refusing
 from raybsa.experiments.recording import Run, record_of, write
 from raybsa.experiments.scaling_run import LIMIT_S, Scaled, measure_scaling
 from raybsa.experiments.suites import BASE, RING_GPU, SUITES, grid, on_ranks
@@ -87,7 +86,7 @@ def main() -> int:
     if any(record.status == "ok" for record in records):
         _report(out)
     if len(records) < len(specs):
-        return 128 + signal.SIGINT
+        return signals.exit_code()
     return 0 if all(record.status == "ok" for record in records) else 1
 
 
@@ -171,19 +170,21 @@ def _gpu(arguments: argparse.Namespace) -> int:
         store, run = Store.create(out, adopt=arguments.adopt), Run.start("benchmark", arguments.git_commit)
         suite = PeerSuite(asked, store, run, peers=arguments.peers, time_budget_s=arguments.time_budget, **timing)
     print(f"{len(asked)} cells, results in {out}", flush=True)
-    ended = None
+    ended, code = None, 0
     try:
         for cell, records in suite.records():
             print(*map(peer_table.line_of, rows_of(records, [cell])), flush=True)
-    except (KeyboardInterrupt, GpuLost) as error:
-        ended = str(error) or "interrupted"
+    except GpuLost as error:
+        ended, code = str(error), FAILED
+    except KeyboardInterrupt:
+        ended, code = f"ended by {signals.heard().name}", signals.exit_code()
     _report(out)
     print(f"results: {out}\n{peer_table.text_of(rows_of(store.read_records(), cells()))}")
     if suite.left or ended:
         print(
             f"{ended or 'the time budget ended'}: the same command goes on with {len(suite.left) or 'the'} cells left"
         )
-    return 1 if ended else 0
+    return code
 
 
 def _scaling(arguments: argparse.Namespace) -> int:
@@ -329,5 +330,8 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    with ending(FAILED, ValueError, TypeError, OSError):
+    with (
+        interruptible("what ended is in --out; the same command measures all of it again"),
+        ending(FAILED, ValueError, TypeError, OSError),
+    ):
         sys.exit(main())

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from raybsa.experiments.compared import HEAD, compare, line_of
 from raybsa.experiments.options import add_adopt, at_least, regex
-from raybsa.experiments.place import FAILED, absolute, ending, git_commit, refusing
+from raybsa.experiments.place import FAILED, absolute, ending, git_commit, interruptible, refusing
 from raybsa.experiments.recording import Run, record_of, write
 from raybsa.experiments.suites import COMPRESSION, compression
 from raybsa.results.record import Measurement, Outcome
@@ -92,5 +92,8 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    with ending(FAILED, ValueError, TypeError, OSError):
+    with (
+        interruptible("the same command asks only for what is missing"),
+        ending(FAILED, ValueError, TypeError, OSError),
+    ):
         sys.exit(main())

@@ -21,7 +21,7 @@ from raybsa.cluster.resources import TooFewResources
 from raybsa.experiments.launch import NoCluster, cluster
 from raybsa.experiments.options import at_least
 from raybsa.experiments.overhead import WARMUP, Round, rounds
-from raybsa.experiments.place import BAD_INPUT, FAILED, ending, refusing
+from raybsa.experiments.place import BAD_INPUT, FAILED, ending, interruptible, refusing
 from raybsa.spec import AttentionSpec, PatternSpec, TrialSpec
 from raybsa.tasks.byte_lm import ByteText
 
@@ -71,5 +71,9 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    with ending(FAILED, OSError, RuntimeError, TooFewResources, TrainingFailed), ending(BAD_INPUT, NoCluster):
+    with (
+        interruptible("the same command begins anew"),
+        ending(FAILED, OSError, RuntimeError, TooFewResources, TrainingFailed),
+        ending(BAD_INPUT, NoCluster),
+    ):
         sys.exit(main())

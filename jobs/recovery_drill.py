@@ -31,7 +31,7 @@ from raybsa.experiments.drill_plan import DEFAULT, Pair, groups, kinds_on, left_
 from raybsa.experiments.drill_ring import Ring
 from raybsa.experiments.launch import NoCluster, cluster
 from raybsa.experiments.options import add_adopt, at_least, seed
-from raybsa.experiments.place import BAD_INPUT, FAILED, absolute, ending, git_commit, refusing
+from raybsa.experiments.place import BAD_INPUT, FAILED, absolute, ending, git_commit, interruptible, refusing
 from raybsa.experiments.recording import Run
 from raybsa.experiments.soak import own_temporary_folder, soak
 from raybsa.results.store import Store
@@ -150,5 +150,9 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    with ending(FAILED, TooFewResources, TrainingFailed), ending(BAD_INPUT, NoCluster):
+    with (
+        interruptible("what ended is in --out; the same command begins anew"),
+        ending(FAILED, OSError, TooFewResources, TrainingFailed),
+        ending(BAD_INPUT, NoCluster),
+    ):
         sys.exit(main())

@@ -21,7 +21,7 @@ from raybsa.cluster.resources import TooFewResources
 from raybsa.experiments.drill_plan import question
 from raybsa.experiments.launch import NoCluster, cluster
 from raybsa.experiments.options import at_least
-from raybsa.experiments.place import BAD_INPUT, FAILED, ending, refusing
+from raybsa.experiments.place import BAD_INPUT, FAILED, ending, interruptible, refusing
 from raybsa.experiments.recovery_rival import RIVAL, STEPS, VICTIM, Killed, rounds
 from raybsa.tasks.byte_lm import ByteText
 
@@ -63,5 +63,9 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    with ending(FAILED, TooFewResources, TrainingFailed, RuntimeError), ending(BAD_INPUT, NoCluster):
+    with (
+        interruptible("the same command begins anew"),
+        ending(FAILED, TooFewResources, TrainingFailed, RuntimeError),
+        ending(BAD_INPUT, NoCluster),
+    ):
         sys.exit(main())

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from raybsa.experiments.compared import codec_label
 from raybsa.experiments.options import at_least
-from raybsa.experiments.place import FAILED, ending, refusing
+from raybsa.experiments.place import FAILED, ending, interruptible, refusing
 from raybsa.experiments.slow_link import over_links
 from raybsa.experiments.suites import COMPRESSION, compression
 
@@ -53,5 +53,5 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    with ending(FAILED, OSError, RuntimeError, ValueError):
+    with interruptible("the same command begins anew"), ending(FAILED, OSError, RuntimeError, ValueError):
         sys.exit(main())

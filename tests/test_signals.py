@@ -49,6 +49,11 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
     assert ended.stderr == "jobs/-c: ended by SIGTERM: do it again\n", "the second one was no echo"
 
 
+@pytest.mark.parametrize("job", sorted(path.name for path in (ROOT / "jobs").glob("[a-z]*.py")))
+def test_every_job_that_takes_long_ends_so(job: str) -> None:
+    assert ("interruptible(" in (ROOT / "jobs" / job).read_text()) is (job != "scaling_forecast.py")
+
+
 def test_nothing_is_raised_where_nothing_was_heard() -> None:
     signals.raise_if_heard()
 

@@ -39,7 +39,7 @@ from raybsa.experiments.strata import QUALITY, STEPS, StratifiedHalving
 from raybsa.results.claims import Claims
 from raybsa.results.pareto import Objective
 from raybsa.results.record import QUESTION, Outcome, Record, finite
-from raybsa.results.store import Store
+from raybsa.results.store import Store, StoreError
 from raybsa.scratch import scratch
 from raybsa.spec import DENSE, UNTRAINED, TrialSpec
 from raybsa.tasks.goals import QUALITIES
@@ -231,8 +231,10 @@ def _search(
             if not recorder.records:
                 raise
             trouble = str(error)
-        except (OutsideTrouble, OSError) as error:
+        except (OutsideTrouble, StoreError) as error:
             trouble = str(error)
+        except OSError as error:
+            trouble = f"results in {store.root!r} could not be read or written: {error}"
         except TuneError as error:  # its text is a whole traceback
             trouble = f"Ray Tune could not go on: {str(error).strip().rpartition(chr(10))[2]}"
     unwritten = recorder.write_again() if trouble else []

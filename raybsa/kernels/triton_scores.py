@@ -13,6 +13,8 @@ from raybsa.counter import Stream
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LEAST = tl.constexpr(-30000.0)
+ABSORBING = tl.constexpr(-1e8)  # float32 holds no score beside it
 DROPOUT_STREAM = tl.constexpr(int(Stream.DROPOUT))
 
 
@@ -84,11 +86,19 @@ def store_tokens(pointers, values, inside, dim, EVEN: tl.constexpr, D: tl.conste
 
 @triton.jit
 def add_mask(scores, pointers, inside):
-    """Scores with attn_mask applied: uint8 (nonzero = attend) or floating point (added)."""
+    """Scores with attn_mask applied: uint8 (nonzero = attend) or floating point (added).
+
+    A finite number below LEAST counts as LEAST, whose weight is 0 beside any visible key, and below ABSORBING without
+    the score. Where all keys of a row are hidden so, a lse as large as ``finfo.min`` could not hold the logarithm of
+    how many they are.
+    """
     if pointers.dtype.element_ty == tl.uint8:
         return tl.where(tl.load(pointers, mask=inside, other=0) != 0, scores, float("-inf"))
     else:
-        return scores + tl.load(pointers, mask=inside, other=0.0).to(tl.float32) * LOG2E
+        added = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+        hidden = (added < LEAST) & (added > float("-inf"))
+        kept = tl.where(hidden & (added < ABSORBING), 0.0, scores)
+        return kept + tl.where(hidden, LEAST, added) * LOG2E
 
 
 @triton.jit

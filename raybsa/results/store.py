@@ -102,18 +102,18 @@ class Store:
                 results, and holds something (hidden files do not count).
         """
         store = cls(root, filesystem=filesystem)
-        if not adopt:
-            store._require_own()
         try:
-            for kind in ("records", "series"):
-                store._fs.create_dir(f"{store._path}/{kind}", recursive=True)
-                store._tidy(kind)
-                probe = f"{store._path}/{kind}/.probe-{uuid.uuid4().hex}"
-                store._put(probe, b"probe")
-                store._fs.delete_file(probe)
-            store._put_deep(MARK, b"raybsa writes its results into this folder\n")
+            others = [] if adopt else store._others()
+            if not others:
+                store._make()
         except (OSError, pa.ArrowException) as error:
             raise StoreError(f"results must go to a folder that can be written, got {store.root!r}: {error}") from error
+        if others:
+            raise StoreError(
+                f"results must go to a folder of their own, got {store.root!r}, which holds "
+                f"{', '.join(others[:3])}{' ...' if len(others) > 3 else ''}: name another folder, or say --adopt "
+                f"to put them beside these, which stay as they are"
+            )
         return store
 
     # ---- writing -----------------------------------------------------------------------------------------------
@@ -282,13 +282,14 @@ class Store:
             return False
         return True
 
-    def _require_own(self) -> None:
-        if others := self._others():
-            raise StoreError(
-                f"results must go to a folder of their own, got {self.root!r}, which holds "
-                f"{', '.join(others[:3])}{' ...' if len(others) > 3 else ''}: name another folder, or say --adopt "
-                f"to put them beside these, which stay as they are"
-            )
+    def _make(self) -> None:
+        for kind in ("records", "series"):
+            self._fs.create_dir(f"{self._path}/{kind}", recursive=True)
+            self._tidy(kind)
+            probe = f"{self._path}/{kind}/.probe-{uuid.uuid4().hex}"
+            self._put(probe, b"probe")
+            self._fs.delete_file(probe)
+        self._put_deep(MARK, b"raybsa writes its results into this folder\n")
 
     def _others(self) -> list[str]:
         """The names in a folder that is none of results, but for hidden ones."""

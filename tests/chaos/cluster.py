@@ -18,7 +18,10 @@ _true, _file = time.time, os.environ["RAYBSA_CHAOS_CLOCK"]
 def _time():
     try:
         with open(_file) as file:
-            return _true() + float(file.read() or 0)
+            shift = float(file.read() or 0)
+        if shift:
+            open(_file + "-shifted", "w").close()
+        return _true() + shift
     except (OSError, ValueError):
         return _true()
 time.time = _time
@@ -35,6 +38,11 @@ class Playground:
     def shift(self, seconds: float) -> None:
         """The workers' time of day jumps."""
         self.clock.write_text(str(seconds))
+
+    @property
+    def was_shifted(self) -> bool:
+        """Whether any worker has looked at a clock that had jumped."""
+        return Path(f"{self.clock}-shifted").exists()
 
     def workers(self, *names: str) -> list[int]:
         """The processes of this cluster's actors whose names contain one of these."""

@@ -69,11 +69,14 @@ class Job:
     def must_have_ended_well(self, *wanted: int) -> None:
         """With one of these codes; one line of its own says why, where that is not 0; no traceback."""
         code = self.end()
+        if code == -signal.SIGKILL:
+            print(f"    {code}: {self.name}", flush=True)
         assert code in wanted, f"{self.name} ended with {code}, wanted {wanted}:\n{self.text}"
         if code == -signal.SIGKILL:
             return
         assert "Traceback" not in self.text, self.text
         own = [line for line in self.lines if line.startswith(f"{self.name}: ")]
+        print(f"    {code}: {'; '.join(own) or self.name}", flush=True)
         assert len(own) == (code != 0), f"one line was wanted, that says what happened, got {own}:\n{self.text}"
 
     def _read(self) -> None:

@@ -30,7 +30,8 @@ def submit(command, **_):
 
 demo.local_head, demo.subprocess = head, type("", (), {"run": submit})
 sys.argv = ["demo.py", "--out", sys.argv[1]]
-sys.exit(demo.main())
+with demo.interruptible("again"):
+    sys.exit(demo.main())
 """
 
 
@@ -43,6 +44,7 @@ def test_an_ended_demo_stops_its_head(how: signal.Signals, tmp_path: Path) -> No
         submitted = next(line for line in lines if " job submit " in line)
         process.send_signal(how)
         assert list(lines)[-1] == "stopped\n"
+    assert process.returncode == 128 + how
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
     assert commit.strip() in submitted, "the uploaded copy could not know its commit"
 

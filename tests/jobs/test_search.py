@@ -170,7 +170,8 @@ def _actors(head: LocalHead) -> str:
 @pytest.mark.cluster
 @pytest.mark.timeout(240)
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads /proc")
-def test_ctrl_c_ends_a_job_with_a_report_of_whole_records_and_no_process(tmp_path: Path) -> None:
+def test_a_signal_ends_a_job_with_a_front_and_a_report_of_whole_records_and_no_process(tmp_path: Path) -> None:
+    """SIGTERM, as a scheduler sends it; what Ctrl-C and SIGHUP do is the same but for the code (test_signals.py)."""
     mark, out = f"raybsa-test-{uuid.uuid4().hex}", tmp_path / "out"
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     with subprocess.Popen(
@@ -185,14 +186,17 @@ def test_ctrl_c_ends_a_job_with_a_report_of_whole_records_and_no_process(tmp_pat
             output = _interrupted_after_three(process, mark)
         finally:
             process.kill()
-    assert process.returncode == 128 + signal.SIGINT, output
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert output.endswith("jobs/search.py: ended by SIGTERM: the same command with --resume goes on\n")
 
     records = Store(str(out)).read_records()
     assert len(records) >= 3, output
     assert all(record.status == "ok" for record in records)
-    kinds = {path.suffix for path in out.rglob("*") if path.is_file()}
+    files = (path for path in out.rglob("*") if path.is_file())
+    kinds = {path.suffix for path in files if ".raybsa" not in path.parts}
     assert kinds <= {".parquet", ".html", ".json"}, "no temporary file stays"
     assert (out / "report.html").stat().st_size > 100_000, output
+    assert (out / "front" / "01" / "best.json").exists(), output
     deadline = time.monotonic() + 20
     while processes_with(mark):
         assert time.monotonic() < deadline, processes_with(mark)
@@ -200,7 +204,7 @@ def test_ctrl_c_ends_a_job_with_a_report_of_whole_records_and_no_process(tmp_pat
 
 
 def _interrupted_after_three(process: subprocess.Popen[str], mark: str) -> str:
-    """All that the job prints when Ctrl-C comes after its third trial."""
+    """All that the job prints when SIGTERM comes after its third trial."""
     assert process.stdout is not None
     lines = []
     for line in process.stdout:
@@ -208,5 +212,5 @@ def _interrupted_after_three(process: subprocess.Popen[str], mark: str) -> str:
         if line.startswith("3/500"):
             break
     assert processes_with(mark), "the mark must reach Ray's processes"
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     return "".join(lines) + process.communicate(timeout=60)[0]

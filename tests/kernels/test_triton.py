@@ -156,6 +156,27 @@ def test_attn_mask_broadcasts_by_strides(problem: Problem, device: str, shape: t
     assert relative_error(got, wanted) <= TOLERANCE[0]
 
 
+@on_both([SMALL[0]], LARGE[:1])
+@pytest.mark.parametrize(("least", "error"), [(-1e6, 1e-3), (torch.finfo(torch.float32).min, TOLERANCE[0])])
+def test_rows_that_a_mask_hides_whole_by_a_finite_number_attend_alike_to_all_that_it_hides(
+    problem: Problem, device: str, least: float, error: float
+) -> None:
+    """Beside a small number the scores still count."""
+    mask = torch.zeros(problem.q_len, problem.kv_len, device=device)
+    mask[1::3], mask[2::3, ::2] = least, least
+    layout, inputs = problem.layout(device), problem.inputs(torch.float32, device)
+    ours = [x.clone().requires_grad_() for x in inputs]
+    theirs = [x.double().requires_grad_() for x in inputs]
+    got = block_sparse_attention(*ours, layout, attn_mask=mask, backend="triton")
+    wanted = block_sparse_attention(*theirs, layout, attn_mask=mask, backend="reference")
+    grad = torch.randn_like(got)
+    got.backward(grad)
+    wanted.backward(grad.double())
+    assert relative_error(got, wanted) <= error
+    for mine, other in zip(ours, theirs, strict=True):
+        assert relative_error(mine.grad, other.grad) <= 4e-3  # what a lse of -30,000 can hold
+
+
 @on_both([Problem("ids", causal=True, batch=1, heads=2, kv_heads=1, q_len=250, kv_len=250, groups=2)], [])
 def test_a_selection_keeps_global_positions(problem: Problem, device: str) -> None:
     rows, cols = (torch.tensor(ids, device=device) for ids in ([0, 3, 5, 7], [1, 2, 5, 7]))
