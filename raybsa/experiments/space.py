@@ -15,6 +15,7 @@ from raybsa.experiments.layers import followed, in_turn, layer_names, named_laye
 from raybsa.experiments.pattern_choices import MIXTURE, PatternChoices, is_pair_of, parameters_of
 from raybsa.experiments.rank_choices import NAMES, Config, RankChoices
 from raybsa.gradients.catalog import build
+from raybsa.patterns.catalog import CATALOG
 from raybsa.spec import ADAPTIVE, DENSE, DISTRIBUTED, AttentionSpec, PatternSpec, TrialSpec
 from raybsa.tasks.attention import VARIANTS
 from raybsa.variants.source import layout_source
@@ -47,7 +48,7 @@ class SearchSpace:
     Args:
         base: everything but the attention.
         families: catalog name, or ``"adaptive"`` with the options of ``BlockSelector``, -> parameter -> choices (JSON
-            values). A parameter that is not named keeps its default.
+            values). A parameter that is not named keeps its default; those that a density sets cannot be named.
         densities: lowest and highest, drawn log-uniformly; three significant digits count.
         block_sizes: choices, powers of two; families are first compared at the first.
         mixtures: pairs of different families that share the heads of a layer.
@@ -97,6 +98,12 @@ class SearchSpace:
             raise ValueError(f"per_layer needs at least two layers that can differ, got {self.base.num_layers}")
         object.__setattr__(self, "densities", (_three_digits(low), _three_digits(high)))
         object.__setattr__(self, "codecs", tuple(build(codec).spec for codec in self.codecs))
+        for family, parameters in self.families.items():
+            if set_by_density := set(parameters).intersection(_free(family)):
+                raise ValueError(
+                    f"a density sets {', '.join(sorted(set_by_density))} of {family}, and every question of a space "
+                    "has a density: leave it out, or ask it as one of the references"
+                )
         for config in self.first_points()[1 + len(self.references) :]:
             attention = self.spec(config).layer(0)
             layout_source(
@@ -270,6 +277,11 @@ class SearchSpace:
             return False
         fits = self.densities[0] <= config["density"] <= self.densities[1]
         return fits and all(value in self.choices(name) for name, value in config.items() if name != "density")
+
+
+def _free(family: str) -> tuple[str, ...]:
+    """The parameters of a catalog's family that a density sets."""
+    return CATALOG[family].free if family in CATALOG else ()
 
 
 def _families(config: Config) -> list[str]:

@@ -149,9 +149,16 @@ def test_the_command_line_prints_the_picture(capsys):
 @pytest.mark.parametrize("name", [name for name in CATALOG if name not in ("blocks", "union", "per_head")])
 def test_every_family_can_be_looked_at(name, capsys):
     main([name, "--seq-len", "1024", "--density", "0.3", "--heads", "2", "--head", "1"])
-    _, summary, *picture = capsys.readouterr().out.splitlines()
+    *above, summary = (lines := capsys.readouterr().out.splitlines())[:-16]
+    picture = lines[-16:]
+    assert ("density 0.3: " in above[-1]) or not CATALOG[name].free
     assert "16 x 16 blocks" in summary
     assert [row[2 * i] for i, row in enumerate(picture)] == ["█"] * 16
+
+
+def test_the_command_line_tells_what_a_density_came_to(capsys):
+    main(["sliding_window", "--seq-len", "4096", "--block-size", "16", "--density", "0.2", "--causal"])
+    assert "density 0.2: window of 416 tokens\n" in capsys.readouterr().out
 
 
 def test_the_command_line_composes(capsys):

@@ -356,6 +356,7 @@ def test_ranks_come_from_a_file_too(tmp_path):
         ("families: 3", "families map a name to its parameters .*, got 3"),
         ("families: [bigbird]", r"families map a name to its parameters .*, got \['bigbird'\]"),
         ("families: {bigbird: 3}", r"families map a name to its parameters .*, got \{'bigbird': 3\}"),
+        ("families: {sliding_window: {window: [256, 512]}}", "a density sets window of sliding_window"),
         ("families: {bigbird: {num_globals: 3}}", "num_globals of bigbird has a list of choices, got 3"),
         ("mixtures: 3", "mixtures is a list, got 3"),
         ("mixtures: [random]", "a mixture is a pair of .*, got 'random'"),
