@@ -150,6 +150,7 @@ def the_app_beside_trouble(draw: random.Random, place: Playground, folder: Path)
     """It goes on showing what can be read."""
     results = Results(folder / "results")
     search(place, results.root, "--trials", "3").must_have_ended_well(0)
+    results.look()
     app = Job("-m", "dashboards.app", str(results.root), "--port", "0")
     assert app.wait_for("http://"), app.text
     address = next(word for word in app.text.split() if word.startswith("http://"))
