@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from raybsa import BlockLayout, BlockSparseBase, BlockSparseMultihead, block_sparse_attention, patterns
 
 TOKENS, BLOCK, HEADS = 40, 16, 4
-LAYOUT = patterns.build("bigbird").layout(TOKENS, num_heads=HEADS, q_block_size=BLOCK, causal=True, density=0.5)
+LAYOUT = patterns.build("random").layout(TOKENS, num_heads=HEADS, q_block_size=BLOCK, causal=True, density=0.7)
 BACKENDS = ["auto", "cpp", "blocked", "reference"]
 OURS = BACKENDS[:3]
 

@@ -158,11 +158,6 @@ def test_under_a_causal_window_rows_judge_what_lies_whole_within_it():
         assert torch.equal(hidden, (distance < 0) | (distance > (width + 2) // SIZE))
 
 
-def test_without_masks_there_is_nothing_to_look_after():
-    q = torch.randn(1, 1, 28, 8)
-    assert Visibility.of(5, Rules(SIZE, True), q, q, None, None) is None
-
-
 @pytest.mark.parametrize("at_once", [1, 500, 10**9])
 def test_a_mask_is_read_in_tiles_of_any_size(at_once, monkeypatch):
     mask = holes(2, HEADS, Q_LEN, KV_LEN)
