@@ -50,7 +50,13 @@ class Case:
         tokens = self.blocks * world_size * 32 - self.ragged
         rule = patterns.build(self.pattern)
         return rule.layout(
-            tokens, num_heads=self.heads, q_block_size=32, causal=self.causal, density=self.density, device=device
+            tokens,
+            num_heads=self.heads,
+            q_block_size=32,
+            causal=self.causal,
+            density=self.density,
+            device=device,
+            or_least=True,
         )
 
     def __str__(self) -> str:

@@ -64,7 +64,8 @@ def report_of(communicator: Communicator) -> RankReport:
 
 
 def ring_layout(spec: TrialSpec, device: torch.device | str = "cpu") -> BlockLayout:
-    """The layout of the whole sequence."""
+    """The layout of the whole sequence; as for the attention modules, the family's smallest where that is more than the
+    density."""
     attention = spec.layer(0)
     assert attention.pattern is not None
     return patterns.build(attention.pattern).layout(
@@ -74,6 +75,7 @@ def ring_layout(spec: TrialSpec, device: torch.device | str = "cpu") -> BlockLay
         causal=spec.causal,
         density=attention.density,
         device=device,
+        or_least=True,
     )
 
 

@@ -18,7 +18,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sinks": {"sinks": 1},
     "window": {"window": 2},
     "cap": {"max_blocks": 3},
-    "uneven": {"even": False},
     "segmented": {"segment_lengths": [32, 64], "dilation_rates": [1, 2]},
 }
 

@@ -136,7 +136,7 @@ def _of_subject(rng: Random, case: Case) -> dict[str, Any]:
         return {"extras": tuple(x for x in OF_MULTIHEAD.split() if _chance(rng, 0.3))}
     if case.subject == "adaptive":
         method = rng.choice(("distill", "bias", "compressed", "mean-pool"))
-        words = ("top_p", "sinks", "window", "cap", "uneven", "segmented")
+        words = ("top_p", "sinks", "window", "cap", "segmented")
         return {"extras": (method, *(x for x in words if _chance(rng, 0.25)))}
     return {}
 

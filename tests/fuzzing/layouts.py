@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from raybsa import BlockLayout, patterns
+from raybsa.patterns.catalog import CATALOG
 from tests.fuzzing.case import Case
 
 PARAMETERS: dict[str, dict] = {
@@ -32,7 +33,10 @@ def rule(case: Case) -> patterns.Pattern:
     if name == "per_head":
         parts = [patterns.build("butterfly"), patterns.build("dense")]
         return patterns.per_head([parts[i % 2] for i in range(max(case.heads, 1))])
-    return patterns.build({"name": name, "params": PARAMETERS.get(name, {})})
+    params = PARAMETERS.get(name, {})
+    if case.density is not None:  # what it sets cannot be given beside it
+        params = {key: value for key, value in params.items() if key not in CATALOG[name].free}
+    return patterns.build({"name": name, "params": params})
 
 
 def layout(case: Case) -> BlockLayout:
@@ -46,7 +50,9 @@ def layout(case: Case) -> BlockLayout:
         blocks = torch.rand(shape, generator=torch.Generator().manual_seed(case.seed)) < share
         dense = blocks.to(case.device)
         return BlockLayout.from_dense(dense, q_len=lengths[0], kv_len=lengths[1], **sizes)
-    return rule(case).layout(*lengths, num_heads=case.heads, density=case.density, device=case.device, **sizes)
+    return rule(case).layout(
+        *lengths, num_heads=case.heads, density=case.density, device=case.device, or_least=True, **sizes
+    )
 
 
 def seen(case: Case, layout: BlockLayout) -> Tensor:

@@ -141,7 +141,6 @@ def test_the_forecast_prints_the_error_of_every_row_and_writes_a_page(
         ([], "give --results, --hardware or both"),
         (["--results", "NONE"], "rows of `jobs/benchmark.py --suite ring --out NONE` were wanted, found none there"),
         (["--hardware", "h200", "--ranks", "0"], "argument --ranks: a whole number from 1 was wanted, got '0'"),
-        (["--hardware", "h200", "--ranks", "4", "--out", "NONE/page.html"], "NONE"),
     ],
 )
 def test_a_forecast_from_nothing_says_what_to_give(

@@ -82,11 +82,12 @@ def test_a_trials_fixed_cost_is_what_lies_between_two_ends_beside_its_own_work(t
 
 def test_the_command_reads_results_folders_and_refuses_empty_ones(trial, tmp_path, capsys):
     store = Store.create(tmp_path)
-    store.write_record(trial("a", 3.0, 8.0))
+    spec = canonical_json(TrialSpec("speed", (AttentionSpec("dense"),)).to_dict())
+    store.write_record(trial("a", 3.0, 8.0, spec=spec))
     assert main([str(tmp_path)]) == 0
     assert str(tmp_path)[-20:] in capsys.readouterr().out
     other = Store.create(tmp_path / "other")
-    other.write_record(trial("a", 3.0, 8.0, seq_len=999))
+    other.write_record(trial("a", 3.0, 8.0, seq_len=999, spec=spec))
     with pytest.raises(ValueError, match="searches of one question were wanted"):
         main([str(tmp_path), other.root])
     with pytest.raises(ValueError, match=r"results of a search were wanted, found none under .*none"):
