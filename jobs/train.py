@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 
 from raybsa import patterns
 from raybsa.cluster.checkpoint import folder_for
-from raybsa.cluster.journal import TrainingFailed
+from raybsa.cluster.journal import TrainingFailed, TrainingResult
 from raybsa.cluster.member import ON_CHECKPOINT_ERROR, MemberSettings, checkpoint_question
 from raybsa.cluster.resources import Share, TooFewResources
 from raybsa.cluster.trace import Trace
@@ -72,21 +72,23 @@ def main() -> int:
             say=lambda text: print(text, flush=True),
         ) as coordinator:
             result = coordinator.run(resume=arguments.resume, stretch=arguments.tell_every)
-    print(
-        f"{result.bits_per_byte:.4f} bits per held-out byte after {len(result.losses)} steps on {result.world_size} "
-        f"ranks in {result.train_seconds:.1f} s, {len(result.recoveries)} recoveries; a rank sent "
-        + ", ".join(
-            f"{nbytes / 2**20:.1f} MiB of {kind}" for kind, nbytes in sorted(result.sent.items()) if nbytes > 2**20 / 20
-        )
-        + f"; {result.overlap.share:.0%} of the gradients' time under way lay within backward\nresults: {out}"
-    )
-    try:
-        write_training(Store.create(out), run, 0, spec, settings, share.device, result)  # made again where it has gone
-    except OSError as error:
-        raise StoreError(f"the training is done, but has no record: {error}: mend that, and {AGAIN}") from error
+        print(f"{_summary(result)}\nresults: {out}")
+        try:  # within the cluster, which counts the record; the folder is made again where it has gone
+            write_training(Store.create(out), run, 0, spec, settings, share.device, result)
+        except OSError as error:
+            raise StoreError(f"the training is done, but has no record: {error}: mend that, and {AGAIN}") from error
     if settings.trace:
         print(f"profile: {settings.trace.folder}, for chrome://tracing or ui.perfetto.dev")
     return 0
+
+
+def _summary(result: TrainingResult) -> str:
+    kinds = [f"{size / 2**20:.1f} MiB of {kind}" for kind, size in sorted(result.sent.items()) if size > 2**20 / 20]
+    return (
+        f"{result.bits_per_byte:.4f} bits per held-out byte after {len(result.losses)} steps on {result.world_size} "
+        f"ranks in {result.train_seconds:.1f} s, {len(result.recoveries)} recoveries; a rank sent {', '.join(kinds)}; "
+        f"{result.overlap.share:.0%} of the gradients' time under way lay within backward"
+    )
 
 
 def _question(arguments: argparse.Namespace) -> tuple[TrialSpec, MemberSettings, str]:
