@@ -26,7 +26,6 @@ class Choice:
         shape: which rows, and how many blocks each keeps at most.
         by_kv_head: the blocks kept, a group for each sample and KV head.
         layout: the same for each sample and head. Both are of one group where everything is kept and none is apart.
-        dense: whether every candidate is kept.
         visible: what the rows may look at; None: all.
     """
 
@@ -35,7 +34,6 @@ class Choice:
     shape: Shape
     by_kv_head: BlockLayout
     layout: BlockLayout
-    dense: bool
     visible: Visibility | None = None
 
     @classmethod
@@ -51,7 +49,7 @@ class Choice:
         groups = u.shape[0] * u.shape[1]
         by_kv_head = shape.everything(groups) if apart else shape.dense
         layout = shape.everything(groups * copies) if apart and copies > 1 else by_kv_head
-        return cls(u, w, shape, by_kv_head, layout, True, visible)
+        return cls(u, w, shape, by_kv_head, layout, visible)
 
     @classmethod
     def of_best(
@@ -74,7 +72,7 @@ class Choice:
             wanted = within_share(u, w, shape, best, top_p, temperature, visible)
             by_kv_head = shape.capped_layout(best, wanted)
             layout = by_kv_head if copies == 1 else shape.capped_layout(best, wanted, copies)
-        return cls(u, w, shape, by_kv_head, layout, False, visible)
+        return cls(u, w, shape, by_kv_head, layout, visible)
 
     @property
     def copies(self) -> int:

@@ -140,13 +140,19 @@ def test_the_forecast_prints_the_error_of_every_row_and_writes_a_page(
     [
         ([], "give --results, --hardware or both"),
         (["--results", "NONE"], "rows of `jobs/benchmark.py --suite ring --out NONE` were wanted, found none there"),
+        (["--hardware", "h200", "--ranks", "4", "--out", "FILE/page.html"], "FILE"),
         (["--hardware", "h200", "--ranks", "0"], "argument --ranks: a whole number from 1 was wanted, got '0'"),
     ],
 )
 def test_a_forecast_from_nothing_says_what_to_give(
     arguments: list[str], message: str, tmp_path: Path, refused: Callable[..., tuple[int, str]]
 ) -> None:
-    none = str(tmp_path / "none")
-    code, words = refused("scaling_forecast.py", *(argument.replace("NONE", none) for argument in arguments))
+    none, file = tmp_path / "none", tmp_path / "file"
+    file.touch()
+
+    def named(text: str) -> str:
+        return text.replace("NONE", str(none)).replace("FILE", str(file))
+
+    code, words = refused("scaling_forecast.py", *map(named, arguments))
     assert code == 2
-    assert message.replace("NONE", none) in words.splitlines()[-1]
+    assert named(message) in words.splitlines()[-1]
